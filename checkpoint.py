@@ -1,0 +1,328 @@
+"""Checkpoints: one folder that appears whole or not at all, and that is verified before it is believed.
+
+    OUT/checkpoint-N/                 the task's export after N optimizer steps: diffusers opens it
+    OUT/checkpoint-N/state/           what `accelerator.save_state` wrote: `accelerator.load_state` opens it
+    OUT/checkpoint-N/manifest.json    the step, the settings, and every file's size and sha256
+
+A save is staged in a hidden sibling, flushed, renamed in one step, and only then are older ones removed. Nothing is loaded
+but safetensors, JSON and torch files under `weights_only`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs import BadInput
+from tasks import Models, unwrap
+
+MANIFEST = "manifest.json"
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be believed; the message names the file and what is wrong with it."""
+
+
+class StorageError(Exception):
+    """A save that the storage refused; earlier checkpoints stand as they were. Exit code 4."""
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Call on the main process; every process gets the result, or the exception."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder.
+
+
+@contextlib.contextmanager
+def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Make the folder and hold it for this run; afterwards it is gone again if nothing was written.
+
+    The lock is the kernel's, so that of a dead process is free, and a forked worker does not inherit it.
+
+    Raises:
+        BadInput: the folder cannot be written, or another run holds it.
+    """
+    held = contextlib.ExitStack()
+    with held:
+        on_main(accelerator, lambda: _take(folder, held))
+        yield
+
+
+def _take(folder: Path, held: contextlib.ExitStack) -> None:
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context(path.open("a+"))
+    except OSError as error:
+        raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+    def give_back() -> None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            for parent in created:
+                parent.rmdir()  # fails, as it should, where something was written
+
+    held.callback(give_back)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a killed save or prune left behind. For the holder of the lock."""
+    for left in folder.glob(".checkpoint-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in the folder, oldest first."""
+    names = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    staged = path.with_name(f".{path.name}.writing")
+    staged.write_text(text, "utf-8")
+    os.replace(staged, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Save.
+
+
+def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> None:
+    """Have the accelerator's own save and load write and read what trains, and only that, under plain names.
+
+    Frozen weights come from where they came from the first time. `ema` is filled in place when loading.
+    """
+
+    def save(wrapped: list, weights: list[dict[str, Tensor]], output_dir: str) -> None:
+        for module, state in zip(models.values(), weights, strict=bool(weights)):
+            kept = _trained(module)
+            for key in list(state):
+                value = state.pop(key)
+                if (name := key.removeprefix("module.")) in kept:  # as it is called without DDP, so that layouts agree
+                    state[name] = value
+        if ema and accelerator.is_main_process:
+            save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, Path(output_dir) / "ema.safetensors")
+
+    def load(wrapped: list, input_dir: str) -> None:
+        for i, (name, module) in enumerate(models.items()):
+            file = Path(input_dir) / f"model{f'_{i}' if i else ''}.safetensors"
+            saved, module = load_file(file), unwrap(module)
+            missing = _trained(module) ^ saved.keys()
+            if missing:
+                raise BadInput(f"{file} does not fit the model {name!r}: {sorted(missing)[:3]} are in one of them only")
+            module.load_state_dict(saved, strict=False)
+        wrapped.clear()
+        if ema:
+            for key, value in load_file(Path(input_dir) / "ema.safetensors").items():
+                ema[key].copy_(value)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def _trained(module: torch.nn.Module) -> set[str]:
+    """Names in the state dict that training may change: parameters that require a gradient, and buffers."""
+    module = unwrap(module)
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    return set(module.state_dict()) - frozen
+
+
+def save(
+    accelerator: Accelerator, folder: Path, step: int, facts: dict[str, Any], export: Callable[[Path], Any], limit: int | None
+) -> Path:
+    """Write checkpoint-`step`; every process calls this. `export` fills the folder and runs on the main process alone.
+
+    Raises:
+        StorageError: the storage refused. What was staged is removed; what stood before stands.
+    """
+    final, staging = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.saving"
+    main, error = accelerator.is_main_process, None
+    try:
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / "state").mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(staging / "state"))
+        if main:
+            export(staging)
+    except (OSError, SafetensorError, RuntimeError) as refused:
+        error = refused
+    errors = [e for e in gather_object([error]) if e]
+    if main and not errors:
+        try:
+            _seal(staging, facts | {"step": step})
+            if final.exists():  # only a damaged one: a run never saves a step twice
+                os.rename(final, folder / f".checkpoint-{step}.removed")
+            os.rename(staging, final)
+            _flush(folder)
+            for old in steps(folder)[: -limit if limit else 0]:
+                os.rename(folder / f"checkpoint-{old}", folder / f".checkpoint-{old}.removed")
+            for removed in folder.glob(".checkpoint-*.removed"):
+                shutil.rmtree(removed, ignore_errors=True)
+        except OSError as refused:
+            errors = [refused]
+    errors = on_main(accelerator, lambda: errors)
+    if errors:
+        if main:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise StorageError(f"saving {final} failed: {errors[0]}")
+    return final
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Flush every file and write the manifest last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(lambda path: (_flush(path), _sha256(path))[1], files))
+    listed = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha}
+        for path, sha in zip(files, hashes, strict=True)
+    }
+    manifest = facts | {"files": listed}
+    manifest["sha256"] = _digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(folder / MANIFEST)
+    for path in {folder, *(path.parent for path in files)}:
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Find, verify, load.
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, once every file is what it says.
+
+    Raises:
+        Damaged: naming the first file that is not.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        told, files = manifest["sha256"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder / MANIFEST}: {getattr(error, 'strerror', None) or 'not a manifest'}") from None
+    if told != _digest(manifest):
+        raise Damaged(f"{folder / MANIFEST}: its content does not have its sha256")
+    if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
+        raise Damaged(f"{folder / MANIFEST}: is of step {manifest['step']}")
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{path}: missing")
+        if path.stat().st_size != expected["size"]:
+            raise Damaged(f"{path}: {path.stat().st_size:,} bytes, expected {expected['size']:,}")
+
+    def check(name: str) -> None:
+        if _sha256(folder / name) != files[name]["sha256"]:
+            raise Damaged(f"{folder / name}: its content is not what was saved (sha256)")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, files))
+    return manifest
+
+
+def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to continue from and its manifest; None to start.
+
+    `choice` is latest, none, or a path. With latest, a damaged checkpoint is passed over with one warning.
+
+    Raises:
+        BadInput: the path is not a valid checkpoint, starting over would mix two runs, or no checkpoint there is valid.
+    """
+    flag, there = "--base.resume-from-checkpoint", steps(folder)
+    if choice == "none":
+        if there:
+            raise BadInput(f"{flag} none starts over, but {folder} holds a run; give another --base.output-dir or remove it")
+        return None
+    if choice != "latest":
+        path = Path(choice).expanduser()
+        try:
+            manifest = verify(path)
+        except Damaged as error:
+            raise BadInput(f"{flag} {choice}: not a valid checkpoint: {error}") from None
+        if there and there[-1] > manifest["step"]:
+            raise BadInput(f"{flag} {choice}: {folder} holds a later checkpoint-{there[-1]}; give another --base.output-dir")
+        return path, manifest
+    damaged = []
+    for step in reversed(there):
+        path = folder / f"checkpoint-{step}"
+        try:
+            manifest = verify(path)
+        except Damaged as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            warn(f"continuing from {path}: damaged: {'; '.join(damaged)}")
+        return path, manifest
+    if damaged:
+        raise BadInput(f"no checkpoint in {folder} is valid ({'; '.join(damaged)}); another --base.output-dir starts anew")
+    return None
+
+
+def load(accelerator: Accelerator, path: Path) -> None:
+    """Read the training state of a verified checkpoint into what was prepared and attached.
+
+    Hyper-parameters in the optimizers' groups (rates, betas, decay) stay as the settings made them.
+    """
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
+    accelerator.load_state(str(path / "state"))
+    for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
+        for group, values in zip(optimizer.param_groups, kept, strict=True):
+            group.update(values)

@@ -1,0 +1,366 @@
+"""The examples: open a data set, check and decode it, and deal it out as an endless keyed stream.
+
+Example number n of a run (which picture, which crop, which flip) is a function of (seed, n) alone: each pass over the data is
+a permutation keyed by its epoch, and batches are cut from the numbers by arithmetic. So nothing has to be skipped to
+continue, and processes, batch sizes and loader workers change nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from configs import BadInput, Data
+from tasks import Batch, Rng, hash64
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources. Each gives the same four things: how many, a picture by its row, captions and labels.
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that was opened but not read."""
+
+    size: int
+    read: Callable[[int], tuple[Image.Image, bytes]]
+    """Row -> (the picture, the bytes that identify it). Raises whatever a broken file raises."""
+    name: Callable[[int], str]
+    """Row -> what to call it in a message."""
+    captions: list[list[str]] | None
+    labels: list[int] | None
+    found: str
+    """One line: what was found where."""
+
+
+COLOURS = {
+    "red": (220, 30, 40),
+    "green": (30, 160, 60),
+    "blue": (30, 70, 225),
+    "yellow": (250, 205, 20),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+}
+SIZES = {"small": 0.22, "large": 0.36}  # the radius, as a fraction of the picture's side
+
+
+def _polygon(x: np.ndarray, y: np.ndarray, sides: int) -> np.ndarray:
+    """Signed distance to a regular polygon of circumradius 1 with a corner on top."""
+    angle = (np.arctan2(x, -y) + np.pi / sides) % (2 * np.pi / sides) - np.pi / sides
+    return np.hypot(x, y) * np.cos(np.abs(angle) - np.pi / sides) - np.cos(np.pi / sides)
+
+
+SHAPES = {  # name -> signed distance from (x, y), in radii, to the outline; negative inside
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.85,
+    "triangle": lambda x, y: _polygon(x / 1.15, (y - 0.25) / 1.15, 3) * 1.15,
+    "cross": lambda x, y: np.minimum(np.maximum(np.abs(x) - 0.33, np.abs(y) - 1), np.maximum(np.abs(x) - 1, np.abs(y) - 0.33)),
+}
+
+
+def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
+    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`: a function of the index alone."""
+    rng = np.random.Generator(np.random.Philox(key=hash64("shapes", index)))
+    label = int(rng.integers(len(SHAPES)))
+    shape, size = list(SHAPES)[label], list(SIZES)[rng.integers(len(SIZES))]
+    front, back = rng.choice(list(COLOURS), 2, replace=False)
+    radius, (x0, y0) = SIZES[size], 0.5 + rng.uniform(-0.1, 0.1, 2)
+    grid = (np.arange(resolution) + 0.5) / resolution
+    distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
+    cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
+    picture = cover * np.array(COLOURS[front]) + (1 - cover) * np.array(COLOURS[back])
+    return picture.round().astype(np.uint8), f"a {size} {front} {shape} on a {back} background", label
+
+
+def _open_shapes(cfg: Data) -> Source:
+    def read(row: int) -> tuple[Image.Image, bytes]:
+        picture = draw_shape(row, cfg.resolution)[0]
+        return Image.fromarray(picture), picture.tobytes()
+
+    drawn = [draw_shape(row, 1) for row in range(cfg.num_shapes)]  # captions and labels: one pixel is enough
+    found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
+    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found)
+
+
+def _load(cfg: Data) -> Any:
+    """The rows of a picture folder, a local data set or one on the hub, as a `datasets.Dataset`."""
+    import datasets
+
+    if not os.isatty(2):
+        datasets.disable_progress_bars()
+    if cfg.train_data_dir is not None:
+        folder = Path(cfg.train_data_dir).expanduser()
+        if not folder.is_dir():
+            raise BadInput(f"--data.train-data-dir {folder}: there is no such folder; expected a folder of pictures")
+        if not any(p.suffix.lower() in Image.registered_extensions() for p in folder.rglob("*") if p.is_file()):
+            raise BadInput(f"--data.train-data-dir {folder}: holds no pictures; expected PNG, JPEG, WebP, TIFF, ... files")
+        # Named outright: by default a picture called test_1.png would land in a split of its own and be dropped.
+        files, kwargs = {"train": "**"}, {"cache_dir": cfg.cache_dir, "split": "train"}
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=files, **kwargs)
+    name, flag = cfg.dataset_name, f"--data.dataset-name {cfg.dataset_name}"
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            rows = datasets.load_from_disk(str(folder))
+            if isinstance(rows, datasets.DatasetDict):
+                if cfg.split not in rows:
+                    raise BadInput(f"--data.split is {cfg.split!r}; {flag} has: {', '.join(rows)}")
+                rows = rows[cfg.split]
+            return rows
+        return datasets.load_dataset(name, cfg.dataset_config_name, split=cfg.split, cache_dir=cfg.cache_dir)
+    except BadInput:
+        raise
+    except (FileNotFoundError, ConnectionError) as error:
+        raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({error})") from None
+    except ValueError as error:  # an unknown split or configuration: the library lists those there are
+        raise BadInput(
+            f"{flag}, --data.split {cfg.split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}"
+        ) from None
+
+
+def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool], names: tuple[str, ...]) -> str | None:
+    """The column a flag names, or the one that fits, preferring the usual names."""
+    if given is not None:
+        if given not in rows.column_names:
+            raise BadInput(f"--data.{flag} is {given!r}; the data set has the columns {', '.join(rows.column_names)}")
+        return given
+    fitting = [name for name, feature in rows.features.items() if fits(feature)]
+    return next((name for name in names if name in fitting), None)
+
+
+def _open_rows(cfg: Data) -> Source:
+    import datasets
+
+    rows = _load(cfg)
+    images = tuple(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
+    usual = tuple(n for n in ("image", "img", "picture", "pixel_values", "jpg", "png", "webp") if n in images)
+    image = _column(rows, cfg.image_column, "image-column", lambda f: isinstance(f, datasets.Image), usual + images)
+    if image is None:
+        raise BadInput(f"no column of pictures among {', '.join(rows.column_names)}; --data.image-column names one")
+    texts = ("text", "caption", "captions", "prompt", "description", "sentence", "txt")
+    caption = _column(rows, cfg.caption_column, "caption-column", lambda f: "string" in str(f).lower(), texts)
+    is_label = lambda f: isinstance(f, datasets.ClassLabel) or getattr(f, "dtype", "").startswith("int")  # noqa: E731
+    classes = tuple(name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel))
+    label = _column(rows, cfg.label_column, "label-column", is_label, (*classes, "label", "labels", "class"))
+    try:
+        encoded = rows.cast_column(image, datasets.Image(decode=False)).select_columns([image])
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"--data.image-column {image} does not hold pictures: {error}") from None
+
+    def read(row: int) -> tuple[Image.Image, bytes]:
+        value = encoded[row][image]
+        if value is None:
+            raise ValueError("the picture is missing")
+        raw = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        return Image.open(io.BytesIO(raw)), raw
+
+    def name(row: int) -> str:
+        return (encoded[row][image] or {}).get("path") or f"row {row}"
+
+    captions, source = None, caption
+    if caption is not None:
+        captions = [[c] if isinstance(c, str) else [str(x) for x in c or [""]] for c in rows[caption]]
+    elif cfg.train_data_dir is not None:
+        beside = [Path(name(row)).with_suffix(".txt") for row in range(len(rows))]
+        if any(path.is_file() for path in beside):
+            captions = [[path.read_text("utf-8").strip() if path.is_file() else ""] for path in beside]
+            source = "the .txt beside each picture"
+    labels = None
+    if label is not None:
+        values = np.asarray(rows[label])
+        labels = (values if values.dtype.kind in "iu" else np.unique(values, return_inverse=True)[1]).tolist()
+    where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
+    found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
+    return Source(len(rows), read, name, captions, labels, found)
+
+
+def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
+    """Open what the settings name, without reading pictures.
+
+    Raises:
+        BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
+            that the task `needs`.
+    """
+    embedded = cfg.dataset_name == "shapes" and cfg.train_data_dir is None
+    source = _open_shapes(cfg) if embedded else _open_rows(cfg)
+    if source.size < cfg.train_batch_size:
+        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
+    for column, there in (("caption", source.captions), ("label", source.labels)):
+        if column in needs and there is None:
+            raise BadInput(
+                f"the task needs a {column} for each picture and found none; --data.{column}-column names their column"
+            )
+    return source
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a file to pixels.
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB, upright: EXIF orientation applied, deep ranges scaled, transparency laid on white.
+
+    Floating-point pictures are read as [0, 1], or as [0, 255] or [0, 65535] where their values exceed the smaller range.
+
+    Raises:
+        ValueError: a floating-point picture that is negative or not finite.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        x = np.asarray(image).astype(np.float64)
+        if not np.isfinite(x).all() or x.min() < 0:
+            raise ValueError("its values are negative or not finite")
+        top = 65535.0 if image.mode != "F" else next((t for t in (1.0, 255.0, 65535.0) if x.max() <= t), x.max())
+        image = Image.fromarray((x / max(top, x.max()) * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def pixels(image: Image.Image, cfg: Data) -> Tensor:
+    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central."""
+    image = F.resize(to_rgb(image), [cfg.resolution])  # bilinear with antialiasing, as PIL does it
+    if cfg.center_crop:
+        image = F.center_crop(image, [cfg.resolution])
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set made ready.
+
+
+class Examples(torch.utils.data.Dataset):
+    """The training set: numbers of the run in, a batch out. Pictures that fit the memory budget are decoded once, here."""
+
+    def __init__(self, source: Source, cfg: Data, seed: int, progress: Callable[[int, int], None] = lambda done, of: None):
+        """Decode and check everything.
+
+        Raises:
+            BadInput: pictures that cannot be read, every one of them named.
+        """
+        self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
+        self.sizes = torch.zeros(source.size, 2, dtype=torch.int64)  # height and width before resizing
+        self.cache: Tensor | list[Tensor] | None = []
+        broken, used, digest = [], 0, hashlib.blake2b(digest_size=16)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, source.size, 256):  # in blocks: a million queued reads would be a heap of their own
+                for row, (x, size, what) in enumerate(pool.map(self._try, range(start, min(start + 256, source.size))), start):
+                    digest.update(what)
+                    if x is None:
+                        broken.append(f"{source.name(row)} ({size})")
+                        continue
+                    self.sizes[row] = torch.tensor(size)
+                    used += x.numel()
+                    if used > cfg.memory_budget * 2**30:
+                        self.cache = None
+                    if self.cache is not None:
+                        self.cache.append(x)
+                progress(min(start + 256, source.size), source.size)
+        if broken:
+            raise BadInput(f"{len(broken)} of {source.size} pictures cannot be read: {'; '.join(broken)}")
+        if self.cache and all(x.shape == self.cache[0].shape for x in self.cache):
+            self.cache = torch.stack(self.cache)
+        digest.update(repr((source.captions, source.labels)).encode())
+        self.fingerprint = digest.hexdigest()
+        self.bytes = used
+
+    def _try(self, row: int) -> tuple[Tensor | None, Any, bytes]:
+        try:
+            image, raw = self.source.read(row)
+            size = image.size[::-1]
+            return pixels(image, self.cfg), size, hashlib.blake2b(raw, digest_size=16).digest()
+        except Exception as error:  # whatever a decoder throws at a broken file
+            return None, " ".join(str(error).split()) or type(error).__name__, b""
+
+    def _pixels(self, row: int) -> Tensor:
+        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of the rows in this epoch."""
+        seed = hash64(self.seed, "order", epoch) & 0xFFFFFFFF
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+
+    def __getitem__(self, numbers: range) -> Batch:
+        """The batch of these examples of the run; pictures still uint8."""
+        n = torch.tensor(numbers)
+        rows = torch.stack([self.order(i // self.size)[i % self.size] for i in numbers])
+        rng = Rng.of(self.seed, numbers, "data")
+        flip = rng.uniform("flip") < 0.5 if self.cfg.random_flip else torch.zeros(len(n), dtype=torch.bool)
+        return self._batch(n, rows, rng.uniform("crop", 2), flip, rng.uniform("caption"))
+
+    def fixed(self, size: int) -> Iterator[Batch]:
+        """The data in order, `size` at a time, cut from the middle and never mirrored."""
+        for start in range(0, self.size, size):
+            rows = torch.arange(start, min(start + size, self.size))
+            half = torch.full((len(rows), 2), 0.5)
+            yield self._batch(rows, rows, half, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)))
+
+    def _batch(self, n: Tensor, rows: Tensor, crop: Tensor, flip: Tensor, choice: Tensor) -> Batch:
+        side = self.cfg.resolution
+        if isinstance(self.cache, Tensor) and self.cache.shape[-2:] == (side, side):
+            x = self.cache[rows]  # [B, 3, H, W] uint8
+            corner = torch.zeros(len(rows), 2, dtype=torch.int64)
+        else:
+            whole = [self._pixels(int(row)) for row in rows]
+            room = torch.tensor([x.shape[1:] for x in whole]) - side + 1
+            corner = (crop * room).long()  # [B, 2] top, left
+            x = torch.stack([w[:, t : t + side, i : i + side] for w, (t, i) in zip(whole, corner.tolist(), strict=True)])
+            # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
+            corner[:, 1] = torch.where(flip, room[:, 1] - 1 - corner[:, 1], corner[:, 1])
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+        batch = {"n": n, "index": rows, "pixel_values": x, "original_size": self.sizes[rows], "crop_top_left": corner}
+        if self.source.captions is not None:
+            texts = [self.source.captions[row] for row in rows.tolist()]
+            batch["caption"] = [t[int(u * len(t))] for t, u in zip(texts, choice.tolist(), strict=True)]
+        if self.source.labels is not None:
+            batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
+        return batch
+
+    def stream(self, first: int, stride: int) -> Iterator[Batch]:
+        """The endless stream of one process: a batch from example `first` on, then one every `stride` examples."""
+        size = self.cfg.train_batch_size
+        numbers = (range(n, n + size) for n in itertools.count(first, stride))
+        processes = self.cfg.dataloader_num_workers if self.cache is None else 0
+        loader = torch.utils.data.DataLoader(
+            self,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=processes,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The data as samples and exports see them: in order, cut from the middle, never mirrored, `size` at a time, on the
+    device. Nothing is read before it is iterated over."""
+
+    examples: Examples
+    size: int
+    device: Any
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size))
+
+
+def to_device(batch: Batch, device: Any) -> Batch:
+    """The batch on the device; pictures, which travel as uint8, become float32 in [-1, 1] there."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {k: v.float() / 127.5 - 1 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in moved.items()}

@@ -1,0 +1,522 @@
+"""One training loop for every diffusion task.
+
+    python loop.py                               the tasks
+    python loop.py ddpm --base.num-epochs 10     train; the same command again continues
+    accelerate launch loop.py ddpm               on every GPU
+
+    import loop; from tasks import ddpm
+    state = loop.run(ddpm.task, ddpm.Config())   the same from a script
+
+The order of `run` is the order of events: the output folder, the data, the checkpoint to continue from, the models, the loop,
+the end. It knows nothing of diffusion: a task's functions (tasks/__init__.py) say what is trained.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import configs
+
+if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes in the settings answer at once
+    try:
+        MODULE, CONFIG = configs.parse(sys.argv[1:])
+    except configs.BadInput as error:
+        configs.fail(error, 2)
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from torch import Tensor
+
+import checkpoint
+import data
+from configs import BadInput
+from report import Report, check_trackers, clock, publish, trackers
+from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
+
+
+class NonFinite(Exception):
+    """A loss or gradient that is not finite. Exit code 3."""
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes."""
+
+    models: Models
+    """Those that train, as the task made them."""
+    optims: Optims
+    ema: dict[str, Tensor] = field(default_factory=dict)
+    """'model.parameter' -> its average, for what requires a gradient; empty without EMA."""
+    step: int = 0
+    """Optimizer steps taken."""
+    examples: int = 0
+    """Examples consumed: the number of the next one."""
+    skipped: int = 0
+    """Updates left out because they were not finite."""
+
+
+def run(task: Task, cfg: Any) -> TrainState:
+    """Train `task` as `cfg` says, from where its output folder stands; returns the final state.
+
+    Raises:
+        BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written.
+        NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save was refused.
+        SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
+    """
+    started, name = time.perf_counter(), configs.task_group(cfg)
+    out = Path(cfg.base.output_dir or f"runs/{name}").expanduser()
+    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out)))
+    base, size = cfg.base, cfg.data.train_batch_size
+    accelerator = make_accelerator(base, out)
+    device, report = accelerator.device, Report(accelerator, out, cfg)
+    with checkpoint.lock(out, accelerator), closing(report), Signals(accelerator) as signals:
+        # The data set, the checkpoint to continue from, and how far there is to go.
+        source = data.open_source(cfg.data, task.needs)
+        found = checkpoint.on_main(accelerator, lambda: checkpoint.find(out, base.resume_from_checkpoint, report.say))
+        saved, facts = found or (None, {"step": 0, "examples": 0, "skipped": 0})
+        if found:
+            refuse_changes(facts, {"task": name}, configs.changes(facts["settings"], cfg))
+        block = size * accelerator.num_processes  # examples from one batch of a process to its next
+        update = block * base.gradient_accumulation_steps  # examples in one optimizer step
+        left = math.ceil(round(base.num_epochs * source.size - facts["examples"], 6) / update)
+        total = base.max_train_steps or facts["step"] + max(left, 0)
+        rate = schedule(base, total)
+        finished = facts["step"] >= total and (out / "export").exists()
+        if finished:
+            longer = "--base.num-epochs or --base.max-train-steps makes it longer"
+            report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
+        else:
+            examples = data.Examples(source, cfg.data, base.seed)
+            refuse_changes(facts, {"data": examples.fingerprint})
+
+        # The models, the optimizers and the averages. What requires a gradient trains; the rest is frozen.
+        torch.manual_seed(hash64(base.seed, "models"))
+        models = task.make_models(cfg)
+        place(models, accelerator, base.gradient_checkpointing)
+        state = TrainState({k: m for k, m in models.items() if trains(m)}, task.make_optim(models, cfg))
+        state.step, state.examples, state.skipped = facts["step"], facts["examples"], facts["skipped"]
+        weights = {f"{k}.{n}": p for k, m in state.models.items() for n, p in m.named_parameters() if p.requires_grad}
+        if base.use_ema:
+            state.ema = {key: p.detach().clone() for key, p in weights.items()}
+        params = {k: [p for group in o.param_groups for p in group["params"]] for k, o in state.optims.items()}
+        peaks = {
+            k: [group["lr"] * (update if base.scale_lr else 1) for group in o.param_groups] for k, o in state.optims.items()
+        }
+        identity = {"task": name, "models": {k: describe(m) for k, m in models.items()}}
+        refuse_changes(facts, identity)
+        prepared = [accelerator.prepare(part) for part in (*state.models.values(), *state.optims.values())]
+        wrapped = dict(zip(state.models, prepared, strict=False))
+        optims = dict(zip(state.optims, prepared[len(wrapped) :], strict=True))
+        checkpoint.attach(accelerator, state.models, state.ema)
+        if found:
+            checkpoint.load(accelerator, saved)
+        if finished:
+            return state
+
+        # What every number became, said once. From here on there are files.
+        report.open(state.step, total)
+        facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
+        if accelerator.is_main_process:
+            checkpoint.tidy(out)
+            checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
+        first = examples[range(size)]
+        report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
+        meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
+        settle_buckets(accelerator, task, models | wrapped, first, cfg)
+
+        def export(folder: Path) -> None:
+            with at_rest(models, weights, state.ema):
+                lines = task.export_fn(models, data.Fixed(examples, size, device), folder, cfg)
+            (folder / "load.py").write_text(lines + "\n")
+
+        def save() -> Path:
+            guard.read()
+            now = {"examples": state.examples, "skipped": state.skipped}
+            return checkpoint.save(accelerator, out, state.step, facts | now, export, base.checkpoints_total_limit)
+
+        def sample() -> None:
+            guard.read()
+            if accelerator.is_main_process:
+                rng = Rng.of(base.seed, range(base.num_samples), "samples", device)
+                with at_rest(models, weights, state.ema), accelerator.autocast():
+                    images = task.sample_fn(models, data.Fixed(examples, base.num_samples, device), rng, cfg)
+                report.images(images, state.step)
+
+        # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
+        stream = examples.stream(state.examples + accelerator.process_index * size, block)
+        signals.armed = True
+        while state.step < total and not signals.agreed():
+            factor = rate(state.step)
+            for batch in itertools.islice(stream, base.gradient_accumulation_steps):
+                numbers, rows = batch["n"].tolist(), batch["index"]
+                batch, rng = data.to_device(batch, device), Rng.of(base.seed, numbers, device=device)
+                torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
+                with accelerator.accumulate(*wrapped.values()):
+                    for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
+                        accelerator.backward(loss.value)
+                        guard.watch(loss, rows)
+                        meter.add("loss", loss.name, loss.value)
+                        for key, value in loss.logs.items():
+                            meter.add(key, "", value)
+                        if accelerator.sync_gradients:  # the batch of the step is complete
+                            norm = accelerator.clip_grad_norm_(params[loss.name], base.max_grad_norm or math.inf)
+                            meter.add("grad_norm", loss.name, norm)
+                            for group, peak in zip(optims[loss.name].param_groups, peaks[loss.name], strict=True):
+                                group["lr"] = peak * factor
+                            if guard.allows(loss.name, norm):
+                                optims[loss.name].step()
+                            optims[loss.name].zero_grad()
+            state.step, state.examples = state.step + 1, state.examples + update
+            decay = average(state, weights, base)
+            meter.updates += 1
+            report.advance()
+            due = state.step == total
+            if due or state.step % base.logging_steps == 0:
+                guard.read()
+                rates = {f"lr/{k}" if len(peaks) > 1 else "lr": peak[0] * factor for k, peak in peaks.items()}
+                report.log(meter.read(update) | rates | {"ema_decay": decay}, state.step)
+            if due or (base.sample_steps and state.step % base.sample_steps == 0):
+                sample()
+            if due or state.step % base.checkpointing_steps == 0:
+                saved = save()
+        if code := signals.agreed():
+            if saved is None or saved.name != f"checkpoint-{state.step}":
+                saved = save()
+            report.say(f"stopped by a signal after step {state.step}; saved {saved}; the same command continues")
+            raise SystemExit(code)
+
+        # The end: the last checkpoint's export by itself, with its card.
+        if accelerator.is_main_process:
+            loads = publish(saved, out, cfg, source.found, state.step)
+            took = clock(time.perf_counter() - started)
+            report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
+        accelerator.wait_for_everyone()
+        return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setting up.
+
+
+def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
+    """accelerate, in the precision and with the trackers that the settings ask for."""
+    check_trackers(base)
+    AcceleratorState._reset_state()  # a script may run twice, in two precisions
+    GradientState._reset_state()
+    precision = base.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16() else "no"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+    return Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
+        log_with=trackers(base),
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
+    )
+
+
+def computes_bf16() -> bool:
+    """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def schedule(base: configs.Base, total: int) -> Callable[[int], float]:
+    """Optimizer step -> the factor on the peak learning rate for the update that follows: diffusers' own schedules, read as
+    functions, so that nothing has to be stepped or saved."""
+    from diffusers.optimization import get_scheduler
+
+    warmup = min(total // 20, 500) if base.lr_warmup_steps is None else base.lr_warmup_steps
+    if warmup >= total and base.lr_scheduler != "constant":
+        raise BadInput(f"--base.lr-warmup-steps is {warmup}; expected fewer than the run's {total} optimizer steps")
+    probe = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    cycles = {"num_cycles": base.lr_num_cycles, "power": base.lr_power}
+    made = get_scheduler(base.lr_scheduler, probe, num_warmup_steps=warmup, num_training_steps=total, **cycles)
+    return made.lr_lambdas[0]
+
+
+def trains(module: torch.nn.Module) -> bool:
+    """Whether anything in it requires a gradient."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
+    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval()."""
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for name, module in models.items():
+        training = trains(module)
+        if not training and not any(True for _ in module.parameters()):
+            continue
+        for p in module.parameters():
+            if p.is_floating_point():
+                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad else narrow)
+        module.to(accelerator.device).train(training)
+        if recompute and training:
+            if not hasattr(module, "enable_gradient_checkpointing"):
+                raise BadInput(f"--base.gradient-checkpointing: the model {name!r} ({type(module).__name__}) cannot recompute")
+            module.enable_gradient_checkpointing()
+
+
+def describe(module: torch.nn.Module) -> str:
+    """A model in a line; two lives of a run must have the same."""
+    config = dict(getattr(module, "config", {}) or {}) if hasattr(getattr(module, "config", None), "items") else {}
+    own = {k: v for k, v in config.items() if not k.startswith("_")}
+    shapes = [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
+    digest = hashlib.sha256(json.dumps([own, shapes], default=str, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} parameters ({digest})"
+
+
+def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterable[str] = ()) -> None:
+    """Refuse to continue another run: what the checkpoint's manifest says of it, against what this one is.
+
+    Raises:
+        BadInput: with both values of everything that differs.
+    """
+    differ = [f"{k} was {facts[k]} and is now {v}" for k, v in now.items() if k in facts and facts[k] != v] + list(settings)
+    if differ:
+        raise BadInput(f"the output folder holds another run: {'; '.join(differ)}; give another --base.output-dir")
+
+
+def introduce(
+    accelerator: Accelerator, cfg: Any, found: str, models: Models, first: Batch, state: TrainState, total: int
+) -> str:
+    """What every number became, in a few lines."""
+    count = lambda wanted: sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad is wanted)  # noqa: E731
+    size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
+    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    update = size * processes * accumulated
+    shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" if isinstance(v, Tensor) else k for k, v in first.items())
+    return f"""data        {found}
+first batch {shapes}
+models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
+            {count(True):,} trainable parameters, {count(False):,} frozen
+device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
+step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
+length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
+output      {cfg.base.output_dir}"""
+
+
+def settle_buckets(accelerator: Accelerator, task: Task, models: Models, first: Batch, cfg: Any) -> None:
+    """One pass whose gradients are thrown away, where more than two processes train.
+
+    DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
+    last bits: after this pass every life of a run sums alike.
+    """
+    if accelerator.num_processes > 2:
+        rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)
+        for loss in autocast(accelerator, task.loss_fn(models, data.to_device(first, accelerator.device), rng, cfg)):
+            accelerator.backward(loss.value)
+        for module in models.values():
+            module.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside the loop.
+
+
+def autocast(accelerator: Accelerator, losses: Iterator[Loss]) -> Iterator[Loss]:
+    """The same losses, computed in the precision of the run; what happens between them is not."""
+    while True:
+        with accelerator.autocast():
+            loss = next(losses, None)
+        if loss is None:
+            return
+        yield loss
+
+
+@torch.no_grad()
+def average(state: TrainState, weights: dict[str, Tensor], base: configs.Base) -> float:
+    """Move the averages toward the weights after an update; returns the decay.
+
+    With the warm-up of diffusers' EMAModel: 1 - (1 + k)^-power after k updates, up to the largest decay.
+    """
+    decay = min(base.ema_decay, 1 - state.step**-base.ema_power)
+    if state.ema:
+        torch._foreach_lerp_(list(state.ema.values()), [weights[key] for key in state.ema], 1 - decay)
+    return decay
+
+
+@contextlib.contextmanager
+def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
+    """The models as they are shown and exported: averaged weights in place, eval(), no gradients."""
+    training = {k: m.training for k, m in models.items()}
+    with torch.no_grad():
+        kept = [weights[key].clone() for key in ema]
+        torch._foreach_copy_([weights[key] for key in ema], list(ema.values())) if ema else None
+        for module in models.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_([weights[key] for key in ema], kept) if ema else None
+            for name, module in models.items():
+                module.train(training[name])
+
+
+class Meter:
+    """Means of what was logged since the last reading. Everything stays on the device until it is read."""
+
+    def __init__(self, accelerator: Accelerator, several: bool):
+        self.accelerator, self.several = accelerator, several
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.since, self.updates = time.perf_counter(), 0
+
+    def add(self, kind: str, name: str, value: Any) -> None:
+        """One value of a kind (loss, grad_norm, ...); the optimizer's name is added where there are several."""
+        key = f"{kind}/{name}" if self.several and name else kind
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
+        self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    def read(self, examples: int) -> dict[str, float]:
+        """The means over processes, and the speed with `examples` an update. This waits for the device."""
+        keys = sorted(self.sums)
+        means = torch.stack([self.sums[key] / self.counts[key] for key in keys])
+        values = dict(zip(keys, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        now = time.perf_counter()
+        speed = examples * self.updates / (now - self.since)
+        self.sums, self.counts, self.since, self.updates = {}, {}, now, 0
+        return values | {"pictures_per_second": speed}
+
+
+class Guard:
+    """Watches that every loss and gradient is finite.
+
+    Where reading costs nothing (a CPU), or updates may be skipped, it looks before the optimizer steps; elsewhere it keeps the
+    verdicts on the device and reads them before anything is logged, shown or saved.
+    """
+
+    def __init__(self, accelerator: Accelerator, state: TrainState, most: int, name: Callable[[int], str]):
+        self.accelerator, self.state, self.most, self.name = accelerator, state, most, name
+        self.now = accelerator.device.type == "cpu" or most > 0
+        self.losses: dict[str, list[tuple[Tensor, Tensor]]] = {}  # optimizer -> (loss, rows) of this update's batches
+        self.pending: list[tuple[int, str, Tensor]] = []
+
+    def watch(self, loss: Loss, rows: Tensor) -> None:
+        """See the loss of a batch, made of these rows of the data set."""
+        self.losses.setdefault(loss.name, []).append((loss.value.detach(), rows))
+
+    def allows(self, name: str, norm: Tensor) -> bool:
+        """Whether the optimizer may step, given the norm of its gradient."""
+        seen = self.losses.pop(name)
+        scaled = self.accelerator.scaler is not None  # fp16: its scaler finds overflows in gradients, and skips them
+        values = torch.stack([value for value, _ in seen] + ([] if scaled else [norm.to(seen[0][0].device)]))
+        finite = self.accelerator.reduce(values.isfinite().all().float(), "mean") == 1
+        if not self.now:
+            self.pending.append((self.state.step + 1, name, finite))
+            return True
+        if finite:
+            return True
+        self.state.skipped += 1
+        if self.state.skipped > self.most:
+            rows = [int(r) for value, rows in seen if not value.isfinite() for r in rows] or [
+                int(r) for _, rows in seen for r in rows
+            ]
+            what = "loss" if not values[: len(seen)].isfinite().all() else "gradient"
+            files = ", ".join(self.name(r) for r in rows[:4]) + (", ..." if len(rows) > 4 else "")
+            self.refuse(self.state.step + 1, name, what, f" on a batch with {files}")
+        return scaled  # the scaler must see the step that it will skip
+
+    def read(self) -> None:
+        """Settle what was left on the device. This waits for it."""
+        for step, name, finite in self.pending:
+            if not finite:
+                self.refuse(step, name, "loss or gradient", "")
+        self.pending.clear()
+
+    def refuse(self, step: int, name: str, what: str, where: str) -> None:
+        skipped = f" after {self.most} skipped updates" if self.most else ""
+        raise NonFinite(
+            f"the {what} of {name!r} is not finite at step {step}{where}{skipped}; the last checkpoint stands; "
+            "a lower learning rate, --base.mixed-precision no or --base.max-skipped-updates may help"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Around the loop.
+
+
+class Signals(contextlib.AbstractContextManager):
+    """SIGINT, SIGTERM and SIGUSR1 ask the loop to save after its update and leave; a second one leaves at once."""
+
+    CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 75}  # 75: saved, wants to be run again
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.code, self.armed, self.before = accelerator, 0, False, {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self.receive) for number in self.CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame: Any) -> None:
+        if self.code:
+            os._exit(self.CODES[number])
+        self.code = self.CODES[number]
+        if not self.armed:  # nothing was trained yet: nothing to save
+            raise SystemExit(self.code)
+
+    def agreed(self) -> int:
+        """The exit code that some process was asked for, on all processes; 0 for none."""
+        if self.accelerator.num_processes == 1:
+            return self.code
+        code = torch.tensor(self.code)
+        torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX, group=_host_group())
+        return int(code)
+
+
+@functools.cache
+def _host_group() -> Any:
+    """Processes talking from host to host, so that no GPU is waited for."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+@contextlib.contextmanager
+def closing(report: Report) -> Iterator[None]:
+    """Let go of the console, files and trackers, whatever happened."""
+    try:
+        yield
+    finally:
+        report.close()
+
+
+def main() -> None:
+    """The command line: run, and turn what went wrong into a line and an exit code."""
+    try:
+        run(MODULE.task, CONFIG)
+    except BadInput as error:
+        configs.fail(error, 2)
+    except NonFinite as error:
+        configs.fail(error, 3)
+    except checkpoint.StorageError as error:
+        configs.fail(error, 4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What a run shows of itself: the console, metrics.jsonl, trackers, sample grids, and the card of its export.
+
+Only the main process shows anything; the others hold a `Report` that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import shutil
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import configs
+from configs import BadInput
+from tasks import Images
+
+
+class Report:
+    """One for each life of a run. `say` works from the start; `open` begins the bar, the metrics file and the trackers."""
+
+    def __init__(self, accelerator: Accelerator, out: Path, cfg: Any):
+        self.accelerator, self.out, self.cfg = accelerator, out, cfg
+        self.main, self.bar = accelerator.is_main_process, None
+        self.metrics, self.spoken = None, -math.inf
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the bar."""
+        if self.main:
+            tqdm.write(text, sys.stderr)
+
+    def open(self, step: int, total: int) -> None:
+        """Continue the records after `step`: what an earlier life wrote beyond it is dropped, since it is written again."""
+        if trackers(self.cfg.base):
+            self.accelerator.init_trackers(
+                "oneloop",
+                config={f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()},
+                init_kwargs={
+                    "tensorboard": {"purge_step": step + 1},
+                    "wandb": {"name": self.out.name, "dir": str(self.out), "id": self._identity() if "wandb" in trackers(self.cfg.base) else None, "resume": "allow"},
+                },
+            )
+        if not self.main:
+            return
+        path = self.out / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+        self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self.total, self.started, self.first = total, time.perf_counter(), step
+
+    def _identity(self) -> str:
+        """The run's name with wandb, the same in each of its lives."""
+        if not self.main:
+            return ""
+        path = self.out / "wandb.id"
+        if not path.exists():
+            path.write_text(os.urandom(8).hex())
+        return path.read_text()
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Metrics of one moment, to every place they go."""
+        self.accelerator.log(values, step=step)
+        if not self.main:
+            return
+        self.metrics.write(json.dumps({"step": step} | values) + "\n")
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k.partition("/")[0] in ("loss", "lr", "pictures_per_second")}
+        if self.bar is not None:
+            self.bar.set_postfix(shown)
+        elif time.perf_counter() - self.spoken > 10 or step == self.total:  # a pipe or a file: a line now and then
+            self.spoken = time.perf_counter()
+            left = (self.spoken - self.started) / max(step - self.first, 1) * (self.total - step)
+            self.say(f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left")
+
+    def images(self, images: Images, step: int) -> list[Path]:
+        """Each set of pictures as a PNG grid in samples/ and to the trackers."""
+        paths = []
+        for name, pictures in images.items():
+            pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
+            path = self.out / "samples" / (f"{step}.png" if name == "samples" else f"{step}-{name}.png")
+            path.parent.mkdir(exist_ok=True)
+            save_image(make_grid(pictures, nrow=math.ceil(len(pictures) ** 0.5), padding=2, pad_value=1.0), path)
+            paths.append(path)
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({name: pictures.permute(0, 2, 3, 1).numpy()}, step=step, **layout)
+        return paths
+
+    def close(self) -> None:
+        """Let go of the bar, the file and the trackers."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def _plain(value: Any) -> Any:
+    """A setting in a form that every tracker takes."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file that may end in half of one, or not be there."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 5s, 12:05 or 1:02:03."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}" if m else f"{s}s"
+
+
+def trackers(base: configs.Base) -> list[str]:
+    """The trackers that the settings name."""
+    return [logger for logger in base.logger if logger != "none"]
+
+
+def check_trackers(base: configs.Base) -> None:
+    """Refuse what cannot be reported to, before anything slow.
+
+    Raises:
+        BadInput: an unknown or missing tracker, or wandb or the hub without a login.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for logger in trackers(base):
+        if logger not in LOGGER_TYPE_TO_CLASS:
+            raise BadInput(f"--base.logger is {logger!r}; expected some of {', '.join(LOGGER_TYPE_TO_CLASS)}, or none")
+        if logger not in [tracker.value for tracker in get_available_trackers()]:
+            raise BadInput(f"--base.logger {logger} needs the package {logger}; install it, or choose another")
+    if "wandb" in trackers(base) and not _knows_wandb():
+        raise BadInput("--base.logger wandb needs a login: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
+    if base.push_to_hub:
+        import huggingface_hub
+
+        if not huggingface_hub.get_token():
+            raise BadInput("--base.push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN")
+
+
+def _knows_wandb() -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
+    """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it."""
+    staged, export = out / ".export.writing", out / "export"
+    shutil.rmtree(staged, ignore_errors=True)
+    shutil.copytree(
+        saved, staged, ignore=lambda folder, names: {"state", "manifest.json", "load.py"} if folder == str(saved) else ()
+    )
+    loads = (saved / "load.py").read_text("utf-8").strip()
+    grids = sorted((out / "samples").glob(f"{step}*.png"))
+    for grid in grids:
+        shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
+    (staged / "README.md").write_text(
+        _card(out, cfg, found, step, loads, [p.name for p in sorted(staged.glob("*.png"))]), "utf-8"
+    )
+    shutil.rmtree(export, ignore_errors=True)
+    os.rename(staged, export)
+    if cfg.base.push_to_hub:
+        import huggingface_hub
+
+        repo = huggingface_hub.create_repo(cfg.base.hub_model_id or out.name, exist_ok=True).repo_id
+        huggingface_hub.upload_folder(repo_id=repo, folder_path=export, commit_message=f"{step} optimizer steps")
+    return loads.format(path=export)
+
+
+def _card(out: Path, cfg: Any, found: str, step: int, loads: str, grids: list[str]) -> str:
+    """The README.md of an export: what it is, how to load it, what it was trained on, how to repeat it."""
+    task, settings = configs.task_group(cfg), configs.to_dict(cfg)
+    settings["base"]["output_dir"] = None  # a place on this machine is nobody else's business
+    pictures = "\n".join(f"![{name}]({name})" for name in grids)
+    return f"""---
+library_name: diffusers
+tags: [diffusers, oneloop, {task}]
+---
+# {out.name}
+
+Trained with oneloop's task `{task}` for {step:,} optimizer steps on {found}.
+
+```python
+{loads.format(path=".")}
+```
+
+{pictures}
+
+These settings, in a file, repeat the run: `python loop.py settings.json`.
+
+```json
+{json.dumps(settings, indent=2)}
+```
+"""

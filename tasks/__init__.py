@@ -1,0 +1,148 @@
+"""The contract between the loop and a task: plain functions over plain data.
+
+A task is one module: a frozen dataclass of settings, a `Config(base, data, <task>)`, a few functions, and at its end
+`task = Task(...)`. Its functions know nothing of devices, processes, files or optimizer steps; the loop owns those. This
+module imports nothing heavy, so that a task's settings can be read in a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+C = TypeVar("C")
+Models = dict[str, "nn.Module"]
+"""name -> module. What trains is what requires a gradient; the rest is frozen, moved, cast and kept in eval()."""
+Optims = dict[str, "torch.optim.Optimizer"]
+"""name -> optimizer. One `Loss` of the same name is one step of it."""
+Batch = dict[str, Any]
+"""Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Pictures
+are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized picture;
+where the data have them, `caption` (a list of B strings) and `label` [B]."""
+Images = dict[str, "Tensor"]
+"""What validation shows: name -> pictures [N, 3, H, W] in [0, 1]; one grid for each name."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss to descend: the loop runs `value.backward()` and, when a batch is complete, the optimizer called `name`."""
+
+    name: str
+    value: Tensor
+    """Scalar: the mean over the B examples, so that layouts of the same batch agree."""
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    """More scalars to average and log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Generic[C]):
+    """A recipe. Each function is called with what it needs and returns what is asked; none keeps state of its own."""
+
+    config: type[C]
+    """The dataclass of settings: `base: Base`, `data: Data`, and one group named after the task."""
+    make_models: Callable[[C], Models]
+    """Build or load the modules, on the CPU in float32 unless frozen. Called once, with the global generators seeded."""
+    make_optim: Callable[[Models, C], Optims]
+    """The optimizers over what trains. Their learning rates are the peak; the loop scales them at each step."""
+    loss_fn: Callable[[Models, Batch, Rng, C], Iterator[Loss]]
+    """Yield each loss in the order of the steps. When control comes back after a `yield`, that step has been taken."""
+    sample_fn: Callable[[Models, Iterable[Batch], Rng, C], Images]
+    """Draw `len(rng)` pictures, with the averaged weights in place. `examples` are batches of that many fixed examples."""
+    export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
+    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder."""
+    encode_fns: Mapping[str, Callable[[Models, Any, C], Mapping[str, Tensor]]] = field(default_factory=dict)
+    """column -> its frozen, deterministic encoding as new columns; may be computed once and cached on disk."""
+    needs: tuple[str, ...] = ()
+    """Columns without which the task cannot work: `caption`, `label`."""
+
+
+@dataclass(frozen=True)
+class Rng:
+    """Randomness as an argument: every draw for an example is a function of (run seed, its number, purpose) alone.
+
+    A purpose names a draw: the same purpose gives the same numbers again, another purpose independent ones, whatever else is
+    drawn, in any order. Batch size, processes and devices do not enter. The generator is Philox4x32-10 (Salmon et al., 2011,
+    Parallel random numbers: as easy as 1, 2, 3), keyed for each example, in torch's stateless form.
+    """
+
+    keys: Tensor
+    """[B, 2] uint64, one Philox key (seed, offset) for each example; on the device that draws."""
+    device: Any = "cpu"
+    """Where results go."""
+
+    @classmethod
+    def of(cls, seed: int, numbers: Iterable[int], stream: str = "train", device: Any = "cpu") -> Rng:
+        """Keys for the examples with these numbers. Different streams of one run (training, samples) share no key."""
+        import torch
+
+        keys = torch.tensor([[hash64(seed, stream, int(n)), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
+        on = device if torch.device(device).type == "cuda" else "cpu"  # where torch has the kernels
+        return cls(keys.to(on), device)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def _keys(self, purpose: str, ndim: int) -> Tensor:
+        from torch.func import _random
+
+        keys = _random.fold_in(self.keys, hash64(purpose))
+        return keys.view(len(keys), *[1] * ndim, 2)
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal numbers, [B, *shape] float32."""
+        from torch.func import _random
+
+        return _random.normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), [B, *shape] float32."""
+        from torch.func import _random
+
+        return _random.uniform(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+
+    def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
+        """Uniform integers in [0, high), [B, *shape] int64; `high` at most 2^24, the steps of a float32 in [0, 1)."""
+        assert high <= 1 << 24, high
+        return (self.uniform(purpose, *shape) * high).long().clamp_(max=high - 1)
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """One seeded CPU generator for each example, the form that diffusers' pipelines take."""
+        import torch
+
+        seeds = self._keys(purpose, 0)[:, 0].tolist()
+        return [torch.Generator().manual_seed(seed & 0xFFFFFFFF) for seed in seeds]  # a CPU generator reads 32 bits
+
+
+def hash64(*parts: Any) -> int:
+    """A 64-bit hash of the parts, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, behind the wrapper that reduces gradients across processes."""
+    return getattr(module, "module", module) if type(module).__name__ == "DistributedDataParallel" else module
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """The module as a fixed function: gradients flow through it to its input, none is collected on its parameters.
+
+    For a loss that looks at another optimizer's module, as a generator's loss looks at the discriminator.
+    """
+    inner = unwrap(module)
+    trains = [p for p in inner.parameters() if p.requires_grad]
+    for p in trains:
+        p.requires_grad_(False)
+    try:
+        yield inner
+    finally:
+        for p in trains:
+            p.requires_grad_(True)

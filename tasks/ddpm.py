@@ -1,0 +1,165 @@
+"""Train a diffusion model of pictures from scratch, without conditions.
+
+    python loop.py ddpm --base.num-epochs 10
+
+Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models (arXiv:2006.11239). The export is a `DDPMPipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from configs import BadInput, Base, Data, Live, require
+from tasks import Batch, Images, Loss, Models, Optims, Rng, Task, diffusion
+
+DEFAULT_UNET = {  # fit for 32x32 on a CPU: width goes where pictures are small
+    "layers_per_block": 1,
+    "block_out_channels": [32, 64, 128],
+    "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 8,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The model and its objective."""
+
+    model_config: Live[str | None] = None
+    """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 32x32 on a CPU."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
+    """What the model predicts: the noise, the clean picture, or v."""
+    snr_gamma: float | None = None
+    """Clamp of the min-SNR loss weight (5 is usual). None: unweighted, and weighted by the SNR for `sample`."""
+    ddpm_num_steps: int = 1000
+    """Timesteps of the noise schedule."""
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """Noise schedule."""
+    ddpm_num_inference_steps: Live[int] = 50
+    """Steps to draw a sample."""
+    learning_rate: Live[float] = 1e-3
+    """Peak learning rate of AdamW."""
+    adam_beta1: Live[float] = 0.95
+    """AdamW's beta1."""
+    adam_beta2: Live[float] = 0.999
+    """AdamW's beta2."""
+    adam_weight_decay: Live[float] = 1e-6
+    """AdamW's weight decay."""
+    adam_epsilon: Live[float] = 1e-8
+    """AdamW's epsilon."""
+
+    def __post_init__(self):
+        require(self.learning_rate >= 0, "ddpm.learning_rate", self.learning_rate, "at least 0")
+        require(self.snr_gamma is None or self.snr_gamma > 0, "ddpm.snr_gamma", self.snr_gamma, "more than 0, or None")
+        require(self.ddpm_num_steps >= 1, "ddpm.ddpm_num_steps", self.ddpm_num_steps, "at least 1")
+        given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
+        require(1 <= given <= most, "ddpm.ddpm_num_inference_steps", given, f"1 to {most} (--ddpm.ddpm-num-steps)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run of this task."""
+
+    base: Base = field(default_factory=Base)
+    data: Data = field(default_factory=Data)
+    ddpm: Settings = field(default_factory=Settings)
+
+    def __post_init__(self):
+        unet, where = read_model_config(self.ddpm.model_config), self.ddpm.model_config or "the default model"
+        for key in ("in_channels", "out_channels"):
+            if unet.get(key, 3) != 3:
+                raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB pictures")
+        halvings = len(unet.get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1
+        side = self.data.resolution
+        expected = f"a multiple of {2**halvings}, since {where} halves it {halvings} times"
+        require(side % 2**halvings == 0, "data.resolution", side, expected)
+
+
+def read_model_config(path: str | None) -> dict[str, Any]:
+    """The UNet2DModel config that `--ddpm.model-config` names.
+
+    Raises:
+        BadInput: there is none, or it is of another class.
+    """
+    if path is None:
+        return DEFAULT_UNET
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--ddpm.model-config {path}: cannot read {file} as JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise BadInput(f"--ddpm.model-config {path}: expected the config of a UNet2DModel")
+    return config
+
+
+def scheduler(cfg: Config) -> Any:
+    """The diffusers scheduler that belongs to these settings."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(
+        num_train_timesteps=cfg.ddpm.ddpm_num_steps,
+        beta_schedule=cfg.ddpm.ddpm_beta_schedule,
+        prediction_type=cfg.ddpm.prediction_type,
+    )
+
+
+def make_models(cfg: Config) -> Models:
+    from diffusers import UNet2DModel
+
+    return {"unet": UNet2DModel.from_config(read_model_config(cfg.ddpm.model_config) | {"sample_size": cfg.data.resolution})}
+
+
+def make_optim(models: Models, cfg: Config) -> Optims:
+    return {"unet": diffusion.adamw(models["unet"].parameters(), cfg.ddpm)}
+
+
+def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
+    x = batch["pixel_values"]  # [B, 3, H, W] in [-1, 1]
+    noise = rng.normal("noise", *x.shape[1:])  # [B, 3, H, W]
+    t = rng.integers("timestep", cfg.ddpm.ddpm_num_steps)  # [B]
+    a = diffusion.alphas_cumprod(cfg.ddpm.ddpm_num_steps, cfg.ddpm.ddpm_beta_schedule, x.device)[t]  # [B]
+    prediction = models["unet"](diffusion.add_noise(x, noise, a), t, return_dict=False)[0]
+    error = diffusion.mse(prediction, diffusion.target(cfg.ddpm.prediction_type, x, noise, a))  # [B]
+    yield Loss("unet", (diffusion.loss_weight(cfg.ddpm.prediction_type, a, cfg.ddpm.snr_gamma) * error).mean())
+
+
+def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
+    import torch
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg))
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=len(rng),
+        generator=rng.generators("sample"),
+        num_inference_steps=cfg.ddpm.ddpm_num_inference_steps,
+        output_type="np",
+    ).images  # [N, H, W, 3] in [0, 1]
+    return {"samples": torch.from_numpy(images).permute(0, 3, 1, 2)}
+
+
+def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
+    from diffusers import DDPMPipeline
+
+    DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg)).save_pretrained(path)
+    return (
+        "from diffusers import DDPMPipeline\n"
+        'pipeline = DDPMPipeline.from_pretrained("{path}")\n'
+        f'pipeline(num_inference_steps={cfg.ddpm.ddpm_num_inference_steps}).images[0].save("sample.png")'
+    )
+
+
+task = Task(
+    config=Config,
+    make_models=make_models,
+    make_optim=make_optim,
+    loss_fn=loss_fn,
+    sample_fn=sample_fn,
+    export_fn=export_fn,
+)

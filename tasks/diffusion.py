@@ -1,0 +1,85 @@
+"""The mathematics that diffusion tasks share, as pure functions of tensors.
+
+Symbols: x the clean picture or latent, x_t the noised one, a = alpha-bar_t the cumulative signal power in (0, 1), so that
+x_t = sqrt(a) x + sqrt(1 - a) noise (Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, eq. 4)
+and the signal-to-noise ratio is SNR = a / (1 - a).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@functools.cache
+def alphas_cumprod(steps: int, schedule: str, device: Any) -> Tensor:
+    """alpha-bar of every timestep of a diffusers beta schedule, [steps] float32 on the device; made once."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(num_train_timesteps=steps, beta_schedule=schedule).alphas_cumprod.to(device)
+
+
+def like(a: Tensor, x: Tensor) -> Tensor:
+    """One number an example, [B], shaped to multiply x, [B, ...]."""
+    return a.view(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(x: Tensor, noise: Tensor, a: Tensor) -> Tensor:
+    """x_t (Ho et al. 2020, eq. 4). x, noise [B, ...]; a [B]."""
+    a = like(a, x)
+    return a.sqrt() * x + (1 - a).sqrt() * noise
+
+
+def target(prediction_type: str, x: Tensor, noise: Tensor, a: Tensor) -> Tensor:
+    """What the model predicts: the noise, the clean x, or v = sqrt(a) noise - sqrt(1 - a) x (Salimans and Ho 2022, Progressive
+    Distillation, arXiv:2202.00512, section 4)."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "sample":
+        return x
+    a = like(a, x)
+    return a.sqrt() * noise - (1 - a).sqrt() * x
+
+
+def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Tensor:
+    """Weight of each example's squared error, [B].
+
+    Without snr_gamma: 1 for epsilon and v_prediction, and SNR for sample, which is the loss of epsilon in terms of x. With
+    it, min-SNR (Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv:2303.09556): the weight of
+    the loss on x is min(SNR, gamma). An error of size d in x is one of size d sqrt(SNR) in epsilon and, since
+    v = (sqrt(a) x_t - x) / sqrt(1 - a), one of d sqrt(SNR + 1) in v; so their weights are that over SNR and over SNR + 1.
+    """
+    import torch
+
+    snr = a / (1 - a)
+    on_x = snr if snr_gamma is None else snr.clamp(max=snr_gamma)
+    if prediction_type == "sample":
+        return on_x
+    if snr_gamma is None:
+        return torch.ones_like(a)
+    return on_x / (snr if prediction_type == "epsilon" else snr + 1)
+
+
+def mse(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Mean squared error of each example in float32, [B]."""
+    return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+
+
+def adamw(params: Iterable[Any], settings: Any) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with the four settings that every task names alike, as one fused
+    kernel. `params` are parameters, or groups of them."""
+    import torch
+
+    return torch.optim.AdamW(
+        list(params),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+        fused=True,
+    )
