@@ -181,12 +181,14 @@ def find_task(name: str) -> Any:
         return importlib.import_module(f"tasks.{name}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    spec = None
     with contextlib.suppress(ModuleNotFoundError, ValueError):  # a parent package may be missing
-        if re.fullmatch(r"[A-Za-z_][\w.]*", name) and importlib.util.find_spec(name):
-            module = importlib.import_module(name)
-            if hasattr(module, "task"):
-                return module
-            raise BadInput(f"the module {name} has no `task = Task(...)`; see 'A task of your own' in the README")
+        spec = re.fullmatch(r"[A-Za-z_][\w.]*", name) and importlib.util.find_spec(name)
+    if spec:
+        module = importlib.import_module(name)
+        if hasattr(module, "task"):
+            return module
+        raise BadInput(f"the module {name} has no `task = Task(...)`; see 'A task of your own' in the README")
     close = difflib.get_close_matches(name, task_names(), 1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise BadInput(f"no task named {name!r}.{hint} Tasks: {', '.join(task_names())}")

@@ -1,0 +1,236 @@
+"""Pictures of every kind come out right, from every source, each once an epoch, in an order that is a function of the seed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_settings import refused
+from warm import SHARED, cli, tiny
+
+import data
+from configs import BadInput, Data
+
+
+def gradient(n=16):
+    """A picture with every value from 0 to 255, [n, n] float in [0, 1]."""
+    return np.linspace(0, 1, n * n).reshape(n, n)
+
+
+KINDS = {
+    "greyscale": (Image.fromarray((gradient() * 255).round().astype(np.uint8)), "png"),
+    "16-bit": (Image.fromarray((gradient() * 65535).round().astype(np.uint16)), "png"),
+    "16-bit tiff": (Image.fromarray((gradient() * 65535).round().astype(np.uint16)), "tiff"),
+    "32-bit": (Image.fromarray((gradient() * 65535).round().astype(np.int32)), "tiff"),
+    "float": (Image.fromarray(gradient().astype(np.float32)), "tiff"),
+    "float to 255": (Image.fromarray((gradient() * 255).astype(np.float32)), "tiff"),
+    "rgb": (Image.fromarray(np.repeat((gradient() * 255).round().astype(np.uint8)[..., None], 3, 2)), "png"),
+    "palette": (Image.fromarray((gradient() * 255).round().astype(np.uint8)).convert("P"), "png"),
+    "opaque alpha": (Image.fromarray((gradient() * 255).round().astype(np.uint8)).convert("RGBA"), "png"),
+    "grey and alpha": (Image.fromarray((gradient() * 255).round().astype(np.uint8)).convert("LA"), "png"),
+    "cmyk": (Image.fromarray((gradient() * 255).round().astype(np.uint8)).convert("RGB").convert("CMYK"), "tiff"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_picture(tmp_path, kind):
+    image, ending = KINDS[kind]
+    image.save(tmp_path / f"x.{ending}")
+    with Image.open(tmp_path / f"x.{ending}") as opened:
+        x = np.asarray(data.to_rgb(opened)).astype(float)  # [16, 16, 3]
+    assert x.shape == (16, 16, 3)
+    assert np.abs(x - gradient()[..., None] * 255).max() <= 1.0
+
+
+def test_transparency_lies_on_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (0, 0, 255, 255))
+    x = np.asarray(data.to_rgb(image))
+    assert x[0, 0].tolist() == [0, 0, 255] and x[1, 1].tolist() == [255, 255, 255]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "p.png", transparency=1)
+    assert np.asarray(data.to_rgb(Image.open(tmp_path / "p.png"))).min() == 255
+
+
+def test_exif_orientation(tmp_path):
+    image = Image.new("RGB", (8, 4), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image.save(tmp_path / "x.png", exif=exif)
+    turned = data.to_rgb(Image.open(tmp_path / "x.png"))
+    assert turned.size == (4, 8) and turned.getpixel((3, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_float_pictures_that_are_not_pictures(bad):
+    x = gradient().astype(np.float32)
+    x[3, 3] = bad
+    with pytest.raises(ValueError, match="negative or not finite"):
+        data.to_rgb(Image.fromarray(x))
+
+
+def folder(tmp_path, count=6, size=(20, 12)):
+    """A folder of pictures whose file names would scatter them over splits."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(count):
+        name = ["test_0", "train_1", "validation_2"][i] if i < 3 else f"p{i}"
+        Image.new("RGB", size, (i * 40, 0, 0)).save(place / f"{name}.png")
+    return place
+
+
+def test_a_folder_whole(tmp_path):
+    place = folder(tmp_path)
+    source = data.open_source(Data(train_data_dir=str(place), train_batch_size=2))
+    assert source.size == 6 and source.captions is None and source.labels is None
+
+
+def test_captions_from_metadata_csv_and_txt(tmp_path):
+    place = folder(tmp_path)
+    files = sorted(p.name for p in place.glob("*.png"))
+    cfg = Data(train_data_dir=str(place), train_batch_size=2)
+    for name in files[:-1]:
+        (place / name).with_suffix(".txt").write_text(f"about {name}\n")
+    source = data.open_source(cfg)
+    by_name = {source.name(i).split("/")[-1]: source.captions[i] for i in range(6)}
+    assert by_name == {name: [f"about {name}"] for name in files[:-1]} | {files[-1]: [""]}
+    (place / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},csv {name}\n" for name in files))
+    source = data.open_source(cfg)
+    assert {c[0] for c in source.captions} == {f"csv {name}" for name in files}
+    (place / "metadata.csv").unlink()
+    (place / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": f"json {n}"}) + "\n" for n in files))
+    assert {c[0] for c in data.open_source(cfg).captions} == {f"json {name}" for name in files}
+
+
+def test_labels_from_subfolders(tmp_path):
+    for kind in ("cat", "dog"):
+        (tmp_path / "p" / kind).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (8, 8), "red").save(tmp_path / "p" / kind / f"{i}.png")
+    assert sorted(data.open_source(Data(train_data_dir=str(tmp_path / "p"), train_batch_size=2)).labels) == [0, 0, 1, 1]
+
+
+def test_local_data_sets(tmp_path):
+    import datasets
+
+    if not SHARED.exists():
+        pytest.skip("the shared data is not beside the project")
+    source = data.open_source(Data(dataset_name=str(SHARED / "mnist")))
+    assert source.size == 9000 and source.labels[:3] and source.captions is None
+    rows = datasets.load_dataset(str(SHARED / "mnist"), split="test[:20]")
+    rows.save_to_disk(tmp_path / "disk")
+    datasets.DatasetDict({"part": rows}).save_to_disk(tmp_path / "dict")
+    assert data.open_source(Data(dataset_name=str(tmp_path / "disk"), train_batch_size=2)).size == 20
+    assert data.open_source(Data(dataset_name=str(tmp_path / "dict"), split="part", train_batch_size=2)).size == 20
+    with pytest.raises(BadInput, match=r"--data.split is 'train'.*has: part"):
+        data.open_source(Data(dataset_name=str(tmp_path / "dict")))
+
+
+def test_shapes_are_drawn_from_the_index():
+    small, caption, label = data.draw_shape(5, 16)
+    large, again, _ = data.draw_shape(5, 64)
+    assert caption == again and label in range(4) and small.shape == (16, 16, 3) and large.shape == (64, 64, 3)
+    reduced = large.reshape(16, 4, 16, 4, 3).mean((1, 3))
+    assert np.abs(reduced - small).mean() < 6  # the same composition
+    captions = {data.draw_shape(i, 1)[1] for i in range(2000)}
+    assert len(captions) == 4 * 2 * 6 * 5
+
+
+@pytest.mark.parametrize("resolution", [8, 12, 20])
+@pytest.mark.parametrize("size", [(20, 12), (12, 20), (16, 16)])
+def test_geometry(tmp_path, size, resolution):
+    """The shorter side becomes the resolution; a crop's corner says where it is, mirrored or not."""
+    w, h = size
+    ramp = np.stack([np.tile(np.arange(w) * 10, (h, 1)), np.tile(np.arange(h)[:, None] * 10, (1, w)), np.zeros((h, w))], -1)
+    place = tmp_path / "p"
+    place.mkdir()
+    for i in range(4):
+        Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.png")
+    cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=resolution, random_flip=True)
+    examples = data.Examples(data.open_source(cfg), cfg, seed=1)
+    whole = data.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg).float()
+    assert min(whole.shape[1:]) == resolution
+    corners = set()
+    for start in range(0, 64, 4):
+        batch = examples[range(start, start + 4)]
+        assert batch["original_size"].tolist() == [[h, w]] * 4
+        for x, (top, left) in zip(batch["pixel_values"].float(), batch["crop_top_left"].tolist(), strict=True):
+            mirrored = bool(x[0, 0, 0] > x[0, 0, -1])
+            source = whole.flip(-1) if mirrored else whole
+            assert torch.equal(x, source[:, top : top + resolution, left : left + resolution])
+            corners.add((mirrored, top, left))
+    assert {m for m, _, _ in corners} == {True, False}
+    assert len(corners) > 2 or size == (16, 16)
+
+
+def test_each_picture_once_an_epoch_whatever_the_layout():
+    cfg = Data(num_shapes=30, resolution=8, train_batch_size=4, random_flip=True)
+    source = data.open_source(cfg)
+    examples = data.Examples(source, cfg, seed=7)
+    one = [next(stream) for stream in [examples.stream(0, 4)] for _ in range(15)]
+    rows = torch.cat([b["index"] for b in one]).tolist()
+    assert sorted(rows[:30]) == sorted(rows[30:60]) == list(range(30)) and rows[:30] != rows[30:60]
+    two = [examples.stream(rank * 2, 4) for rank in range(2)]
+    halves = data.Examples(source, Data(num_shapes=30, resolution=8, train_batch_size=2, random_flip=True), seed=7)
+    two = [halves.stream(rank * 2, 4) for rank in range(2)]
+    for batch in one:
+        parts = [next(stream) for stream in two]
+        assert torch.equal(batch["pixel_values"], torch.cat([p["pixel_values"] for p in parts]))
+        assert batch["caption"] == parts[0]["caption"] + parts[1]["caption"]
+    later = next(examples.stream(40, 4))
+    assert torch.equal(later["pixel_values"], one[10]["pixel_values"])
+    assert data.Examples(source, cfg, seed=8)[range(4)]["index"].tolist() != one[0]["index"].tolist()
+
+
+def test_workers_and_memory_change_nothing(tmp_path):
+    place = folder(tmp_path)
+    common = {"train_data_dir": str(place), "train_batch_size": 2, "resolution": 8, "random_flip": True}
+    held = Data(**common)
+    read = Data(**common, memory_budget=0, dataloader_num_workers=2)
+    a = data.Examples(data.open_source(held), held, 3)
+    b = data.Examples(data.open_source(read), read, 3)
+    assert a.cache is not None and b.cache is None and a.fingerprint == b.fingerprint
+    x, y = a.stream(0, 2), b.stream(0, 2)
+    for _ in range(5):
+        p, q = next(x), next(y)
+        assert torch.equal(p["pixel_values"], q["pixel_values"]) and torch.equal(p["index"], q["index"])
+
+
+def test_decoded_once(tmp_path, monkeypatch):
+    cfg = Data(train_data_dir=str(folder(tmp_path)), train_batch_size=2, resolution=8)
+    source, reads = data.open_source(cfg), []
+    counted = data.Source(**{**source.__dict__, "read": lambda row: (reads.append(row), source.read(row))[1]})
+    stream = data.Examples(counted, cfg, 0).stream(0, 2)
+    for _ in range(9):
+        next(stream)
+    assert sorted(reads) == list(range(6))
+
+
+def test_to_device_range():
+    x = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2)
+    assert data.to_device({"pixel_values": x}, "cpu")["pixel_values"].flatten().tolist() == [-1.0, 1.0]
+
+
+def test_mistakes(tmp_path):
+    def run(**more):
+        return cli(tmp_path, *tiny(tmp_path, **more))
+
+    place = folder(tmp_path)
+    refused(run(data__train_data_dir=tmp_path / "no"), "--data.train-data-dir", "there is no such folder")
+    (tmp_path / "empty").mkdir()
+    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no pictures")
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no pictures")
+    refused(run(data__dataset_name=tmp_path / "nothing"), "--data.dataset-name", "expected `shapes`, a folder")
+    refused(run(data__dataset_name="nobody/nothing"), "--data.dataset-name nobody/nothing", "a name on the hub")
+    refused(
+        run(data__train_data_dir=place, data__caption_column="prompt"), "--data.caption-column is 'prompt'", "columns image"
+    )
+    refused(run(data__train_data_dir=place, data__train_batch_size=7), "--data.train-batch-size is 7", "6 pictures")
+    (place / "p3.png").write_bytes((place / "p3.png").read_bytes()[:48])
+    (place / "p4.png").write_text("not a picture")
+    refused(run(data__train_data_dir=place), "2 of 6 pictures cannot be read", "p3.png", "p4.png")
+    assert not (tmp_path / "out").exists()
