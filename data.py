@@ -54,20 +54,11 @@ COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
 }
-SIZES = {"small": 0.22, "large": 0.36}  # the radius, as a fraction of the picture's side
-
-
-def _polygon(x: np.ndarray, y: np.ndarray, sides: int) -> np.ndarray:
-    """Signed distance to a regular polygon of circumradius 1 with a corner on top."""
-    angle = (np.arctan2(x, -y) + np.pi / sides) % (2 * np.pi / sides) - np.pi / sides
-    return np.hypot(x, y) * np.cos(np.abs(angle) - np.pi / sides) - np.cos(np.pi / sides)
-
-
-SHAPES = {  # name -> signed distance from (x, y), in radii, to the outline; negative inside
-    "circle": lambda x, y: np.hypot(x, y) - 0.95,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.85,
-    "triangle": lambda x, y: _polygon(x / 1.15, (y - 0.25) / 1.15, 3) * 1.15,
-    "cross": lambda x, y: np.minimum(np.maximum(np.abs(x) - 0.33, np.abs(y) - 1), np.maximum(np.abs(x) - 1, np.abs(y) - 0.33)),
+SIZES = {"small": 0.28, "large": 0.4}  # the radius, as a fraction of the picture's side
+SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to the outline; negative inside
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
+    "triangle": lambda x, y: np.maximum(0.894 * np.abs(x) - 0.447 * (y + 1), y - 0.86),
 }
 
 
@@ -77,7 +68,7 @@ def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
     label = int(rng.integers(len(SHAPES)))
     shape, size = list(SHAPES)[label], list(SIZES)[rng.integers(len(SIZES))]
     front, back = rng.choice(list(COLOURS), 2, replace=False)
-    radius, (x0, y0) = SIZES[size], 0.5 + rng.uniform(-0.1, 0.1, 2)
+    radius, (x0, y0) = SIZES[size], 0.5 + rng.uniform(-0.06, 0.06, 2)
     grid = (np.arange(resolution) + 0.5) / resolution
     distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
     cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
