@@ -128,7 +128,7 @@ class Data:
     labels from subfolders."""
     cache_dir: Live[str | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
-    num_shapes: int = 4096
+    num_shapes: int = 3072
     """Pictures in the embedded `shapes`."""
     image_column: Live[str | None] = None
     """Column of pictures. None: found by its type."""

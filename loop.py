@@ -161,7 +161,7 @@ def run(task: Task, cfg: Any) -> TrainState:
 
         # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
         stream = examples.stream(state.examples + accelerator.process_index * size, block)
-        signals.armed = True
+        signals.armed, seen = True, set()
         while state.step < total and not signals.agreed():
             factor = rate(state.step)
             for batch in itertools.islice(stream, base.gradient_accumulation_steps):
@@ -171,6 +171,7 @@ def run(task: Task, cfg: Any) -> TrainState:
                 with accelerator.accumulate(*wrapped.values()):
                     for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
                         accelerator.backward(loss.value)
+                        no_leak(loss, params, seen)
                         guard.watch(loss, rows)
                         meter.add("loss", loss.name, loss.value)
                         for key, value in loss.logs.items():
@@ -230,7 +231,7 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
-        log_with=trackers(base),
+        log_with=trackers(base) or None,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
     )
 
@@ -343,6 +344,25 @@ def autocast(accelerator: Accelerator, losses: Iterator[Loss]) -> Iterator[Loss]
         if loss is None:
             return
         yield loss
+
+
+def no_leak(loss: Loss, params: dict[str, list[Tensor]], seen: set[str]) -> None:
+    """Refuse a loss whose gradient lands on another optimizer's parameters. Each loss is looked at once, when it is first seen.
+
+    Raises:
+        ValueError: it does, or no optimizer has its name.
+    """
+    if loss.name in seen:
+        return
+    if loss.name not in params:
+        raise ValueError(f"the task yields a loss {loss.name!r}, and its optimizers are: {', '.join(params)}")
+    seen.add(loss.name)
+    for other in params.keys() - seen:
+        if any(p.grad is not None for p in params[other]):
+            raise ValueError(
+                f"the loss {loss.name!r} put gradients on the parameters of {other!r}, which are not its own; "
+                f"look at that model through tasks.frozen(...)"
+            )
 
 
 @torch.no_grad()

@@ -93,13 +93,14 @@ class Report:
             self.say(f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left")
 
     def images(self, images: Images, step: int) -> list[Path]:
-        """Each set of pictures as a PNG grid in samples/ and to the trackers."""
+        """Each set of pictures as a PNG grid in samples/, small ones enlarged, and to the trackers."""
         paths = []
         for name, pictures in images.items():
             pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
             path = self.out / "samples" / (f"{step}.png" if name == "samples" else f"{step}-{name}.png")
             path.parent.mkdir(exist_ok=True)
-            save_image(make_grid(pictures, nrow=math.ceil(len(pictures) ** 0.5), padding=2, pad_value=1.0), path)
+            large = pictures.repeat_interleave(scale := max(1, 96 // pictures.shape[-1]), -1).repeat_interleave(scale, -2)
+            save_image(make_grid(large, nrow=math.ceil(len(large) ** 0.5), padding=4, pad_value=1.0), path)
             paths.append(path)
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):

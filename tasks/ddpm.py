@@ -16,9 +16,9 @@ from typing import Any, Literal
 from configs import BadInput, Base, Data, Live, require
 from tasks import Batch, Images, Loss, Models, Optims, Rng, Task, diffusion
 
-DEFAULT_UNET = {  # 1.2 M parameters, fit for 16x16 on a CPU
+DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
     "layers_per_block": 1,
-    "block_out_channels": [32, 64, 64],
+    "block_out_channels": [24, 48, 64],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
     "attention_head_dim": 16,
@@ -32,23 +32,24 @@ class Settings:
 
     model_config: Live[str | None] = None
     """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 32x32 on a CPU."""
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
-    """What the model predicts: the noise, the clean picture, or v."""
-    snr_gamma: float | None = None
-    """Clamp of the min-SNR loss weight (5 is usual). None: unweighted, and weighted by the SNR for `sample`."""
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
+    """What the model predicts: the noise, the clean picture (best where training is short), or v."""
+    snr_gamma: float | None = 1.0
+    """Clamp of the min-SNR loss weight; 5 is usual, a smaller one attends to the whole rather than to detail. None: unweighted,
+    and weighted by the SNR for `sample`."""
     ddpm_num_steps: int = 1000
     """Timesteps of the noise schedule."""
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """Noise schedule."""
-    ddpm_num_inference_steps: Live[int] = 50
+    ddpm_num_inference_steps: Live[int] = 100
     """Steps to draw a sample."""
-    learning_rate: Live[float] = 1e-3
+    learning_rate: Live[float] = 2e-3
     """Peak learning rate of AdamW."""
-    adam_beta1: Live[float] = 0.95
+    adam_beta1: Live[float] = 0.9
     """AdamW's beta1."""
-    adam_beta2: Live[float] = 0.999
+    adam_beta2: Live[float] = 0.99
     """AdamW's beta2."""
-    adam_weight_decay: Live[float] = 1e-6
+    adam_weight_decay: Live[float] = 1e-2
     """AdamW's weight decay."""
     adam_epsilon: Live[float] = 1e-8
     """AdamW's epsilon."""

@@ -29,7 +29,7 @@ def official_loss(model, x, noise, t, prediction_type, scheduler):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_loss_is_the_official_one(prediction_type, schedule):
     torch.manual_seed(0)
-    settings = ddpm.Settings(prediction_type=prediction_type, ddpm_beta_schedule=schedule)
+    settings = ddpm.Settings(prediction_type=prediction_type, ddpm_beta_schedule=schedule, snr_gamma=None)
     cfg = ddpm.Config(ddpm=settings)
     model = UNet2DModel.from_config(UNET | {"sample_size": 8}).eval()
     x, rng = torch.rand(6, 3, 8, 8) * 2 - 1, Rng.of(0, range(6))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -78,6 +79,7 @@ def fork(function: Callable[[], object], folder: Path, env: dict[str, str] | Non
         os.open(os.devnull, os.O_RDONLY)
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
         os.environ.update(env or {})
+        AcceleratorState._reset_state(reset_partial_state=True)  # a test may have run something in this process
         os.chdir(cwd or folder)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
