@@ -18,6 +18,9 @@ import sys
 
 import configs
 
+# OpenMP's threads wait for each other spinning, which on a busy CPU costs everything: let them sleep after a moment.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes in the settings answer at once
     try:
         MODULE, CONFIG = configs.parse(sys.argv[1:])
@@ -229,6 +232,7 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
         log_with=trackers(base) or None,
