@@ -323,6 +323,7 @@ def load(accelerator: Accelerator, path: Path) -> None:
     """
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
     accelerator.load_state(str(path / "state"))
+    accelerator.step = 0  # an update begins: batches are counted from here, whatever was accumulated before
     for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
         for group, values in zip(optimizer.param_groups, kept, strict=True):
             group.update(values)
