@@ -80,16 +80,20 @@ def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 def _take(folder: Path, held: contextlib.ExitStack) -> None:
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(path.open("a+"))
-    except OSError as error:
-        raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a+"))
+        except OSError as error:
+            raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break  # else the last holder removed the file in between: what is held keeps nobody out
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
