@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from torch import Tensor
 
 import checkpoint
@@ -431,10 +431,9 @@ class Guard:
             return True
         self.state.skipped += 1
         if self.state.skipped > self.most:
-            rows = [int(r) for value, rows in seen if not value.isfinite() for r in rows] or [
-                int(r) for _, rows in seen for r in rows
-            ]
-            what = "loss" if not values[: len(seen)].isfinite().all() else "gradient"
+            batches = gather_object([(bool(value.isfinite()), rows.tolist()) for value, rows in seen])  # of all processes
+            what = "gradient" if all(fine for fine, _ in batches) else "loss"
+            rows = [row for fine, rows in batches for row in rows if what == "gradient" or not fine]
             files = ", ".join(self.name(r) for r in rows[:4]) + (", ..." if len(rows) > 4 else "")
             self.refuse(self.state.step + 1, name, what, f" on a batch with {files}")
         return scaled  # the scaler must see the step that it will skip
