@@ -375,29 +375,29 @@ def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) 
 
 
 class Meter:
-    """Means of what was logged since the last reading. Everything stays on the device until it is read."""
+    """Means of what was logged since the last reading, but for what was not finite: such an update is skipped, or the run
+    stops. Everything stays on the device until it is read."""
 
     def __init__(self, accelerator: Accelerator, several: bool):
         self.accelerator, self.several = accelerator, several
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[str, Tensor] = {}  # key -> [sum, count]
         self.since, self.updates = time.perf_counter(), 0
 
     def add(self, kind: str, name: str, value: Any) -> None:
         """One value of a kind (loss, grad_norm, ...); the optimizer's name is added where there are several."""
         key = f"{kind}/{name}" if self.several and name else kind
         value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.counts[key] = self.counts.get(key, 0) + 1
+        pair = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float()])
+        self.sums[key] = self.sums[key] + pair if key in self.sums else pair
 
     def read(self, examples: int) -> dict[str, float]:
         """The means over processes, and the speed with `examples` an update. This waits for the device."""
         keys = sorted(self.sums)
-        means = torch.stack([self.sums[key] / self.counts[key] for key in keys])
-        values = dict(zip(keys, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        pairs = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").tolist()
+        values = {key: total / count for key, (total, count) in zip(keys, pairs, strict=True) if count}
         now = time.perf_counter()
         speed = examples * self.updates / (now - self.since)
-        self.sums, self.counts, self.since, self.updates = {}, {}, now, 0
+        self.sums, self.since, self.updates = {}, now, 0
         return values | {"pictures_per_second": speed}
 
 
