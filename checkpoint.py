@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -266,8 +267,13 @@ def verify(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{folder / MANIFEST}: its content does not have its sha256")
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
         raise Damaged(f"{folder / MANIFEST}: is of step {manifest['step']}")
+    for path in (folder / "state").rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in files:
+            raise Damaged(f"{path}: is not in the manifest")
     for name, expected in files.items():
         path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise Damaged(f"{folder / MANIFEST}: names {name}, which is elsewhere")
         if not path.is_file():
             raise Damaged(f"{path}: missing")
         if path.stat().st_size != expected["size"]:
@@ -324,9 +330,17 @@ def load(accelerator: Accelerator, path: Path) -> None:
     """Read the training state of a verified checkpoint into what was prepared and attached.
 
     Hyper-parameters in the optimizers' groups (rates, betas, decay) stay as the settings made them.
+
+    Raises:
+        BadInput: its files, though they are what was saved, do not hold a training state.
     """
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
-    accelerator.load_state(str(path / "state"))
+    try:
+        accelerator.load_state(str(path / "state"))
+    except BadInput:
+        raise
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{getattr(error, 'filename', None) or path / 'state'} cannot be loaded: {error}") from None
     accelerator.step = 0  # an update begins: batches are counted from here, whatever was accumulated before
     for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
         for group, values in zip(optimizer.param_groups, kept, strict=True):
