@@ -109,9 +109,9 @@ def _take(folder: Path, held: contextlib.ExitStack) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed save or prune left behind. For the holder of the lock."""
-    for left in folder.glob(".checkpoint-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what a killed save, prune or writing left behind. For the holder of the lock."""
+    for left in (*folder.glob(".checkpoint-*"), *folder.glob(".*.removed"), *folder.glob(".*.writing")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -123,8 +123,13 @@ def steps(folder: Path) -> list[int]:
 def write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     staged = path.with_name(f".{path.name}.writing")
-    staged.write_text(text, "utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, "utf-8")
+        _flush(staged)
+        os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Only the main process shows anything; the others hold a `Report` that does nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import checkpoint
 import configs
 from configs import BadInput
 from tasks import Images
@@ -52,8 +55,7 @@ class Report:
         if not self.main:
             return
         path = self.out / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        checkpoint.write(path, "".join(line for line, values in _records(path) if values["step"] <= step))
         self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -65,7 +67,7 @@ class Report:
             return ""
         path = self.out / "wandb.id"
         if not path.exists():
-            path.write_text(os.urandom(8).hex())
+            checkpoint.write(path, os.urandom(8).hex())
         return path.read_text()
 
     def advance(self) -> None:
@@ -117,11 +119,12 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that may end in half of one, or not be there."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """The whole lines of a record that may end in half of one, in the zeros of a power cut, or not be there, and their values."""
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
+                yield line, values
 
 
 def clock(seconds: float) -> str:
