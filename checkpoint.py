@@ -11,6 +11,7 @@ but safetensors, JSON and torch files under `weights_only`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,6 +35,7 @@ from configs import BadInput
 from tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class Damaged(Exception):
@@ -71,11 +73,17 @@ def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
     Raises:
         BadInput: the folder cannot be written, or another run holds it.
+        StorageError: later, something in it could not be written.
     """
     held = contextlib.ExitStack()
     with held:
         on_main(accelerator, lambda: _take(folder, held))
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in REFUSALS and not str(error.filename).startswith(str(folder)):
+                raise
+            raise refused(error.filename or folder, error, folder, 1) from None
 
 
 def _take(folder: Path, held: contextlib.ExitStack) -> None:
@@ -194,8 +202,8 @@ def save(
         accelerator.save_state(str(staging / "state"))
         if main:
             export(staging)
-    except (OSError, SafetensorError, RuntimeError) as refused:
-        error = refused
+    except (OSError, SafetensorError, RuntimeError) as trouble:
+        error = trouble
     errors = [e for e in gather_object([error]) if e]
     if main and not errors:
         try:
@@ -208,14 +216,38 @@ def save(
                 os.rename(folder / f"checkpoint-{old}", folder / f".checkpoint-{old}.removed")
             for removed in folder.glob(".checkpoint-*.removed"):
                 shutil.rmtree(removed, ignore_errors=True)
-        except OSError as refused:
-            errors = [refused]
-    errors = on_main(accelerator, lambda: errors)
-    if errors:
-        if main:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise StorageError(f"saving {final} failed: {errors[0]}")
+        except OSError as trouble:
+            errors = [trouble]
+
+    def outcome() -> StorageError | None:
+        if not errors:
+            return None
+        needed = max([_needed(accelerator), size(staging), *(size(folder / f"checkpoint-{step}") for step in steps(folder))])
+        shutil.rmtree(staging, ignore_errors=True)
+        return refused(final, errors[0], folder, needed)
+
+    if refusal := on_main(accelerator, outcome):
+        raise refusal
     return final
+
+
+def refused(what: Path | str, error: Exception, folder: Path, needed: int) -> StorageError:
+    """The error for something that could not be written into the output folder, and takes at least `needed` bytes."""
+    reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return StorageError(f"writing {what} failed: {reason}; it needs at least {needed:,} bytes, and {free:,} are free")
+
+
+def size(folder: Path) -> int:
+    """Bytes in the files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _needed(accelerator: Accelerator) -> int:
+    """Bytes of the weights that train and the state of their optimizers, the least that a checkpoint takes."""
+    weights = [p for model in accelerator._models for p in model.parameters() if p.requires_grad]
+    state = [v for o in accelerator._optimizers for values in o.state.values() for v in values.values()]
+    return sum(t.nbytes for t in weights + state if isinstance(t, Tensor))
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:

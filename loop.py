@@ -203,11 +203,9 @@ def run(task: Task, cfg: Any) -> TrainState:
             raise SystemExit(code)
 
         # The end: the last checkpoint's export by itself, with its card.
-        if accelerator.is_main_process:
-            loads = publish(saved, out, cfg, source.found, state.step)
-            took = clock(time.perf_counter() - started)
-            report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
-        accelerator.wait_for_everyone()
+        loads = checkpoint.on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
+        took = clock(time.perf_counter() - started)
+        report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
         return state
 
 

@@ -49,7 +49,12 @@ class Report:
                 config={f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()},
                 init_kwargs={
                     "tensorboard": {"purge_step": step + 1},
-                    "wandb": {"name": self.out.name, "dir": str(self.out), "id": self._identity() if "wandb" in trackers(self.cfg.base) else None, "resume": "allow"},
+                    "wandb": {
+                        "name": self.out.name,
+                        "dir": str(self.out),
+                        "id": self._identity() if "wandb" in trackers(self.cfg.base) else None,
+                        "resume": "allow",
+                    },
                 },
             )
         if not self.main:
@@ -120,7 +125,7 @@ def _plain(value: Any) -> Any:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The whole lines of a record that may end in half of one, in the zeros of a power cut, or not be there, and their values."""
+    """The lines of a record, and their values. It may end in half of one or in the zeros of a power cut, or not be there."""
     for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError):
             if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
@@ -173,20 +178,27 @@ def _knows_wandb() -> bool:
 
 def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
     """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it."""
-    staged, export = out / ".export.writing", out / "export"
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(
-        saved, staged, ignore=lambda folder, names: {"state", "manifest.json", "load.py"} if folder == str(saved) else ()
-    )
+    staged, export, removed = out / ".export.writing", out / "export", out / ".export.removed"
+    skipped = {"state", "manifest.json", "load.py"}
     loads = (saved / "load.py").read_text("utf-8").strip()
-    grids = sorted((out / "samples").glob(f"{step}*.png"))
-    for grid in grids:
-        shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
-    (staged / "README.md").write_text(
-        _card(out, cfg, found, step, loads, [p.name for p in sorted(staged.glob("*.png"))]), "utf-8"
-    )
-    shutil.rmtree(export, ignore_errors=True)
+    try:
+        shutil.copytree(saved, staged, ignore=lambda folder, names: skipped if folder == str(saved) else ())
+        for grid in sorted((out / "samples").glob(f"{step}*.png")):
+            shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
+        pictures = [path.name for path in sorted(staged.glob("*.png"))]
+        (staged / "README.md").write_text(_card(out, cfg, found, step, loads, pictures), "utf-8")
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        needed = sum(
+            checkpoint.size(path) if path.is_dir() else path.stat().st_size
+            for path in saved.iterdir()
+            if path.name not in skipped
+        )
+        raise checkpoint.refused(export, error, out, needed) from None
+    if export.exists():
+        os.rename(export, removed)
     os.rename(staged, export)
+    shutil.rmtree(removed, ignore_errors=True)
     if cfg.base.push_to_hub:
         import huggingface_hub
 

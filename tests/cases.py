@@ -163,7 +163,8 @@ def litter(out: Path) -> list[str]:
 def equal(out: Path, whole: Path) -> None:
     """A run that was disturbed ended as the one that was not, and left nothing behind."""
     assert digest(out) == digest(whole), "the end is not Equal"
-    assert (out / "export" / "model_index.json").exists()
+    last, weights = out / f"checkpoint-{checkpoints(out)[-1]}", "unet/diffusion_pytorch_model.safetensors"
+    assert (out / "export" / weights).read_bytes() == (last / weights).read_bytes(), "the export is not of the last update"
     assert not litter(out), litter(out)
     steps = [line["step"] for line in metrics(out)]
     assert steps == [line["step"] for line in metrics(whole)], f"metrics.jsonl has {steps}"
@@ -355,6 +356,8 @@ def before(folder: Path, kept: int | None, steps: int) -> list[str]:
     for step in range(1, steps)[-kept if kept else 0 :] if kept != 0 else ():
         shutil.copytree(whole / f"checkpoint-{step}", out / f"checkpoint-{step}")
         shutil.copy(whole / "metrics.jsonl", out)
+    if kept is None:  # a run that is made longer: its shorter self was published
+        shutil.copytree(reference(make=saving, limit=None, steps=steps - 1) / "export", out / "export")
     return saving(folder, limit=kept or None, steps=steps)
 
 
@@ -1187,7 +1190,7 @@ def full_disk(i: int, count: int, folder: Path) -> str:
             return "no room to begin"
         if all(result.code == 0 for result in results):
             return "it fitted"
-        one_line(results[0], 4, "free", "needs")
+        one_line(results[0], 4, " are free", "it needs at least ")
         assert all(result.code == 4 for result in results), [(result.code, result.err) for result in results]
         stood = valid(disk / "out")
         left = [name for name in litter(disk) if not name.endswith(".lock")]
