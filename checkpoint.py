@@ -325,6 +325,12 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def holds(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a folder has the export of the checkpoint with this manifest, rather than that of an earlier one, or none."""
+    files = {k: v for k, v in manifest.get("files", {}).items() if not k.startswith("state/") and k != "load.py"}
+    return all((folder / k).is_file() and _sha256(folder / k) == v["sha256"] for k, v in files.items())
+
+
 def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue from and its manifest; None to start.
 

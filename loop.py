@@ -98,7 +98,7 @@ def run(task: Task, cfg: Any) -> TrainState:
         left = math.ceil(round(base.num_epochs * source.size - facts["examples"], 6) / update)
         total = base.max_train_steps or facts["step"] + max(left, 0)
         rate = schedule(base, total)
-        finished = facts["step"] >= total and (out / "export").exists()
+        finished = facts["step"] >= total and checkpoint.on_main(accelerator, lambda: checkpoint.holds(out / "export", facts))
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
@@ -127,6 +127,8 @@ def run(task: Task, cfg: Any) -> TrainState:
         checkpoint.attach(accelerator, state.models, state.ema)
         if found:
             checkpoint.load(accelerator, saved)
+        if accelerator.is_main_process:
+            checkpoint.tidy(out)
         if finished:
             return state
 
@@ -134,7 +136,6 @@ def run(task: Task, cfg: Any) -> TrainState:
         report.open(state.step, total)
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
         if accelerator.is_main_process:
-            checkpoint.tidy(out)
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))

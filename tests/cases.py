@@ -1201,3 +1201,38 @@ def full_disk(i: int, count: int, folder: Path) -> str:
         ends(launch(folder, count, *checkpointed(folder, "disk/out")), 0)
         equal(disk / "out", whole)
     return f"{len(stood)} checkpoints stood"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of a row, several at a time.
+
+
+def run(found: Row, count: int | None, folder: Path, jobs: int = 1) -> tuple[int, collections.Counter, list[str]]:
+    """Run `count` cases of a row, each in a fork of its own and a folder of its own: how many, their words, their failures."""
+    waiting, running = list(enumerate(chosen(found, count))), []
+    ran, words, failures = len(waiting), collections.Counter(), []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            i, (name, case) = waiting.pop(0)
+            place = folder / f"{i}"
+            place.mkdir(parents=True)
+
+            def whole(place: Path = place, case: Case = case) -> None:
+                (place / "word").write_text(case(place) or "")
+
+            running.append((name, place, warm.fork(whole, place)))
+        time.sleep(0.01)
+        for item in [item for item in running if not alive(item[2])]:
+            running.remove(item)
+            name, place, process = item
+            result = process.wait()
+            if result.code:
+                failures.append(f"{name} (left in {place}):\n{result.err[-3000:]}")
+            else:
+                words[(place / "word").read_text()] += 1
+                shutil.rmtree(place)
+    try:
+        found.check(words, ran)
+    except AssertionError:
+        failures.append(f"the cases together: {dict(words)}")
+    return ran, words, failures
