@@ -1,8 +1,8 @@
 """Every case of every row of the promise that a run can be killed at any instant, as a table.
 
-    python tests/campaign.py                           all of it: hours on one core
-    python tests/campaign.py --only kill --cases 50    the rows whose name has `kill`, 50 cases of each
-    python tests/campaign.py --jobs 4                  four cases at a time
+python tests/campaign.py                           all of it: hours on one core
+python tests/campaign.py --only kill --cases 50    the rows whose name has `kill`, 50 cases of each
+python tests/campaign.py --jobs 4                  four cases at a time
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def main() -> int:
 
     import cases
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=cases.ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=cases.ROOT, capture_output=True, text=True
+    ).stdout.strip()
     print(f"{datetime.date.today()}, commit {commit or 'unknown'}\nhardware: {machine()}\n", flush=True)
     print("| row | cases | result | seconds |\n|---|---|---|---|", flush=True)
     red = 0

@@ -1,7 +1,7 @@
 """The cases that hold the promise 'a run can be killed at any instant and loses nothing'.
 
-Each row is a generator of (name, case); a case is called with an empty folder, raises AssertionError when the promise is broken,
-and may return a word to be counted. test_robust.py runs a sample of every row, campaign.py all of them.
+Each row is a generator of (name, case); a case is called with an empty folder, raises AssertionError where the promise is
+broken, and may return a word to be counted. test_robust.py runs a sample of every row, campaign.py all of them.
 
 Cases work on the program as it is: what they need inside of it (a slow loss, a broken gradient, a power cut in the middle of
 a save) they patch into the fork that runs it. 'Equal' is the same sha256 of weights, averages, optimizer state and rate.
@@ -13,7 +13,6 @@ import atexit
 import collections
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import functools
 import hashlib
@@ -40,7 +39,7 @@ from typing import Any
 
 import torch
 import warm
-from warm import ROOT, UNET, Process, Result, checkpoints, cli, cli_many, digest, distance, metrics, start, start_many, tiny
+from warm import ROOT, UNET, Process, Result, checkpoints, cli, digest, distance, metrics, start, start_many, tiny
 
 import checkpoint
 import tasks.ddpm
@@ -274,7 +273,7 @@ def killed_at_random(seed: int, folder: Path) -> str:
     ended = kill(process).code != -signal.SIGKILL
     inside = bool([name for name in litter(out) if "checkpoint" in name])
     stood = valid(out)
-    assert first == 0 or stood and stood[-1] >= first, f"{stood} after step {first} was saved"
+    assert first == 0 or (stood and stood[-1] >= first), f"{stood} after step {first} was saved"
     [result] = ends([start(folder, *flags)], 0)
     assert "damaged" not in result.err, result.err
     assert ended or not stood or f"continuing after step {stood[-1]}" in result.err or stood[-1] == 12, result.err
@@ -381,7 +380,7 @@ def killed_at_point(kept: int | None, steps: int, point: int, folder: Path) -> s
     result = process.wait()
     assert result.code == -signal.SIGKILL, f"{result.code}: {result.err}"
     stood = valid(out)
-    assert kept == 0 or stood and stood[-1] >= steps - 1, f"valid after the cut: {stood}"
+    assert kept == 0 or (stood and stood[-1] >= steps - 1), f"valid after the cut: {stood}"
     [result] = ends([start(folder, *flags)], 0)
     assert "damaged" not in result.err, result.err
     equal(out, reference(make=saving, limit=None, steps=steps))
@@ -407,8 +406,8 @@ def each_once(lines: list[list]) -> None:
     """Every example once, in order, and every picture once an epoch of 24."""
     numbers = [line[0] for line in lines]
     assert numbers == list(range(len(lines))), numbers
-    for start in range(0, len(lines), 24):
-        rows = [line[1] for line in lines[start : start + 24]]
+    for first in range(0, len(lines), 24):
+        rows = [line[1] for line in lines[first : first + 24]]
         assert len(set(rows)) == len(rows), rows
 
 
@@ -1157,9 +1156,9 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
 
 @functools.cache
 def may_mount() -> bool:
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError):
-        with small_disk(Path(folder) / "disk", 1 << 20):
-            return True
+    folder = Path(tempfile.mkdtemp(dir=STORE))
+    with contextlib.suppress(subprocess.CalledProcessError, FileNotFoundError), small_disk(folder / "disk", 1 << 20):
+        return True
     return False
 
 
@@ -1201,6 +1200,488 @@ def full_disk(i: int, count: int, folder: Path) -> str:
         ends(launch(folder, count, *checkpointed(folder, "disk/out")), 0)
         equal(disk / "out", whole)
     return f"{len(stood)} checkpoints stood"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings that changed between two lives.
+
+HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what -> settings of the first life, of the second
+    "batch": ({}, {"data__train_batch_size": 8}),
+    "accumulation": ({}, {"base__gradient_accumulation_steps": 2}),
+    "learning rate": ({}, {"ddpm__learning_rate": 5e-4}),
+    "schedule": ({}, {"base__lr_scheduler": "linear"}),
+    "warm-up": ({}, {"base__lr_warmup_steps": 3}),
+    "steps": ({}, {"base__max_train_steps": 16}),
+    "epochs": ({"base__max_train_steps": None, "base__num_epochs": 1}, {"base__num_epochs": 2}),
+    "precision": ({"base__mixed_precision": "no"}, {"base__mixed_precision": "bf16"}),
+    "processes": ({}, {}),
+}
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what -> settings of the second life, words of the refusal
+    "seed": ({"base__seed": 7}, ("--base.seed was 0 and is now 7",)),
+    "resolution": ({"data__resolution": 16}, ("--data.resolution was 8 and is now 16",)),
+    "objective": ({"ddpm__prediction_type": "epsilon"}, ("was 'v_prediction' and is now 'epsilon'",)),
+    "loss weight": ({"ddpm__snr_gamma": 5.0}, ("--ddpm.snr-gamma was None and is now 5.0",)),
+    "noise schedule": ({"ddpm__ddpm_beta_schedule": "linear"}, ("was 'squaredcos_cap_v2' and is now 'linear'",)),
+    "averages": ({"base__use_ema": False}, ("--base.use-ema was True and is now False",)),
+    "crop": ({"data__center_crop": True}, ("--data.center-crop was False and is now True",)),
+    "number of shapes": ({"data__num_shapes": 25}, ("--data.num-shapes was 24 and is now 25",)),
+}
+
+
+@row("changed settings", sample=9)
+def changed_settings() -> Iterator[tuple[str, Case]]:
+    for what in HONOURED:
+        yield f"{what}: honoured", functools.partial(honoured, what)
+    for what in REFUSED:
+        yield f"{what}: refused", functools.partial(refused, what)
+    yield "pictures: refused", pictures_changed
+    yield "model: refused", model_changed
+    yield "task: refused", task_changed
+    yield "nothing, and finished: said so", finished_says_so
+    yield "a shorter length: finished, and said so", shortened
+
+
+def stopped(folder: Path, **settings: Any) -> Path:
+    """A run that was stopped after 4 of 8 updates."""
+    ends([start(folder, *checkpointed(folder, **settings), patch=until_step(4))], 143)
+    return folder / "out"
+
+
+def honoured(what: str, folder: Path) -> None:
+    """The second life trains as it was told, on the examples that come next."""
+    first, second = HONOURED[what]
+    steps = first.get("base__max_train_steps", 8)
+    begun = {k: v for k, v in first.items() if k != "base__max_train_steps"}
+    flags = lambda more: checkpointed(folder, steps=more.pop("base__max_train_steps", steps), **more)  # noqa: E731
+    ends([start(folder, *flags(dict(begun)), patch=until_step(4))], 143)
+    out, count, more = folder / "out", 2 if what == "processes" else 1, begun | second
+    results = ends(launch(folder, count, *flags(dict(more)), patch=spy(folder / "seen")), 0)
+    size, accumulated = more.get("data__train_batch_size", 4), more.get("base__gradient_accumulation_steps", 1)
+    records, update = metrics(out), size * accumulated * count
+    last = {"steps": 16, "epochs": 12}.get(what, 8)
+    assert [m["step"] for m in records] == list(range(1, last + 1)), records
+    assert f"step        {update} examples" in results[0].err and "continuing after step 4" in results[0].err
+    numbers = [line[0] for line in seen(folder / "seen")]
+    assert numbers == list(range(16, 16 + update * (last - 4))), numbers
+    rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", 1e-3)
+    warmup = more.get("base__lr_warmup_steps", last // 20)
+    progress = [(step - warmup) / (last - warmup) for step in range(4, last)]
+    shape = (lambda p: 1 - p) if what == "schedule" else lambda p: 0.5 * (1 + math.cos(math.pi * p))
+    assert all(abs(a - peak * shape(p)) < 1e-12 for a, p in zip(rates, progress, strict=True)), rates
+    assert (
+        f"mixed precision {more.get('base__mixed_precision', 'no')}" in results[0].err
+    ) or "base__mixed_precision" not in more
+    stood = json.loads((out / "run.json").read_text())
+    for name, value in second.items():
+        group, _, leaf = name.partition("__")
+        assert stood[group][leaf] == value, stood[group]
+
+
+def is_refused(folder: Path, result: Result, *words: str) -> None:
+    one_line(result, 2, "holds another run", *words)
+    assert checkpoints(folder / "out") == [2, 4] and not (folder / "out" / "export").exists()
+
+
+def refused(what: str, folder: Path) -> None:
+    """Exit code 2 with both values; the run that stands there is untouched and continues."""
+    settings, words = REFUSED[what]
+    stopped(folder)
+    is_refused(folder, cli(folder, *checkpointed(folder, **settings)), *words)
+    ends([start(folder, *checkpointed(folder))], 0)
+    equal(folder / "out", reference(make=checkpointed))
+
+
+def pictures_changed(folder: Path) -> None:
+    """The same folder with one picture changed is another data set: both fingerprints are told."""
+    from PIL import Image
+
+    (folder / "pictures").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / "pictures" / f"{i}.png")
+    settings = {"data__train_data_dir": folder / "pictures", "data__cache_dir": folder / "cache"}
+    out = stopped(folder, **settings)
+    was = checkpoint.verify(out / "checkpoint-4")["data"]
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(folder / "pictures" / "3.png")
+    is_refused(folder, cli(folder, *checkpointed(folder, **settings)), f"data was {was} and is now ")
+
+
+def model_changed(folder: Path) -> None:
+    stopped(folder)
+    flags = checkpointed(folder)
+    (folder / "unet.json").write_text(json.dumps(UNET | {"block_out_channels": [8, 16]}))
+    is_refused(folder, cli(folder, *flags), "models was", "with 18,811 parameters", "and is now")
+
+
+def task_changed(folder: Path) -> None:
+    """Another task, by its import path."""
+    stopped(folder)
+    source = (ROOT / "tasks" / "ddpm.py").read_text()
+    for old, new in (("class Settings", "class Settings"), ("ddpm: Settings", "other: Settings"), ("cfg.ddpm.", "cfg.other.")):
+        source = source.replace(old, new)
+    source = source.replace("self.ddpm.", "self.other.").replace("cfg.ddpm)", "cfg.other)").replace("--ddpm.", "--other.")
+    (folder / "other_task.py").write_text(source)
+    flags = [flag.replace("--ddpm.", "--other.") for flag in checkpointed(folder)]
+    is_refused(folder, cli(folder, "other_task", *flags[1:]), "task was ddpm and is now other")
+
+
+def finished_says_so(folder: Path) -> None:
+    """Zero updates and exit code 0: only because there is nothing left to do, which it says, writing nothing."""
+    shutil.copytree(reference(make=checkpointed), folder / "out")
+    times = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
+    [result] = ends([start(folder, *checkpointed(folder))], 0)
+    assert "already done, 8 of 8 steps" in result.err, result.err
+    assert times == {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*") if path.is_file()}
+
+
+def shortened(folder: Path) -> None:
+    """Told to be shorter than it already is, a stopped run is finished: it is published as it stands, and says so."""
+    stopped(folder)
+    [result] = ends([start(folder, *checkpointed(folder, steps=3))], 0)
+    assert "continuing after step 4" in result.err and "done in" in result.err
+    assert checkpoints(folder / "out") == [2, 4] and (folder / "out" / "export").exists()
+    [result] = ends([start(folder, *checkpointed(folder, steps=3))], 0)
+    assert "already done, 4 of 3 steps" in result.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing runs from a file, nothing secret gets into one, and their modes.
+
+
+class Trap:
+    """A pickle that runs a command when it is read."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.marker}",)
+
+
+def trap_checkpoint(folder: Path, file: str, how: str) -> list[str]:
+    """A file of a checkpoint becomes a trap, and its manifest vouches for it."""
+    whole, out = reference(make=checkpointed), folder / "out"
+    shutil.copytree(whole / "checkpoint-6", out / "checkpoint-6")
+    path, trap = out / "checkpoint-6" / file, {"state": Trap(folder / "executed"), "step": 1}
+    path.write_bytes(pickle.dumps(trap)) if how == "pickle" else torch.save(trap, path)
+    resign(out / "checkpoint-6", file)
+    return checkpointed(folder)
+
+
+def trap_settings(folder: Path, name: str, text: str) -> list[str]:
+    (folder / name).write_text(text.replace("MARKER", str(folder / "executed")))
+    return ["ddpm", name, *tiny(folder)[1:]]
+
+
+def trap_data(folder: Path, name: str, content: bytes | str, flag: str) -> list[str]:
+    """A data set's folder with one file that would like to run."""
+    from PIL import Image
+
+    (folder / "set").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / "set" / f"{i}.png")
+    content = content if isinstance(content, bytes) else content.replace("MARKER", str(folder / "executed")).encode()
+    (folder / "set" / name).write_bytes(content)
+    settings = {f"data__{flag}": folder / "set", "data__cache_dir": folder / "cache"}
+    return tiny(folder, data__train_batch_size=2, **settings)
+
+
+SCRIPT = "import os, datasets\nos.system('touch MARKER')\nclass D(datasets.GeneratorBasedBuilder): pass\n"
+POSTSCRIPT = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+TRAPS: dict[str, Callable[[Path], list[str]]] = {
+    **{
+        f"a {how} as {file}": functools.partial(trap_checkpoint, file=file, how=how)
+        for file in ("state/optimizer.bin", "state/random_states_0.pkl", "state/model.safetensors", "state/ema.safetensors")
+        for how in ("pickle", "torch file")
+    },
+    "a pickle as the manifest": lambda folder: trap_manifest(folder),
+    "a pickle beside the states": lambda folder: trap_beside(folder, "state/pytorch_model.bin"),
+    "a module in the checkpoint": lambda folder: trap_beside(folder, "model_index.py"),
+    "YAML that calls a function": functools.partial(
+        trap_settings, name="run.yaml", text='base: !!python/object/apply:os.system ["touch MARKER"]\n'
+    ),
+    "YAML that makes an object": functools.partial(
+        trap_settings, name="run.yaml", text="base: {seed: !!python/object/new:os.system [touch MARKER]}\n"
+    ),
+    "YAML that imports": functools.partial(
+        trap_settings, name="run.yml", text="base: {seed: !!python/name:os.system }\nx: !!python/module:antigravity {}\n"
+    ),
+    "YAML in the name of JSON": functools.partial(
+        trap_settings, name="run.json", text='base: !!python/object/apply:os.system ["touch MARKER"]\n'
+    ),
+    "a pickle as settings": lambda folder: trap_pickled_settings(folder),
+    "a script named like the data set": functools.partial(trap_data, name="set.py", content=SCRIPT, flag="dataset_name"),
+    "a script among the pictures": functools.partial(trap_data, name="images.py", content=SCRIPT, flag="train_data_dir"),
+    "a data card that wants a script": lambda folder: trap_card(folder),
+    "a pickled table": lambda folder: trap_table(folder, "data.pkl"),
+    "a pickle in a tar": lambda folder: trap_tar(folder),
+    "a pickle as a picture": lambda folder: trap_table(folder, "4.png", "train_data_dir"),
+    "PostScript among the pictures": lambda folder: trap_data(folder, "4.eps", POSTSCRIPT, "train_data_dir"),
+    "PostScript in the name of PNG": lambda folder: trap_data(folder, "4.png", POSTSCRIPT, "train_data_dir"),
+    "a model's config that names code": lambda folder: trap_model(folder),
+}
+
+
+def trap_manifest(folder: Path) -> list[str]:
+    shutil.copytree(reference(make=checkpointed) / "checkpoint-6", folder / "out" / "checkpoint-6")
+    (folder / "out" / "checkpoint-6" / "manifest.json").write_bytes(pickle.dumps(Trap(folder / "executed")))
+    return checkpointed(folder)
+
+
+def trap_beside(folder: Path, file: str) -> list[str]:
+    shutil.copytree(reference(make=checkpointed) / "checkpoint-6", folder / "out" / "checkpoint-6")
+    path = folder / "out" / "checkpoint-6" / file
+    path.write_bytes(
+        SCRIPT.replace("MARKER", str(folder / "executed")).encode()
+        if file.endswith("py")
+        else pickle.dumps(Trap(folder / "executed"))
+    )
+    resign(folder / "out" / "checkpoint-6", file)
+    return checkpointed(folder)
+
+
+def trap_pickled_settings(folder: Path) -> list[str]:
+    (folder / "run.yaml").write_bytes(pickle.dumps(Trap(folder / "executed"), 0))
+    return ["ddpm", "run.yaml", *tiny(folder)[1:]]
+
+
+def trap_table(folder: Path, name: str, flag: str = "dataset_name") -> list[str]:
+    return trap_data(folder, name, pickle.dumps(Trap(folder / "executed")), flag)
+
+
+def trap_tar(folder: Path) -> list[str]:
+    import io
+    import tarfile
+
+    flags = trap_data(folder, "x.txt", "", "dataset_name")
+    with tarfile.open(folder / "set" / "a.tar", "w") as tar:
+        for name, content in (
+            ("0.png", (folder / "set" / "0.png").read_bytes()),
+            ("0.pickle", pickle.dumps(Trap(folder / "executed"))),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    for path in folder.glob("set/*.*"):
+        if path.suffix != ".tar":
+            path.unlink()
+    return flags
+
+
+def trap_card(folder: Path) -> list[str]:
+    card = "---\nconfigs:\n- config_name: default\n  data_files: data.pkl\n  builder_name: pandas\n---\n"
+    flags = trap_data(folder, "README.md", card, "dataset_name")
+    (folder / "set" / "data.pkl").write_bytes(pickle.dumps(Trap(folder / "executed")))
+    (folder / "set" / "set.py").write_text(SCRIPT.replace("MARKER", str(folder / "executed")))
+    return flags
+
+
+def trap_model(folder: Path) -> list[str]:
+    flags = tiny(folder)
+    config = UNET | {"auto_map": {"AutoModel": "evil.Model"}, "_name_or_path": str(folder)}
+    (folder / "unet.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(SCRIPT.replace("MARKER", str(folder / "executed")))
+    return flags
+
+
+@row("nothing runs from a file", sample=9)
+def nothing_runs() -> Iterator[tuple[str, Case]]:
+    assert len(TRAPS) >= 20
+    for name in TRAPS:
+        yield name, functools.partial(trapped, name)
+
+
+def trapped(name: str, folder: Path) -> str:
+    """Whatever becomes of the run, nothing of the file was executed; and what becomes of it is no traceback."""
+    flags = TRAPS[name](folder)
+    (folder / "bin").mkdir()
+    for program in ("gs", "gswin32c", "gswin64c"):  # what would interpret PostScript
+        (folder / "bin" / program).write_text(f"#!/bin/sh\ntouch {folder}/executed\n")
+        (folder / "bin" / program).chmod(0o755)
+    result = cli(folder, *flags, env={"PATH": f"{folder}/bin:{os.environ['PATH']}", "HF_HOME": str(folder / "hf")})
+    assert not (folder / "executed").exists(), "it was executed"
+    assert "Traceback" not in result.err and result.code in (0, 2), f"{result.code}: {result.err[-3000:]}"
+    if result.code == 2:
+        one_line(result, 2)
+    return "refused" if result.code else "left unread"
+
+
+CANARY = "canary-4f1b9c7e2d"
+
+
+@row("secrets", sample=3)
+def secrets() -> Iterator[tuple[str, Case]]:
+    nothing, offline = (lambda: None), {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    yield "tensorboard", functools.partial(secret, {"base__logger": "tensorboard"}, {}, nothing, 0)
+    yield "wandb, offline", functools.partial(secret, {"base__logger": "wandb"}, offline, nothing, 0)
+    yield "a run that fails", functools.partial(secret, {}, {}, spoil("loss", math.nan, 3, "0"), 3)
+
+
+def secret(settings: dict[str, Any], env: dict[str, str], patch: Callable[[], None], code: int, folder: Path) -> None:
+    """A token in the environment is in nothing that the run writes or says."""
+    names = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "CANARY")
+    tokens = {name: f"{CANARY}-{name}-0123456789abcdef0123456789" for name in names}
+    result = cli(folder, *checkpointed(folder, **settings), env=tokens | env, patch=patch)
+    assert result.code == code, f"{result.code}: {result.err}"
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "run.json" for path in files)
+    for path in files:  # with what it said, which is in the folder too
+        assert CANARY.encode() not in path.read_bytes(), path
+
+
+@row("modes", sample=6)
+def modes() -> Iterator[tuple[str, Case]]:
+    for umask in (0o027, 0o002, 0o077):
+        yield f"umask {umask:03o}", functools.partial(masked, umask)
+    for name in UNWRITABLE:
+        yield f"an output folder that is {name}", functools.partial(unwritable, name)
+    yield "an output folder that vanishes", vanished
+
+
+def masked(umask: int, folder: Path) -> None:
+    """Files and folders have the modes that the umask leaves."""
+    ends([start(folder, *checkpointed(folder, base__logger="tensorboard"), patch=lambda: os.umask(umask) and None)], 0)
+    for path in (folder / "out", *(folder / "out").rglob("*")):
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        got = stat.S_IMODE(path.stat().st_mode)
+        assert got == expected, f"{path.relative_to(folder)} has mode {got:o}, expected {expected:o}"
+
+
+@contextlib.contextmanager
+def under_a_file(folder: Path) -> Iterator[str]:
+    (folder / "file").touch()
+    yield "file/out"
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[str]:
+    with small_disk(folder / "disk", 1 << 20):
+        (folder / "disk" / "out").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", str(folder / "disk")], check=True)
+        yield "disk/out"
+
+
+@contextlib.contextmanager
+def gone(folder: Path) -> Iterator[str]:
+    (folder / "out").symlink_to(folder / "unplugged" / "out")
+    yield "out"
+
+
+@contextlib.contextmanager
+def a_file(folder: Path) -> Iterator[str]:
+    (folder / "out").touch()
+    yield "out"
+
+
+UNWRITABLE = {"under a file": under_a_file, "read-only": read_only, "a link to nowhere": gone, "a file": a_file}
+
+
+def unwritable(name: str, folder: Path) -> str:
+    """One line and exit code 2, before the model is built."""
+    if name == "read-only" and not may_mount():
+        return "not run: needs the right to mount"
+
+    def patch() -> None:
+        def make_models(cfg: Any) -> Any:
+            (folder / "built").touch()
+            raise AssertionError
+
+        patched_task(make_models=make_models)
+
+    with UNWRITABLE[name](folder) as out:
+        one_line(cli(folder, *tiny(folder, out), patch=patch), 2, str(folder / out), "cannot be written")
+    assert not (folder / "built").exists()
+    return ""
+
+
+def vanished(folder: Path) -> None:
+    """Removed while it is written to: one line and exit code 4."""
+
+    def patch() -> None:
+        inner = task().loss_fn
+
+        def loss_fn(*args: Any) -> Iterator:
+            if (folder / "out" / "checkpoint-4").exists():
+                shutil.rmtree(folder / "out")
+            yield from inner(*args)
+
+        patched_task(loss_fn=loss_fn)
+
+    one_line(cli(folder, *checkpointed(folder), patch=patch), 4, str(folder / "out"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs.
+
+
+@row("price", sample=2)
+def price() -> Iterator[tuple[str, Case]]:
+    yield "an adapter's state holds no frozen weights", adapter_only
+    yield "flush, hash and rename", priced
+
+
+def adapter_only(folder: Path) -> str:
+    """Where little trains, little is saved in a state."""
+
+    def patch() -> None:
+        inner = task().make_models
+
+        def make_models(cfg: Any) -> Any:
+            models = inner(cfg)
+            models["unet"].requires_grad_(False)
+            models["unet"].conv_in.requires_grad_(True)
+            return models
+
+        def make_optim(models: Any, cfg: Any) -> Any:
+            return {"unet": torch.optim.AdamW([p for p in models["unet"].parameters() if p.requires_grad])}
+
+        patched_task(make_models=make_models, make_optim=make_optim)
+
+    ends([start(folder, *checkpointed(folder), patch=patch)], 0)
+    names = {name for name in warm.tensors(folder / "out") if name.startswith(("model", "ema"))}
+    assert names == {"model/conv_in.weight", "model/conv_in.bias", "ema/unet.conv_in.weight", "ema/unet.conv_in.bias"}, names
+    return ""
+
+
+def priced(folder: Path) -> str:
+    """The benchmark runs; what it measures stands in the campaign's table."""
+    size = int(os.environ.get("PRICE_MIB", "32"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_price.py"), "--mib", str(size), "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@row("endurance", sample=1)
+def endurance() -> Iterator[tuple[str, Case]]:
+    yield "300 updates, 30 saves", functools.partial(endured, 300, 10)
+    yield "5,000 updates, 100 saves", functools.partial(endured, 5000, 50)
+
+
+def endured(updates: int, every: int, folder: Path) -> str:
+    """Resident memory grows by at most 5 % and open files stay constant, from a tenth of the run on."""
+    out = folder / "out"
+    settings = {"base__checkpointing_steps": every, "base__checkpoints_total_limit": 2, "base__logger": "tensorboard"}
+    process = start(folder, *tiny(folder, "out", updates, **settings))
+    proc, found = Path(f"/proc/{process.pid}"), {}
+
+    def look() -> bool:
+        stood = checkpoint.steps(out)
+        if stood and stood[-1] not in found and stood[-1] < updates:
+            with contextlib.suppress(OSError):
+                pages = int((proc / "statm").read_text().split()[1])
+                names = [os.readlink(fd) for fd in (proc / "fd").iterdir()]
+                found[stood[-1]] = (pages * resource.getpagesize(), sum("checkpoint-" not in name for name in names))
+        time.sleep(0.01)
+        return not alive(process)
+
+    until(look, timeout=3600)
+    assert process.wait().code == 0
+    after = [value for step, value in sorted(found.items()) if step > updates / 10]
+    memory, files = [m for m, _ in after], [f for _, f in after]
+    growth = statistics.median(memory[-5:]) / statistics.median(memory[:5]) - 1
+    assert growth <= 0.05, f"resident memory grew by {growth:.1%}: {memory}"
+    assert statistics.median(files[-5:]) <= statistics.median(files[:5]), files
+    return f"memory {growth:+.1%} over {len(found)} saves, {int(statistics.median(files))} open files"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
