@@ -11,10 +11,12 @@ but safetensors, JSON and torch files under `weights_only`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from configs import BadInput
 from tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
+REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class Damaged(Exception):
@@ -70,26 +73,36 @@ def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
     Raises:
         BadInput: the folder cannot be written, or another run holds it.
+        StorageError: later, something in it could not be written.
     """
     held = contextlib.ExitStack()
     with held:
         on_main(accelerator, lambda: _take(folder, held))
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in REFUSALS and not str(error.filename).startswith(str(folder)):
+                raise
+            raise refused(error.filename or folder, error, folder, 1) from None
 
 
 def _take(folder: Path, held: contextlib.ExitStack) -> None:
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = held.enter_context(path.open("a+"))
-    except OSError as error:
-        raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(path.open("a+"))
+        except OSError as error:
+            raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break  # else the last holder removed the file in between: what is held keeps nobody out
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
@@ -104,9 +117,9 @@ def _take(folder: Path, held: contextlib.ExitStack) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed save or prune left behind. For the holder of the lock."""
-    for left in folder.glob(".checkpoint-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what a killed save, prune or writing left behind. For the holder of the lock."""
+    for left in (*folder.glob(".checkpoint-*"), *folder.glob(".*.removed"), *folder.glob(".*.writing")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def steps(folder: Path) -> list[int]:
@@ -118,8 +131,13 @@ def steps(folder: Path) -> list[int]:
 def write(path: Path, text: str) -> None:
     """A file that is there whole or not at all."""
     staged = path.with_name(f".{path.name}.writing")
-    staged.write_text(text, "utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, "utf-8")
+        _flush(staged)
+        os.replace(staged, path)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,8 +202,8 @@ def save(
         accelerator.save_state(str(staging / "state"))
         if main:
             export(staging)
-    except (OSError, SafetensorError, RuntimeError) as refused:
-        error = refused
+    except (OSError, SafetensorError, RuntimeError) as trouble:
+        error = trouble
     errors = [e for e in gather_object([error]) if e]
     if main and not errors:
         try:
@@ -198,14 +216,38 @@ def save(
                 os.rename(folder / f"checkpoint-{old}", folder / f".checkpoint-{old}.removed")
             for removed in folder.glob(".checkpoint-*.removed"):
                 shutil.rmtree(removed, ignore_errors=True)
-        except OSError as refused:
-            errors = [refused]
-    errors = on_main(accelerator, lambda: errors)
-    if errors:
-        if main:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise StorageError(f"saving {final} failed: {errors[0]}")
+        except OSError as trouble:
+            errors = [trouble]
+
+    def outcome() -> StorageError | None:
+        if not errors:
+            return None
+        needed = max([_needed(accelerator), size(staging), *(size(folder / f"checkpoint-{step}") for step in steps(folder))])
+        shutil.rmtree(staging, ignore_errors=True)
+        return refused(final, errors[0], folder, needed)
+
+    if refusal := on_main(accelerator, outcome):
+        raise refusal
     return final
+
+
+def refused(what: Path | str, error: Exception, folder: Path, needed: int) -> StorageError:
+    """The error for something that could not be written into the output folder, and takes at least `needed` bytes."""
+    reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
+    free = shutil.disk_usage(folder).free if folder.exists() else 0
+    return StorageError(f"writing {what} failed: {reason}; it needs at least {needed:,} bytes, and {free:,} are free")
+
+
+def size(folder: Path) -> int:
+    """Bytes in the files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _needed(accelerator: Accelerator) -> int:
+    """Bytes of the weights that train and the state of their optimizers, the least that a checkpoint takes."""
+    weights = [p for model in accelerator._models for p in model.parameters() if p.requires_grad]
+    state = [v for o in accelerator._optimizers for values in o.state.values() for v in values.values()]
+    return sum(t.nbytes for t in weights + state if isinstance(t, Tensor))
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -262,8 +304,13 @@ def verify(folder: Path) -> dict[str, Any]:
         raise Damaged(f"{folder / MANIFEST}: its content does not have its sha256")
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
         raise Damaged(f"{folder / MANIFEST}: is of step {manifest['step']}")
+    for path in (folder / "state").rglob("*"):
+        if path.is_file() and str(path.relative_to(folder)) not in files:
+            raise Damaged(f"{path}: is not in the manifest")
     for name, expected in files.items():
         path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise Damaged(f"{folder / MANIFEST}: names {name}, which is elsewhere")
         if not path.is_file():
             raise Damaged(f"{path}: missing")
         if path.stat().st_size != expected["size"]:
@@ -276,6 +323,12 @@ def verify(folder: Path) -> dict[str, Any]:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, files))
     return manifest
+
+
+def holds(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a folder has the export of the checkpoint with this manifest, rather than that of an earlier one, or none."""
+    files = {k: v for k, v in manifest.get("files", {}).items() if not k.startswith("state/") and k != "load.py"}
+    return all((folder / k).is_file() and _sha256(folder / k) == v["sha256"] for k, v in files.items())
 
 
 def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -320,9 +373,18 @@ def load(accelerator: Accelerator, path: Path) -> None:
     """Read the training state of a verified checkpoint into what was prepared and attached.
 
     Hyper-parameters in the optimizers' groups (rates, betas, decay) stay as the settings made them.
+
+    Raises:
+        BadInput: its files, though they are what was saved, do not hold a training state.
     """
     groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
-    accelerator.load_state(str(path / "state"))
+    try:
+        accelerator.load_state(str(path / "state"))
+    except BadInput:
+        raise
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise BadInput(f"{getattr(error, 'filename', None) or path / 'state'} cannot be loaded: {error}") from None
+    accelerator.step = 0  # an update begins: batches are counted from here, whatever was accumulated before
     for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
         for group, values in zip(optimizer.param_groups, kept, strict=True):
             group.update(values)

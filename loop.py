@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
 from torch import Tensor
 
 import checkpoint
@@ -101,7 +101,7 @@ def run(task: Task, cfg: Any) -> TrainState:
         left = math.ceil(round(base.num_epochs * source.size - facts["examples"], 6) / update)
         total = base.max_train_steps or facts["step"] + max(left, 0)
         rate = schedule(base, total)
-        finished = facts["step"] >= total and (out / "export").exists()
+        finished = facts["step"] >= total and checkpoint.on_main(accelerator, lambda: checkpoint.holds(out / "export", facts))
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
@@ -130,6 +130,8 @@ def run(task: Task, cfg: Any) -> TrainState:
         checkpoint.attach(accelerator, state.models, state.ema)
         if found:
             checkpoint.load(accelerator, saved)
+        if accelerator.is_main_process:
+            checkpoint.tidy(out)
         if finished:
             return state
 
@@ -137,7 +139,6 @@ def run(task: Task, cfg: Any) -> TrainState:
         report.open(state.step, total)
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
         if accelerator.is_main_process:
-            checkpoint.tidy(out)
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
@@ -207,11 +208,9 @@ def run(task: Task, cfg: Any) -> TrainState:
             raise SystemExit(code)
 
         # The end: the last checkpoint's export by itself, with its card.
-        if accelerator.is_main_process:
-            loads = publish(saved, out, cfg, source.found, state.step)
-            took = clock(time.perf_counter() - started)
-            report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
-        accelerator.wait_for_everyone()
+        loads = checkpoint.on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
+        took = clock(time.perf_counter() - started)
+        report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
         return state
 
 
@@ -399,29 +398,29 @@ def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) 
 
 
 class Meter:
-    """Means of what was logged since the last reading. Everything stays on the device until it is read."""
+    """Means of what was logged since the last reading, but for what was not finite: such an update is skipped, or the run
+    stops. Everything stays on the device until it is read."""
 
     def __init__(self, accelerator: Accelerator, several: bool):
         self.accelerator, self.several = accelerator, several
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[str, Tensor] = {}  # key -> [sum, count]
         self.since, self.updates = time.perf_counter(), 0
 
     def add(self, kind: str, name: str, value: Any) -> None:
         """One value of a kind (loss, grad_norm, ...); the optimizer's name is added where there are several."""
         key = f"{kind}/{name}" if self.several and name else kind
         value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-        self.sums[key] = self.sums[key] + value if key in self.sums else value
-        self.counts[key] = self.counts.get(key, 0) + 1
+        pair = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float()])
+        self.sums[key] = self.sums[key] + pair if key in self.sums else pair
 
     def read(self, examples: int) -> dict[str, float]:
         """The means over processes, and the speed with `examples` an update. This waits for the device."""
         keys = sorted(self.sums)
-        means = torch.stack([self.sums[key] / self.counts[key] for key in keys])
-        values = dict(zip(keys, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        pairs = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").tolist()
+        values = {key: total / count for key, (total, count) in zip(keys, pairs, strict=True) if count}
         now = time.perf_counter()
         speed = examples * self.updates / (now - self.since)
-        self.sums, self.counts, self.since, self.updates = {}, {}, now, 0
+        self.sums, self.since, self.updates = {}, now, 0
         return values | {"pictures_per_second": speed}
 
 
@@ -455,10 +454,9 @@ class Guard:
             return True
         self.state.skipped += 1
         if self.state.skipped > self.most:
-            rows = [int(r) for value, rows in seen if not value.isfinite() for r in rows] or [
-                int(r) for _, rows in seen for r in rows
-            ]
-            what = "loss" if not values[: len(seen)].isfinite().all() else "gradient"
+            batches = gather_object([(bool(value.isfinite()), rows.tolist()) for value, rows in seen])  # of all processes
+            what = "gradient" if all(fine for fine, _ in batches) else "loss"
+            rows = [row for fine, rows in batches for row in rows if what == "gradient" or not fine]
             files = ", ".join(self.name(r) for r in rows[:4]) + (", ..." if len(rows) > 4 else "")
             self.refuse(self.state.step + 1, name, what, f" on a batch with {files}")
         return scaled  # the scaler must see the step that it will skip

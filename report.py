@@ -5,6 +5,7 @@ Only the main process shows anything; the others hold a `Report` that does nothi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import checkpoint
 import configs
 from configs import BadInput
 from tasks import Images
@@ -57,8 +60,7 @@ class Report:
         if not self.main:
             return
         path = self.out / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        checkpoint.write(path, "".join(line for line, values in _records(path) if values["step"] <= step))
         self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -70,7 +72,7 @@ class Report:
             return ""
         path = self.out / "wandb.id"
         if not path.exists():
-            path.write_text(os.urandom(8).hex())
+            checkpoint.write(path, os.urandom(8).hex())
         return path.read_text()
 
     def advance(self) -> None:
@@ -123,11 +125,12 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file that may end in half of one, or not be there."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """The lines of a record, and their values. It may end in half of one or in the zeros of a power cut, or not be there."""
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
+                yield line, values
 
 
 def clock(seconds: float) -> str:
@@ -176,20 +179,27 @@ def _knows_wandb() -> bool:
 
 def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
     """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it."""
-    staged, export = out / ".export.writing", out / "export"
-    shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(
-        saved, staged, ignore=lambda folder, names: {"state", "manifest.json", "load.py"} if folder == str(saved) else ()
-    )
+    staged, export, removed = out / ".export.writing", out / "export", out / ".export.removed"
+    skipped = {"state", "manifest.json", "load.py"}
     loads = (saved / "load.py").read_text("utf-8").strip()
-    grids = sorted((out / "samples").glob(f"{step}*.png"))
-    for grid in grids:
-        shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
-    (staged / "README.md").write_text(
-        _card(out, cfg, found, step, loads, [p.name for p in sorted(staged.glob("*.png"))]), "utf-8"
-    )
-    shutil.rmtree(export, ignore_errors=True)
+    try:
+        shutil.copytree(saved, staged, ignore=lambda folder, names: skipped if folder == str(saved) else ())
+        for grid in sorted((out / "samples").glob(f"{step}*.png")):
+            shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
+        pictures = [path.name for path in sorted(staged.glob("*.png"))]
+        (staged / "README.md").write_text(_card(out, cfg, found, step, loads, pictures), "utf-8")
+    except OSError as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        needed = sum(
+            checkpoint.size(path) if path.is_dir() else path.stat().st_size
+            for path in saved.iterdir()
+            if path.name not in skipped
+        )
+        raise checkpoint.refused(export, error, out, needed) from None
+    if export.exists():
+        os.rename(export, removed)
     os.rename(staged, export)
+    shutil.rmtree(removed, ignore_errors=True)
     if cfg.base.push_to_hub:
         import huggingface_hub
 
