@@ -248,7 +248,8 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         if not end.code:
             raise
         # tyro draws a box: the sentence stands before its first rule.
-        sentence = re.split(r"\n\W*─{3,}\W*\n", complaint.getvalue().partition("\n")[2])[0]
+        drawn = re.sub("-{5,}", "─────", complaint.getvalue())  # where the terminal is not in UTF-8
+        sentence = re.split(r"\n\W*─{3,}\W*\n", drawn.partition("\n")[2])[0]
         sentence = " ".join(re.sub(r"[│╭╮╰╯─]", " ", sentence).split()).replace("') .", "')")
         raise BadInput(source + re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)) from None
     if unknown:
