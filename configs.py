@@ -213,6 +213,23 @@ def read_file(path: str) -> dict[str, Any]:
     return settings
 
 
+def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
+    """The diffusers config of a `kind` of model at a path: a JSON file, or a folder with a config.json.
+
+    Raises:
+        BadInput: there is none, or it is of another class.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--{flag} {path}: cannot read {file} as JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
+        raise BadInput(f"--{flag} {path}: expected the config of a model of class {kind}")
+    return config
+
+
 def as_flags(settings: dict[str, Any], config: type) -> list[str]:
     """Nested settings as the flags that say the same, so that a file is parsed, and refused, like a command line."""
     flags: list[str] = []
