@@ -139,11 +139,12 @@ def run(task: Task, cfg: Any) -> TrainState:
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
-        settle_buckets(accelerator, task, models | wrapped, first, cfg)
+        settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, cfg)
 
         def export(folder: Path) -> None:
+            seen = data.Fixed(examples, size, device, None if state.step == total else EXPORT_EXAMPLES)
             with at_rest(models, weights, state.ema):
-                lines = task.export_fn(models, data.Fixed(examples, size, device), folder, cfg)
+                lines = task.export_fn(models, seen, folder, cfg)
             (folder / "load.py").write_text(lines + "\n")
 
         def save() -> Path:
@@ -167,6 +168,7 @@ def run(task: Task, cfg: Any) -> TrainState:
             for batch in itertools.islice(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
                 batch, rng = data.to_device(batch, device), Rng.of(base.seed, numbers, device=device)
+                batch["step"] = state.step
                 torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
                 with accelerator.accumulate(*wrapped.values()):
                     for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
@@ -321,7 +323,7 @@ def settle_buckets(accelerator: Accelerator, task: Task, models: Models, first: 
     """One pass whose gradients are thrown away, where more than two processes train.
 
     DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
-    last bits: after this pass every life of a run sums alike.
+    last bits: after this pass every life of a run sums alike. The batch is dated at the run's end, for losses that start late.
     """
     if accelerator.num_processes > 2:
         rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)

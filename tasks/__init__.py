@@ -26,7 +26,8 @@ Optims = dict[str, "torch.optim.Optimizer"]
 Batch = dict[str, Any]
 """Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Pictures
 are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized picture;
-where the data have them, `caption` (a list of B strings) and `label` [B]."""
+where the data have them, `caption` (a list of B strings) and `label` [B]. In `loss_fn` also `step`, one int: the optimizer
+steps taken before this one, the same for every batch and process that share a step."""
 Images = dict[str, "Tensor"]
 """What validation shows: name -> pictures [N, 3, H, W] in [0, 1]; one grid for each name."""
 
