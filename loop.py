@@ -121,6 +121,9 @@ def run(task: Task, cfg: Any) -> TrainState:
         }
         identity = {"task": name, "models": {k: describe(m) for k, m in models.items()}}
         refuse_changes(facts, identity)
+        if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
+            several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
+            raise BadInput(f"--base.mixed-precision is 'fp16'; expected auto, bf16 or no: {several}")
         prepared = [accelerator.prepare(part) for part in (*state.models.values(), *state.optims.values())]
         wrapped = dict(zip(state.models, prepared, strict=False))
         optims = dict(zip(state.optims, prepared[len(wrapped) :], strict=True))
