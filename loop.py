@@ -50,6 +50,9 @@ from configs import BadInput
 from report import Report, check_trackers, clock, publish, trackers
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
 
+EXPORT_EXAMPLES = 1024
+"""Examples over which a checkpoint's export may measure something of the data; the last one has all of them."""
+
 
 class NonFinite(Exception):
     """A loss or gradient that is not finite. Exit code 3."""

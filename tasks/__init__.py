@@ -58,7 +58,8 @@ class Task(Generic[C]):
     sample_fn: Callable[[Models, Iterable[Batch], Rng, C], Images]
     """Draw `len(rng)` pictures, with the averaged weights in place. `examples` are batches of that many fixed examples."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
-    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder."""
+    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
+    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it."""
     encode_fns: Mapping[str, Callable[[Models, Any, C], Mapping[str, Tensor]]] = field(default_factory=dict)
     """column -> its frozen, deterministic encoding as new columns; may be computed once and cached on disk."""
     needs: tuple[str, ...] = ()
