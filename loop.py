@@ -271,8 +271,12 @@ def trains(module: torch.nn.Module) -> bool:
 
 def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
     """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval()."""
+    recomputes = [m for m in models.values() if trains(m) and hasattr(m, "enable_gradient_checkpointing")]
+    if recompute and not recomputes:
+        kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
+        raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for name, module in models.items():
+    for module in models.values():
         training = trains(module)
         if not training and not any(True for _ in module.parameters()):
             continue
@@ -280,10 +284,8 @@ def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
             if p.is_floating_point():
                 p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad else narrow)
         module.to(accelerator.device).train(training)
-        if recompute and training:
-            if not hasattr(module, "enable_gradient_checkpointing"):
-                raise BadInput(f"--base.gradient-checkpointing: the model {name!r} ({type(module).__name__}) cannot recompute")
-            module.enable_gradient_checkpointing()
+    for module in recomputes if recompute else ():
+        module.enable_gradient_checkpointing()
 
 
 def describe(module: torch.nn.Module) -> str:
