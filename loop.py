@@ -105,9 +105,6 @@ def run(task: Task, cfg: Any) -> TrainState:
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
-        else:
-            examples = data.Examples(source, cfg.data, base.seed)
-            refuse_changes(facts, {"data": examples.fingerprint})
 
         # The models, the optimizers and the averages. What requires a gradient trains; the rest is frozen.
         torch.manual_seed(hash64(base.seed, "models"))
@@ -135,6 +132,10 @@ def run(task: Task, cfg: Any) -> TrainState:
             checkpoint.load(accelerator, saved)
         if finished:
             return state
+
+        # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
+        examples = data.Examples(source, cfg.data, base.seed)
+        refuse_changes(facts, {"data": examples.fingerprint})
 
         # What every number became, said once. From here on there are files.
         report.open(state.step, total)
