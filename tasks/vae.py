@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEFAULT_VAE = {  # fit for 64x64 on a CPU: four latent channels at a quarter of the side
-    "block_out_channels": [16, 32, 64],
+    "block_out_channels": [8, 16, 32],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 1,
     "latent_channels": 4,
-    "norm_num_groups": 8,
+    "norm_num_groups": 2,  # with a group for each channel, no channel could hold a flat colour
 }
 
 
@@ -51,8 +51,8 @@ class Settings:
     """Of a new one: channels of the latent. None: as the config says."""
     train: Literal["all", "decoder"] = "all"
     """decoder: improve the decoder of a pretrained autoencoder, whose latents stay as they are."""
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Error of a pixel: absolute or squared."""
+    reconstruction: Literal["l1", "l2"] = "l2"
+    """Error of a pixel: absolute, as published, or squared, which gets a small model going sooner."""
     kl_weight: float = 1e-6
     """Weight of the latent's KL divergence from a standard normal, as a sum, against the pixels' errors, as a sum."""
     perceptual_weight: float = 0.0
@@ -60,15 +60,15 @@ class Settings:
     downloaded once; 0 goes without."""
     disc_weight: float = 0.5
     """Weight of the discriminator against the autoencoder; 0: none is trained."""
-    disc_start: Live[int] = 500
+    disc_start: Live[int] = 1000
     """Optimizer steps before the discriminator begins: enough for a fair reconstruction, such as 50000 on photographs."""
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     """The discriminator's loss."""
-    disc_channels: int = 64
-    """Channels of the discriminator's first layer; each layer doubles them, up to eightfold."""
+    disc_channels: int = 16
+    """Channels of the discriminator's first layer, 64 as published; each layer doubles them, up to eightfold."""
     disc_layers: int = 3
     """Layers of the discriminator that halve the picture: 3 judges patches of 70 x 70."""
-    learning_rate: Live[float] = 1e-3
+    learning_rate: Live[float] = 3e-3
     """Peak learning rate of AdamW; 1e-4 and less for large models."""
     disc_learning_rate: Live[float | None] = None
     """That of the discriminator. None: the same."""
@@ -96,15 +96,17 @@ class Settings:
         require(self.train == "all" or bool(pretrained), "vae.train", self.train, f"all, or {flag} beside it")
         if self.perceptual_weight and importlib.util.find_spec("lpips") is None:
             given = f"--vae.perceptual-weight is {self.perceptual_weight}"
-            raise BadInput(f"{given} and needs the package lpips: pip install lpips, or --vae.perceptual-weight 0 goes without")
+            raise BadInput(
+                f"{given} and needs the package lpips: install oneloop[vae], or --vae.perceptual-weight 0 goes without"
+            )
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run of this task."""
 
-    base: Base = field(default_factory=Base)
-    data: Data = field(default_factory=lambda: Data(resolution=64, train_batch_size=16))
+    base: Base = field(default_factory=lambda: Base(num_epochs=3.0))
+    data: Data = field(default_factory=lambda: Data(resolution=64, train_batch_size=8))
     vae: Settings = field(default_factory=Settings)
 
     def __post_init__(self):

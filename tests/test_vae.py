@@ -426,6 +426,7 @@ def test_settings_need_nothing_heavy():
 def test_examples_are_settings(name, monkeypatch, lpips):
     import configs
 
+    monkeypatch.chdir(ROOT)
     module, cfg = configs.parse([str(ROOT / "examples" / name)])
     assert module is vae and isinstance(cfg, vae.Config)
 
