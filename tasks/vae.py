@@ -78,8 +78,8 @@ class Settings:
     """AdamW's beta2."""
     adam_weight_decay: Live[float] = 0.0
     """AdamW's weight decay."""
-    adam_epsilon: Live[float] = 1e-8
-    """AdamW's epsilon."""
+    adam_epsilon: Live[float] = 1e-6
+    """AdamW's epsilon. An attention's key bias has no gradient but rounding errors; much less would make steps of them."""
 
     def __post_init__(self):
         for name in ("kl_weight", "perceptual_weight", "disc_weight", "disc_start", "learning_rate"):

@@ -43,7 +43,13 @@ def make(tmp_path):
 
     def make(step=0, **settings):
         (tmp_path / "vae.json").write_text(json.dumps(VAE))
-        small = {"model_config": str(tmp_path / "vae.json"), "disc_channels": 4, "disc_layers": 2, "disc_start": 0}
+        small = {
+            "model_config": str(tmp_path / "vae.json"),
+            "disc_channels": 4,
+            "disc_layers": 2,
+            "disc_start": 0,
+            "reconstruction": "l1",
+        }
         cfg = vae.Config(data=Data(resolution=16, train_batch_size=3), vae=vae.Settings(**(small | settings)))
         torch.manual_seed(1)
         models = vae.make_models(cfg)
