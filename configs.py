@@ -215,6 +215,23 @@ def read_file(path: str) -> dict[str, Any]:
     return settings
 
 
+def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
+    """The diffusers config of a `kind` of model at a path: a JSON file, or a folder with a config.json.
+
+    Raises:
+        BadInput: there is none, or it is of another class.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--{flag} {path}: cannot read {file} as JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
+        raise BadInput(f"--{flag} {path}: expected the config of a model of class {kind}")
+    return config
+
+
 def as_flags(settings: dict[str, Any], config: type) -> list[str]:
     """Nested settings as the flags that say the same, so that a file is parsed, and refused, like a command line."""
     flags: list[str] = []
@@ -250,7 +267,8 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         if not end.code:
             raise
         # tyro draws a box: the sentence stands before its first rule.
-        sentence = re.split(r"\n\W*─{3,}\W*\n", complaint.getvalue().partition("\n")[2])[0]
+        drawn = re.sub("-{5,}", "─────", complaint.getvalue())  # where the terminal is not in UTF-8
+        sentence = re.split(r"\n\W*─{3,}\W*\n", drawn.partition("\n")[2])[0]
         sentence = " ".join(re.sub(r"[│╭╮╰╯─]", " ", sentence).split()).replace("') .", "')")
         raise BadInput(source + re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)) from None
     if unknown:

@@ -294,10 +294,10 @@ class Examples(torch.utils.data.Dataset):
         flip = rng.uniform("flip") < 0.5 if self.cfg.random_flip else torch.zeros(len(n), dtype=torch.bool)
         return self._batch(n, rows, rng.uniform("crop", 2), flip, rng.uniform("caption"))
 
-    def fixed(self, size: int) -> Iterator[Batch]:
-        """The data in order, `size` at a time, cut from the middle and never mirrored."""
-        for start in range(0, self.size, size):
-            rows = torch.arange(start, min(start + size, self.size))
+    def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
+        """The data in order, `size` at a time, cut from the middle and never mirrored; or `count` spread evenly over it."""
+        count = min(count or self.size, self.size)
+        for rows in (torch.arange(count) * self.size // count).split(size):
             half = torch.full((len(rows), 2), 0.5)
             yield self._batch(rows, rows, half, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)))
 
@@ -341,14 +341,15 @@ class Examples(torch.utils.data.Dataset):
 @dataclass(frozen=True)
 class Fixed:
     """The data as samples and exports see them: in order, cut from the middle, never mirrored, `size` at a time, on the
-    device. Nothing is read before it is iterated over."""
+    device; all of them, or `count` spread evenly over the set. Nothing is read before it is iterated over."""
 
     examples: Examples
     size: int
     device: Any
+    count: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
-        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size))
+        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count))
 
 
 def to_device(batch: Batch, device: Any) -> Batch:

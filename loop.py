@@ -53,6 +53,9 @@ from configs import BadInput
 from report import Report, check_trackers, clock, publish, trackers
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
 
+EXPORT_EXAMPLES = 1024
+"""Examples over which a checkpoint's export may measure something of the data; the last one has all of them."""
+
 
 class NonFinite(Exception):
     """A loss or gradient that is not finite. Exit code 3."""
@@ -105,9 +108,6 @@ def run(task: Task, cfg: Any) -> TrainState:
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
-        else:
-            examples = data.Examples(source, cfg.data, base.seed)
-            refuse_changes(facts, {"data": examples.fingerprint})
 
         # The models, the optimizers and the averages. What requires a gradient trains; the rest is frozen.
         torch.manual_seed(hash64(base.seed, "models"))
@@ -124,6 +124,9 @@ def run(task: Task, cfg: Any) -> TrainState:
         }
         identity = {"task": name, "models": {k: describe(m) for k, m in models.items()}}
         refuse_changes(facts, identity)
+        if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
+            several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
+            raise BadInput(f"--base.mixed-precision is 'fp16'; expected auto, bf16 or no: {several}")
         prepared = [accelerator.prepare(part) for part in (*state.models.values(), *state.optims.values())]
         wrapped = dict(zip(state.models, prepared, strict=False))
         optims = dict(zip(state.optims, prepared[len(wrapped) :], strict=True))
@@ -135,6 +138,10 @@ def run(task: Task, cfg: Any) -> TrainState:
         if finished:
             return state
 
+        # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
+        examples = data.Examples(source, cfg.data, base.seed)
+        refuse_changes(facts, {"data": examples.fingerprint})
+
         # What every number became, said once. From here on there are files.
         report.open(state.step, total)
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
@@ -143,11 +150,12 @@ def run(task: Task, cfg: Any) -> TrainState:
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
-        settle_buckets(accelerator, task, models | wrapped, first, cfg)
+        settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, cfg)
 
         def export(folder: Path) -> None:
+            seen = data.Fixed(examples, size, device, None if state.step == total else EXPORT_EXAMPLES)
             with at_rest(models, weights, state.ema):
-                lines = task.export_fn(models, data.Fixed(examples, size, device), folder, cfg)
+                lines = task.export_fn(models, seen, folder, cfg)
             (folder / "load.py").write_text(lines + "\n")
 
         def save() -> Path:
@@ -171,6 +179,7 @@ def run(task: Task, cfg: Any) -> TrainState:
             for batch in itertools.islice(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
                 batch, rng = data.to_device(batch, device), Rng.of(base.seed, numbers, device=device)
+                batch["step"] = state.step
                 torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
                 with accelerator.accumulate(*wrapped.values()):
                     for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
@@ -267,8 +276,12 @@ def trains(module: torch.nn.Module) -> bool:
 
 def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
     """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval()."""
+    recomputes = [m for m in models.values() if trains(m) and hasattr(m, "enable_gradient_checkpointing")]
+    if recompute and not recomputes:
+        kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
+        raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for name, module in models.items():
+    for module in models.values():
         training = trains(module)
         if not training and not any(True for _ in module.parameters()):
             continue
@@ -276,10 +289,8 @@ def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
             if p.is_floating_point():
                 p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad else narrow)
         module.to(accelerator.device).train(training)
-        if recompute and training:
-            if not hasattr(module, "enable_gradient_checkpointing"):
-                raise BadInput(f"--base.gradient-checkpointing: the model {name!r} ({type(module).__name__}) cannot recompute")
-            module.enable_gradient_checkpointing()
+    for module in recomputes if recompute else ():
+        module.enable_gradient_checkpointing()
 
 
 def describe(module: torch.nn.Module) -> str:
@@ -325,7 +336,7 @@ def settle_buckets(accelerator: Accelerator, task: Task, models: Models, first: 
     """One pass whose gradients are thrown away, where more than two processes train.
 
     DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
-    last bits: after this pass every life of a run sums alike.
+    last bits: after this pass every life of a run sums alike. The batch is dated at the run's end, for losses that start late.
     """
     if accelerator.num_processes > 2:
         rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)

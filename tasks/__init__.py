@@ -26,7 +26,8 @@ Optims = dict[str, "torch.optim.Optimizer"]
 Batch = dict[str, Any]
 """Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Pictures
 are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized picture;
-where the data have them, `caption` (a list of B strings) and `label` [B]."""
+where the data have them, `caption` (a list of B strings) and `label` [B]. In `loss_fn` also `step`, one int: the optimizer
+steps taken before this one, the same for every batch and process that share a step."""
 Images = dict[str, "Tensor"]
 """What validation shows: name -> pictures [N, 3, H, W] in [0, 1]; one grid for each name."""
 
@@ -57,7 +58,8 @@ class Task(Generic[C]):
     sample_fn: Callable[[Models, Iterable[Batch], Rng, C], Images]
     """Draw `len(rng)` pictures, with the averaged weights in place. `examples` are batches of that many fixed examples."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
-    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder."""
+    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
+    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it."""
     encode_fns: Mapping[str, Callable[[Models, Any, C], Mapping[str, Tensor]]] = field(default_factory=dict)
     """column -> its frozen, deterministic encoding as new columns; may be computed once and cached on disk."""
     needs: tuple[str, ...] = ()

@@ -7,13 +7,12 @@ Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models (arXiv:2006.1123
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs import BadInput, Base, Data, Live, require
+from configs import BadInput, Base, Data, Live, read_model_config, require
 from tasks import Batch, Images, Loss, Models, Optims, Rng, Task, diffusion
 
 DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
@@ -71,7 +70,7 @@ class Config:
     ddpm: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
-        unet, where = read_model_config(self.ddpm.model_config), self.ddpm.model_config or "the default model"
+        unet, where = model_config(self), self.ddpm.model_config or "the default model"
         for key in ("in_channels", "out_channels"):
             if unet.get(key, 3) != 3:
                 raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB pictures")
@@ -81,23 +80,10 @@ class Config:
         require(side % 2**halvings == 0, "data.resolution", side, expected)
 
 
-def read_model_config(path: str | None) -> dict[str, Any]:
-    """The UNet2DModel config that `--ddpm.model-config` names.
-
-    Raises:
-        BadInput: there is none, or it is of another class.
-    """
-    if path is None:
-        return DEFAULT_UNET
-    file = Path(path).expanduser()
-    file = file / "config.json" if file.is_dir() else file
-    try:
-        config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--ddpm.model-config {path}: cannot read {file} as JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise BadInput(f"--ddpm.model-config {path}: expected the config of a UNet2DModel")
-    return config
+def model_config(cfg: Config) -> dict[str, Any]:
+    """The UNet2DModel config that the settings name."""
+    path = cfg.ddpm.model_config
+    return DEFAULT_UNET if path is None else read_model_config(path, "ddpm.model-config", "UNet2DModel")
 
 
 def scheduler(cfg: Config) -> Any:
@@ -115,7 +101,7 @@ def scheduler(cfg: Config) -> Any:
 def make_models(cfg: Config) -> Models:
     from diffusers import UNet2DModel
 
-    return {"unet": UNet2DModel.from_config(read_model_config(cfg.ddpm.model_config) | {"sample_size": cfg.data.resolution})}
+    return {"unet": UNet2DModel.from_config(model_config(cfg) | {"sample_size": cfg.data.resolution})}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:

@@ -153,9 +153,30 @@ UNET = {
 }
 
 
-def tiny(folder: Path, out: str = "out", steps: int | None = 6, **more: object) -> list[str]:
-    """A command line for `ddpm` that trains in a second: 24 shapes of 8x8, a model of a few thousand weights with dropout."""
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "norm_num_groups": 4,
+}
+
+
+def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddpm", **more: object) -> list[str]:
+    """A command line that trains in a second: 24 shapes of 8x8, a model of a few thousand weights, for `ddpm` with dropout."""
     (folder / "unet.json").write_text(json.dumps(UNET))
+    (folder / "vae.json").write_text(json.dumps(VAE))
+    own = {
+        "ddpm": {"ddpm.model_config": folder / "unet.json", "ddpm.ddpm_num_inference_steps": 2},
+        "vae": {
+            "vae.model_config": folder / "vae.json",
+            "vae.disc_channels": 4,
+            "vae.disc_layers": 1,
+            "vae.disc_start": 2,
+        },
+    }
     settings = {
         "base.output_dir": folder / out,
         "base.num_samples": 2,
@@ -165,13 +186,11 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, **more: object) 
         "data.num_shapes": 24,
         "data.resolution": 8,
         "data.train_batch_size": 4,
-        "ddpm.model_config": folder / "unet.json",
-        "ddpm.ddpm_num_inference_steps": 2,
-    }
+    } | own[task]
     if steps is not None:
         settings["base.max_train_steps"] = steps
     settings |= {name.replace("__", "."): value for name, value in more.items()}
-    flags = ["ddpm"]
+    flags = [task]
     for name, value in settings.items():
         if isinstance(value, bool):
             group, _, leaf = name.partition(".")
