@@ -231,12 +231,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels(image: Image.Image, cfg: Data) -> Tensor:
-    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central."""
-    image = F.resize(to_rgb(image), [cfg.resolution])  # bilinear with antialiasing, as PIL does it
+def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]]:
+    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central.
+
+    And two pairs of height and width: of the upright picture before resizing, and of the room that a crop has after it.
+    """
+    image = to_rgb(image)
+    size, side = image.size[::-1], cfg.resolution
+    image = F.resize(image, [side])  # bilinear with antialiasing, as PIL does it
+    room = (image.height - side, image.width - side)
     if cfg.center_crop:
-        image = F.center_crop(image, [cfg.resolution])
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        top, left = room[0] // 2, room[1] // 2
+        image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), [size, room]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +260,7 @@ class Examples(torch.utils.data.Dataset):
             BadInput: pictures that cannot be read, every one of them named.
         """
         self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
-        self.sizes = torch.zeros(source.size, 2, dtype=torch.int64)  # height and width before resizing
+        self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
         self.cache: Tensor | list[Tensor] | None = []
         broken, used, digest = [], 0, hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -281,13 +288,12 @@ class Examples(torch.utils.data.Dataset):
     def _try(self, row: int) -> tuple[Tensor | None, Any, bytes]:
         try:
             image, raw = self.source.read(row)
-            size = image.size[::-1]
-            return pixels(image, self.cfg), size, hashlib.blake2b(raw, digest_size=16).digest()
+            return *pixels(image, self.cfg), hashlib.blake2b(raw, digest_size=16).digest()
         except Exception as error:  # whatever a decoder throws at a broken file
             return None, " ".join(str(error).split()) or type(error).__name__, b""
 
     def _pixels(self, row: int) -> Tensor:
-        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)
+        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
     def order(self, epoch: int) -> Tensor:
@@ -307,23 +313,22 @@ class Examples(torch.utils.data.Dataset):
         """The data in order, `size` at a time, cut from the middle and never mirrored."""
         for start in range(0, self.size, size):
             rows = torch.arange(start, min(start + size, self.size))
-            half = torch.full((len(rows), 2), 0.5)
-            yield self._batch(rows, rows, half, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)))
+            yield self._batch(rows, rows, None, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)))
 
-    def _batch(self, n: Tensor, rows: Tensor, crop: Tensor, flip: Tensor, choice: Tensor) -> Batch:
-        side = self.cfg.resolution
+    def _batch(self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, choice: Tensor) -> Batch:
+        side, (size, room) = self.cfg.resolution, self.sizes[rows].unbind(1)  # [B, 2] each
+        central = crop is None or self.cfg.center_crop
+        corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
         if isinstance(self.cache, Tensor) and self.cache.shape[-2:] == (side, side):
             x = self.cache[rows]  # [B, 3, H, W] uint8
-            corner = torch.zeros(len(rows), 2, dtype=torch.int64)
         else:
+            cut = torch.zeros_like(corner) if self.cfg.center_crop else corner  # a central crop was made when it was decoded
             whole = [self._pixels(int(row)) for row in rows]
-            room = torch.tensor([x.shape[1:] for x in whole]) - side + 1
-            corner = (crop * room).long()  # [B, 2] top, left
-            x = torch.stack([w[:, t : t + side, i : i + side] for w, (t, i) in zip(whole, corner.tolist(), strict=True)])
-            # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
-            corner[:, 1] = torch.where(flip, room[:, 1] - 1 - corner[:, 1], corner[:, 1])
+            x = torch.stack([w[:, t : t + side, i : i + side] for w, (t, i) in zip(whole, cut.tolist(), strict=True)])
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        batch = {"n": n, "index": rows, "pixel_values": x, "original_size": self.sizes[rows], "crop_top_left": corner}
+        # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
+        corner[:, 1] = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
+        batch = {"n": n, "index": rows, "pixel_values": x, "original_size": size, "crop_top_left": corner}
         if self.source.captions is not None:
             texts = [self.source.captions[row] for row in rows.tolist()]
             batch["caption"] = [t[int(u * len(t))] for t, u in zip(texts, choice.tolist(), strict=True)]
