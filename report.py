@@ -46,7 +46,12 @@ class Report:
                 config={f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()},
                 init_kwargs={
                     "tensorboard": {"purge_step": step + 1},
-                    "wandb": {"name": self.out.name, "dir": str(self.out), "id": self._identity() if "wandb" in trackers(self.cfg.base) else None, "resume": "allow"},
+                    "wandb": {
+                        "name": self.out.name,
+                        "dir": str(self.out),
+                        "id": self._identity() if "wandb" in trackers(self.cfg.base) else None,
+                        "resume": "allow",
+                    },
                 },
             )
         if not self.main:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a an the on of with and in photo picture dog sks black white red green blue yellow small large circle square background"
+WORDS = (
+    "a an the on of with and in photo picture dog sks black white red green blue yellow small large circle square background"
+)
 LENGTH = 16  # tokens, with the first and the last
 
 

@@ -121,7 +121,12 @@ def free_port() -> int:
 
 def start_many(folder: Path, count: int, *argv: str, env: dict[str, str] | None = None, **kwargs) -> list[Process]:
     """What `accelerate launch --cpu --num_processes count` starts."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "ACCELERATE_USE_CPU": "true",
+    }
     own = lambda rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)} | (env or {})  # noqa: E731
     return [start(folder, *argv, env=own(rank), **kwargs) for rank in range(count)]
 
