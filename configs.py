@@ -135,7 +135,8 @@ class Data:
     caption_column: Live[str | None] = None
     """Column of captions, one or a list for each picture. None: found by its usual names."""
     trigger: str | None = None
-    """Words put in front of every caption, with a space between; alone where a picture has no caption."""
+    """Words put in front of every caption, with a space between; alone where a picture has no caption. `{label}` in them is the
+    name of the picture's class."""
     caption_dropout: float = 0.0
     """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
     label_column: Live[str | None] = None

@@ -46,6 +46,8 @@ class Source:
     labels: list[int] | None
     found: str
     """One line: what was found where."""
+    classes: list[str] | None = None
+    """Label -> its name."""
 
 
 COLOURS = {
@@ -94,7 +96,7 @@ def _open_shapes(cfg: Data) -> Source:
 
     drawn = [draw_shape(row, 1) for row in range(cfg.num_shapes)]  # captions and labels: one pixel is enough
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found)
+    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found, list(SHAPES))
 
 
 def _load(cfg: Data) -> Any:
@@ -180,13 +182,16 @@ def _open_rows(cfg: Data) -> Source:
         if any(path.is_file() for path in beside):
             captions = [[path.read_text("utf-8").strip() if path.is_file() else ""] for path in beside]
             source = "the .txt beside each picture"
-    labels = None
+    labels, names = None, None
     if label is not None:
         values = np.asarray(rows[label])
-        labels = (values if values.dtype.kind in "iu" else np.unique(values, return_inverse=True)[1]).tolist()
+        kinds, order = np.unique(values, return_inverse=True)
+        labels = (values if values.dtype.kind in "iu" else order).tolist()
+        numbered = [str(i) for i in range(max(labels) + 1)] if values.dtype.kind in "iu" else [str(kind) for kind in kinds]
+        names = getattr(rows.features[label], "names", None) or numbered
     where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
-    return Source(len(rows), read, name, captions, labels, found)
+    return Source(len(rows), read, name, captions, labels, found, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
@@ -201,8 +206,13 @@ def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
     if source.size < cfg.train_batch_size:
         raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
     if cfg.trigger:
-        captions = source.captions or [[""]] * source.size
-        source = replace(source, captions=[[f"{cfg.trigger} {text}".strip() for text in texts] for texts in captions])
+        if "{label}" in cfg.trigger and source.labels is None:
+            raise BadInput(
+                f"--data.trigger is {cfg.trigger!r}, and the pictures have no labels; --data.label-column names them"
+            )
+        captions, labels = source.captions or [[""]] * source.size, source.labels or [0] * source.size
+        front = [cfg.trigger.replace("{label}", (source.classes or [""])[label]) for label in labels]
+        source = replace(source, captions=[[f"{f} {t}".strip() for t in ts] for f, ts in zip(front, captions, strict=True)])
     for column, there in (("caption", source.captions), ("label", source.labels)):
         if column in needs and there is None:
             raise BadInput(
@@ -435,6 +445,14 @@ def to_device(batch: Batch, device: Any) -> Batch:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encode once.
+
+
+def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
+    """What the encodings have to say of the texts they will be given."""
+    for column, encoding in encodings.items():
+        if encoding.remark is not None:
+            texts = sorted(make() for make in (examples.distinct(column) or {}).values())
+            yield from filter(None, [encoding.remark(texts, cfg)])
 
 
 def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:

@@ -138,6 +138,8 @@ def run(task: Task, cfg: Any) -> TrainState:
             checkpoint.tidy(out)
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
+        for text in data.remarks(examples, task.encodings, cfg):
+            report.say(text)
         idle = data.encode_once(examples, encodings, models, cfg, accelerator, report.say)
         moved(models, idle, "cpu")
         first = examples[range(size)]
@@ -334,7 +336,7 @@ models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
 device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
 step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
 length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
-memory      {held(models, state, accelerator.device) / 2**30:.2f} GiB for weights, gradients, optimizer and averages; activations come on top
+memory      {held(models, state, accelerator.device) / 2**30:.2f} GiB held from step to step; activations come on top
 output      {cfg.base.output_dir}"""
 
 

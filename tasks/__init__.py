@@ -56,8 +56,8 @@ class Encoding(Generic[C]):
     them trains the loop leaves the column as it is, and the loss encodes it."""
     key: Callable[[C], Any] = lambda cfg: None
     """What decides the result beside the values and the models, such as a tokenizer; compared by its repr."""
-    remark: Callable[[list[Any], C], str | None] = lambda values, cfg: None
-    """What to say of the values, once, before training. Given texts only."""
+    remark: Callable[[list[str], C], str | None] | None = None
+    """What there is to say of all the texts of such a column, said once before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
