@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import datasets  # noqa: F401
 import numpy as np
 import pytest
 import tiny_models
@@ -33,6 +34,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     made = {kind: tiny_models.build(folder, kind) for kind in ("sd", "sdxl")}
     made["v"] = tiny_models.build(folder / "v", "sd", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    lora.make_models(config(made["sdxl"], folder))  # so that forks find everything imported
     return made
 
 
