@@ -134,6 +134,11 @@ class Data:
     """Column of pictures. None: found by its type."""
     caption_column: Live[str | None] = None
     """Column of captions, one or a list for each picture. None: found by its usual names."""
+    trigger: str | None = None
+    """Words put in front of every caption, with a space between; alone where a picture has no caption. `{label}` in them is the
+    name of the picture's class."""
+    caption_dropout: float = 0.0
+    """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
     label_column: Live[str | None] = None
     """Column of class labels. None: found by its type or usual names."""
     resolution: int = 32
@@ -149,12 +154,17 @@ class Data:
     """Processes that read pictures beside the training, where the decoded set is larger than memory_budget."""
     memory_budget: Live[float] = 2.0
     """GiB of memory for decoded pictures. A set that fits is decoded once, before the first step."""
+    encode_cache: Live[str] = "auto"
+    """Where what frozen encoders make of pictures and captions is kept, so that each is encoded once: a folder, which several
+    runs may share; auto: `encoded` in cache_dir, or else in the output folder; no: encode in every step. Pictures are encoded
+    anew in every step where they are cut at random (center_crop cuts from the middle)."""
 
     def __post_init__(self):
         for name in ("resolution", "train_batch_size", "num_shapes"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         for name in ("dataloader_num_workers", "memory_budget"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
+        require(0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

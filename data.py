@@ -12,20 +12,22 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from configs import BadInput, Data
-from tasks import Batch, Rng, hash64
+from tasks import Batch, Encoding, Models, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources. Each gives the same four things: how many, a picture by its row, captions and labels.
@@ -44,6 +46,8 @@ class Source:
     labels: list[int] | None
     found: str
     """One line: what was found where."""
+    classes: list[str] | None = None
+    """Label -> its name."""
 
 
 COLOURS = {
@@ -83,7 +87,7 @@ def _open_shapes(cfg: Data) -> Source:
 
     drawn = [draw_shape(row, 1) for row in range(cfg.num_shapes)]  # captions and labels: one pixel is enough
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found)
+    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found, list(SHAPES))
 
 
 def _load(cfg: Data) -> Any:
@@ -169,13 +173,16 @@ def _open_rows(cfg: Data) -> Source:
         if any(path.is_file() for path in beside):
             captions = [[path.read_text("utf-8").strip() if path.is_file() else ""] for path in beside]
             source = "the .txt beside each picture"
-    labels = None
+    labels, names = None, None
     if label is not None:
         values = np.asarray(rows[label])
-        labels = (values if values.dtype.kind in "iu" else np.unique(values, return_inverse=True)[1]).tolist()
+        kinds, order = np.unique(values, return_inverse=True)
+        labels = (values if values.dtype.kind in "iu" else order).tolist()
+        numbered = [str(i) for i in range(max(labels) + 1)] if values.dtype.kind in "iu" else [str(kind) for kind in kinds]
+        names = getattr(rows.features[label], "names", None) or numbered
     where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
-    return Source(len(rows), read, name, captions, labels, found)
+    return Source(len(rows), read, name, captions, labels, found, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
@@ -189,6 +196,14 @@ def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
     source = _open_shapes(cfg) if embedded else _open_rows(cfg)
     if source.size < cfg.train_batch_size:
         raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
+    if cfg.trigger:
+        if "{label}" in cfg.trigger and source.labels is None:
+            raise BadInput(
+                f"--data.trigger is {cfg.trigger!r}, and the pictures have no labels; --data.label-column names them"
+            )
+        captions, labels = source.captions or [[""]] * source.size, source.labels or [0] * source.size
+        front = [cfg.trigger.replace("{label}", (source.classes or [""])[label]) for label in labels]
+        source = replace(source, captions=[[f"{f} {t}".strip() for t in ts] for f, ts in zip(front, captions, strict=True)])
     for column, there in (("caption", source.captions), ("label", source.labels)):
         if column in needs and there is None:
             raise BadInput(
@@ -222,12 +237,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixels(image: Image.Image, cfg: Data) -> Tensor:
-    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central."""
-    image = F.resize(to_rgb(image), [cfg.resolution])  # bilinear with antialiasing, as PIL does it
+def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]]:
+    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central.
+
+    And two pairs of height and width: of the upright picture before resizing, and of the room that a crop has after it.
+    """
+    image = to_rgb(image)
+    size, side = image.size[::-1], cfg.resolution
+    image = F.resize(image, [side])  # bilinear with antialiasing, as PIL does it
+    room = (image.height - side, image.width - side)
     if cfg.center_crop:
-        image = F.center_crop(image, [cfg.resolution])
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        top, left = room[0] // 2, room[1] // 2
+        image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), [size, room]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +266,10 @@ class Examples(torch.utils.data.Dataset):
             BadInput: pictures that cannot be read, every one of them named.
         """
         self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
-        self.sizes = torch.zeros(source.size, 2, dtype=torch.int64)  # height and width before resizing
+        self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
         self.cache: Tensor | list[Tensor] | None = []
+        self.marks: list[str] = []  # a hash of each picture's pixels
+        self.encoded: dict[str, Encoded] = {}  # column -> what stands in its place
         broken, used, digest = [], 0, hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, source.size, 256):  # in blocks: a million queued reads would be a heap of their own
@@ -255,6 +279,7 @@ class Examples(torch.utils.data.Dataset):
                         broken.append(f"{source.name(row)} ({size})")
                         continue
                     self.sizes[row] = torch.tensor(size)
+                    self.marks.append(_hash(x.shape, x.numpy().data))
                     used += x.numel()
                     if used > cfg.memory_budget * 2**30:
                         self.cache = None
@@ -272,13 +297,12 @@ class Examples(torch.utils.data.Dataset):
     def _try(self, row: int) -> tuple[Tensor | None, Any, bytes]:
         try:
             image, raw = self.source.read(row)
-            size = image.size[::-1]
-            return pixels(image, self.cfg), size, hashlib.blake2b(raw, digest_size=16).digest()
+            return *pixels(image, self.cfg), hashlib.blake2b(raw, digest_size=16).digest()
         except Exception as error:  # whatever a decoder throws at a broken file
             return None, " ".join(str(error).split()) or type(error).__name__, b""
 
     def _pixels(self, row: int) -> Tensor:
-        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)
+        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
     def order(self, epoch: int) -> Tensor:
@@ -291,36 +315,81 @@ class Examples(torch.utils.data.Dataset):
         n = torch.tensor(numbers)
         rows = torch.stack([self.order(i // self.size)[i % self.size] for i in numbers])
         rng = Rng.of(self.seed, numbers, "data")
-        flip = rng.uniform("flip") < 0.5 if self.cfg.random_flip else torch.zeros(len(n), dtype=torch.bool)
-        return self._batch(n, rows, rng.uniform("crop", 2), flip, rng.uniform("caption"))
+        flip = rng.uniform("flip") < (0.5 if self.cfg.random_flip else 0.0)
+        texts = self._texts(rows, rng.uniform("caption"), rng.uniform("caption dropout") < self.cfg.caption_dropout)
+        return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
 
     def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
         """The data in order, `size` at a time, cut from the middle and never mirrored; or `count` spread evenly over it."""
         count = min(count or self.size, self.size)
         for rows in (torch.arange(count) * self.size // count).split(size):
-            half = torch.full((len(rows), 2), 0.5)
-            yield self._batch(rows, rows, half, torch.zeros(len(rows), dtype=torch.bool), torch.zeros(len(rows)))
+            never = torch.zeros(len(rows), dtype=torch.bool)
+            yield self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
 
-    def _batch(self, n: Tensor, rows: Tensor, crop: Tensor, flip: Tensor, choice: Tensor) -> Batch:
-        side = self.cfg.resolution
-        if isinstance(self.cache, Tensor) and self.cache.shape[-2:] == (side, side):
-            x = self.cache[rows]  # [B, 3, H, W] uint8
-            corner = torch.zeros(len(rows), 2, dtype=torch.int64)
+    def _texts(self, rows: Tensor, choice: Tensor, dropped: Tensor) -> list[str] | None:
+        """One of each row's captions, or the empty one."""
+        if self.source.captions is None:
+            return None
+        texts = (self.source.captions[row] for row in rows.tolist())
+        return ["" if d else t[int(u * len(t))] for t, u, d in zip(texts, choice.tolist(), dropped.tolist(), strict=True)]
+
+    def _batch(
+        self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, texts: list[str] | None, encoded: dict[str, Encoded]
+    ) -> Batch:
+        size, room = self.sizes[rows].unbind(1)  # [B, 2] each
+        central = crop is None or self.cfg.center_crop
+        corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
+        if "pixel_values" in encoded:
+            x = encoded["pixel_values"].read([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
         else:
-            whole = [self._pixels(int(row)) for row in rows]
-            room = torch.tensor([x.shape[1:] for x in whole]) - side + 1
-            corner = (crop * room).long()  # [B, 2] top, left
-            x = torch.stack([w[:, t : t + side, i : i + side] for w, (t, i) in zip(whole, corner.tolist(), strict=True)])
-            # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
-            corner[:, 1] = torch.where(flip, room[:, 1] - 1 - corner[:, 1], corner[:, 1])
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-        batch = {"n": n, "index": rows, "pixel_values": x, "original_size": self.sizes[rows], "crop_top_left": corner}
-        if self.source.captions is not None:
-            texts = [self.source.captions[row] for row in rows.tolist()]
-            batch["caption"] = [t[int(u * len(t))] for t, u in zip(texts, choice.tolist(), strict=True)]
+            x = {"pixel_values": torch.where(flip[:, None, None, None], (cut := self._cut(rows, corner)).flip(-1), cut)}
+        # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
+        corner[:, 1] = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
+        batch = {"n": n, "index": rows, **x, "original_size": size, "crop_top_left": corner}
+        if texts is not None:
+            batch |= encoded["caption"].read(map(_hash, texts)) if "caption" in encoded else {"caption": texts}
         if self.source.labels is not None:
             batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
         return batch
+
+    def _cut(self, rows: Tensor, corner: Tensor) -> Tensor:
+        """The squares at these corners, [B, 3, H, W] uint8; a central cut was made when the picture was decoded."""
+        side = self.cfg.resolution
+        if isinstance(self.cache, Tensor) and self.cache.shape[-2:] == (side, side):
+            return self.cache[rows]
+        whole = zip(map(self._pixels, rows.tolist()), corner.tolist(), strict=True)
+        return torch.stack([x if self.cfg.center_crop else x[:, t : t + side, i : i + side] for x, (t, i) in whole])
+
+    def _mark(self, row: int, flip: bool) -> str:
+        """What tells a picture as the model sees it from every other."""
+        return self.marks[row] + ("-mirrored" if flip else "")
+
+    def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
+        """Every value of a column that the run may ask for, as its mark -> the function that makes it.
+
+        None where they cannot be listed: pictures that are cut at random.
+        """
+        if column == "caption" and self.source.captions is not None:
+            texts = {text for several in self.source.captions for text in several}
+            if self.cfg.caption_dropout:
+                texts.add("")
+            return {_hash(text): functools.partial(str, text) for text in texts}
+        if column != "pixel_values" or (self.sizes[:, 1].any() and not self.cfg.center_crop):
+            return None
+
+        def square(row: int, flip: bool) -> Tensor:
+            x = self._pixels(row)
+            return x.flip(-1) if flip else x
+
+        flips = (False, True) if self.cfg.random_flip else (False,)
+        every = ((row, flip) for row in range(self.size) for flip in flips)
+        return {self._mark(row, flip): functools.partial(square, row, flip) for row, flip in every}
+
+    def replace(self, column: str, encoded: Encoded) -> None:
+        """From now on the stream has what `encoded` holds in place of this column."""
+        self.encoded[column] = encoded
+        if column == "pixel_values":
+            self.cache = None  # `fixed` reads the few that it shows
 
     def stream(self, first: int, stride: int) -> Iterator[Batch]:
         """The endless stream of one process: a batch from example `first` on, then one every `stride` examples."""
@@ -352,7 +421,161 @@ class Fixed:
         return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count))
 
 
+def _hash(*parts: Any) -> str:
+    """Texts, numbers and buffers as 32 hexadecimal digits."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(part if isinstance(part, memoryview) else repr(part).encode())
+    return h.hexdigest()
+
+
 def to_device(batch: Batch, device: Any) -> Batch:
     """The batch on the device; pictures, which travel as uint8, become float32 in [-1, 1] there."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return {k: v.float() / 127.5 - 1 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in moved.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode once.
+
+
+def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
+    """What the encodings have to say of the texts they will be given."""
+    for column, encoding in encodings.items():
+        if encoding.remark is not None:
+            texts = sorted(make() for make in (examples.distinct(column) or {}).values())
+            yield from filter(None, [encoding.remark(texts, cfg)])
+
+
+def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:
+    """The batch with the columns that have an encoding replaced by it; what is cached has been replaced before."""
+    for column, encoding in encodings.items():
+        if column in batch:
+            batch = {k: v for k, v in batch.items() if k != column} | _encode(encoding, models, batch[column], cfg)
+    return batch
+
+
+@torch.no_grad()
+def _encode(encoding: Encoding, models: Models, values: Any, cfg: Any) -> dict[str, Tensor]:
+    return dict(encoding.fn(models, values, cfg))
+
+
+def encode_once(
+    examples: Examples,
+    encodings: Mapping[str, Encoding],
+    models: Models,
+    cfg: Any,
+    accelerator: Any,
+    say: Callable[[str], None],
+) -> set[str]:
+    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it from disk.
+
+    Processes share the work. Entries that stand from an earlier run are kept if they are what was written, and made anew if
+    not. Returns the names of the models that nothing calls any more.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    given, size = cfg.data.encode_cache, cfg.data.train_batch_size
+    if given == "no":
+        return set()
+    folder = Path(cfg.data.cache_dir or cfg.base.output_dir) / "encoded" if given == "auto" else Path(given)
+    for column, encoding in encodings.items():
+        wanted = examples.distinct(column)
+        if wanted is None:
+            continue
+        cache = Encoded(folder.expanduser() / f"{column}-{encoder_identity(encoding, models, cfg)}")
+        missing = cache.missing(sorted(wanted))
+        if missing:
+            say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
+
+        def columns(
+            marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
+        ) -> dict[str, Tensor]:
+            # Always as many as a batch has: the same shape as in a step, and so the same bits.
+            values = [wanted[mark]() for mark in (marks * size)[:size]]
+            values = torch.stack(values) if isinstance(values[0], Tensor) else values
+            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
+
+        accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+        cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
+        accelerator.wait_for_everyone()
+        cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
+        accelerator.wait_for_everyone()
+        examples.replace(column, cache)
+    called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
+    return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
+
+
+def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
+    """A hash of everything but the value that decides an encoding: function, weights in their precision, configs, key."""
+    parts: list[Any] = [encoding.fn.__module__, encoding.fn.__qualname__, encoding.key(cfg)]
+    for name in encoding.models:
+        if name in models:
+            config = getattr(models[name], "config", {})
+            config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            own = sorted((k, str(v)) for k, v in config.items() if not k.startswith("_"))  # not where it was loaded from
+            parts += [name, type(models[name]).__name__, own]
+            for key, x in models[name].state_dict().items():
+                parts += [key, x.dtype, x.shape, _bytes(x)]
+    return _hash(*parts)[:16]
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encodings on disk: a safetensors file for each value, in a folder that names the encoder.
+
+    An entry is named by what was encoded, so it never goes stale; it holds a hash of its content, so it is known to be whole.
+    """
+
+    folder: Path
+
+    def path(self, mark: str) -> Path:
+        """The entry of the value with this mark."""
+        return self.folder / mark[:2] / f"{mark}.safetensors"
+
+    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
+        """The columns of these values, stacked, [B, ...] each."""
+        entries = [load_file(self.path(mark)) for mark in marks]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write the entries of these marks, `size` at a time."""
+        for some in (marks[start : start + size] for start in range(0, len(marks), size)):
+            made = columns(some)
+            for i, mark in enumerate(some):
+                try:
+                    self.write(mark, {name: x[i] for name, x in made.items()})
+                except (OSError, SafetensorError) as error:
+                    reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
+                    raise BadInput(f"--data.encode-cache: {reason}; another folder, or `no` for none") from None
+
+    def write(self, mark: str, columns: dict[str, Tensor]) -> None:
+        """One entry, there whole or not at all."""
+        path = self.path(mark)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{mark}.{os.getpid()}.writing")
+        columns = {name: x.cpu().contiguous() for name, x in columns.items()}
+        save_file(columns, staged, {"hash": self.hash(columns)})
+        os.replace(staged, path)
+
+    @staticmethod
+    def hash(columns: dict[str, Tensor]) -> str:
+        """A hash of everything in an entry."""
+        return _hash(*(part for name in sorted(columns) for part in (name, columns[name].shape, _bytes(columns[name]))))
+
+    def missing(self, marks: list[str]) -> list[str]:
+        """Those of the marks without an entry, or with a damaged one."""
+        with ThreadPoolExecutor(4) as pool:
+            return [mark for mark, whole in zip(marks, pool.map(self._whole, marks), strict=True) if not whole]
+
+    def _whole(self, mark: str) -> bool:
+        try:
+            with safe_open(self.path(mark), "pt") as entry:
+                return (entry.metadata() or {}).get("hash") == self.hash({k: entry.get_tensor(k) for k in entry.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return False

@@ -33,6 +33,7 @@ import hashlib
 import itertools
 import json
 import math
+import resource
 import signal
 import threading
 import time
@@ -112,7 +113,7 @@ def run(task: Task, cfg: Any) -> TrainState:
         # The models, the optimizers and the averages. What requires a gradient trains; the rest is frozen.
         torch.manual_seed(hash64(base.seed, "models"))
         models = task.make_models(cfg)
-        place(models, accelerator, base.gradient_checkpointing)
+        place(models, accelerator, base.gradient_checkpointing, task.float32)
         state = TrainState({k: m for k, m in models.items() if trains(m)}, task.make_optim(models, cfg))
         state.step, state.examples, state.skipped = facts["step"], facts["examples"], facts["skipped"]
         weights = {f"{k}.{n}": p for k, m in state.models.items() for n, p in m.named_parameters() if p.requires_grad}
@@ -147,10 +148,16 @@ def run(task: Task, cfg: Any) -> TrainState:
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
+        encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
+        for text in data.remarks(examples, task.encodings, cfg):
+            report.say(text)
+        idle = data.encode_once(examples, encodings, models, cfg, accelerator, report.say)
+        moved(models, idle, "cpu")
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
-        settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, cfg)
+        ready = lambda batch: data.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
+        settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
 
         def export(folder: Path) -> None:
             seen = data.Fixed(examples, size, device, None if state.step == total else EXPORT_EXAMPLES)
@@ -167,8 +174,10 @@ def run(task: Task, cfg: Any) -> TrainState:
             guard.read()
             if accelerator.is_main_process:
                 rng = Rng.of(base.seed, range(base.num_samples), "samples", device)
+                moved(models, idle, device)
                 with at_rest(models, weights, state.ema), accelerator.autocast():
                     images = task.sample_fn(models, data.Fixed(examples, base.num_samples, device), rng, cfg)
+                moved(models, idle, "cpu")
                 report.images(images, state.step)
 
         # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
@@ -178,8 +187,7 @@ def run(task: Task, cfg: Any) -> TrainState:
             factor = rate(state.step)
             for batch in itertools.islice(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
-                batch, rng = data.to_device(batch, device), Rng.of(base.seed, numbers, device=device)
-                batch["step"] = state.step
+                batch, rng = ready(batch) | {"step": state.step}, Rng.of(base.seed, numbers, device=device)
                 torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
                 with accelerator.accumulate(*wrapped.values()):
                     for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
@@ -218,7 +226,7 @@ def run(task: Task, cfg: Any) -> TrainState:
 
         # The end: the last checkpoint's export by itself, with its card.
         loads = checkpoint.on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
-        took = clock(time.perf_counter() - started)
+        took = f"{clock(time.perf_counter() - started)}, {peak_memory(device)}"
         report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
         return state
 
@@ -274,23 +282,34 @@ def trains(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def place(models: Models, accelerator: Accelerator, recompute: bool) -> None:
-    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval()."""
-    recomputes = [m for m in models.values() if trains(m) and hasattr(m, "enable_gradient_checkpointing")]
+def place(models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str]) -> None:
+    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval(). A module may
+    be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would spoil."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    found = [[getattr(m, n) for n in names if hasattr(m, n)] for m in models.values() if trains(m)]  # diffusers, transformers
+    recomputes = [methods[0] for methods in found if methods]
     if recompute and not recomputes:
         kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
         raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for module in models.values():
+    for name, module in models.items():
         training = trains(module)
         if not training and not any(True for _ in module.parameters()):
             continue
         for p in module.parameters():
             if p.is_floating_point():
-                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad else narrow)
+                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
         module.to(accelerator.device).train(training)
-    for module in recomputes if recompute else ():
-        module.enable_gradient_checkpointing()
+    for enable in recomputes if recompute else ():
+        enable()
+
+
+def moved(models: Models, names: Iterable[str], device: Any) -> None:
+    """These models to a device, and the memory they leave given back."""
+    for name in names:
+        models[name].to(device)
+    if names and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def describe(module: torch.nn.Module) -> str:
@@ -329,10 +348,31 @@ models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
 device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
 step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
 length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
+memory      {held(models, state, accelerator.device) / 2**30:.2f} GiB held from step to step; activations come on top
 output      {cfg.base.output_dir}"""
 
 
-def settle_buckets(accelerator: Accelerator, task: Task, models: Models, first: Batch, cfg: Any) -> None:
+def held(models: Models, state: TrainState, device: torch.device) -> int:
+    """Bytes on the device that last from step to step: weights, gradients, averages, and optimizer states, counted as AdamW's
+    two numbers a weight, of one byte each in an 8-bit optimizer."""
+    weights = sum(p.numel() * p.element_size() for m in models.values() for p in m.parameters() if p.device.type == device.type)
+    for optimizer in state.optims.values():
+        each = 2 if "8bit" in type(optimizer).__name__ else 8
+        weights += sum(p.numel() * (p.element_size() + each) for group in optimizer.param_groups for p in group["params"])
+    return weights + sum(x.numel() * x.element_size() for x in state.ema.values())
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory this process had so far: of the GPU where there is one, else of the machine."""
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"peak memory {peak / 2**30:.2f} GiB"
+
+
+def settle_buckets(
+    accelerator: Accelerator, task: Task, models: Models, first: Batch, ready: Callable[[Batch], Batch], cfg: Any
+) -> None:
     """One pass whose gradients are thrown away, where more than two processes train.
 
     DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
@@ -340,7 +380,7 @@ def settle_buckets(accelerator: Accelerator, task: Task, models: Models, first: 
     """
     if accelerator.num_processes > 2:
         rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)
-        for loss in autocast(accelerator, task.loss_fn(models, data.to_device(first, accelerator.device), rng, cfg)):
+        for loss in autocast(accelerator, task.loss_fn(models, ready(first), rng, cfg)):
             accelerator.backward(loss.value)
         for module in models.values():
             module.zero_grad()

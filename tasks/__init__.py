@@ -44,6 +44,24 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoding(Generic[C]):
+    """What frozen models make of a column before the loss: a function of each value alone, the same whenever it is called.
+
+    The loop puts the new columns in the old one's place: in the step, or read from a cache on disk that holds every value.
+    """
+
+    fn: Callable[[Models, Any, C], Mapping[str, Tensor]]
+    """The column's B values -> new columns, [B, ...] each. Called without gradients, in the precision of the weights."""
+    models: tuple[str, ...]
+    """Models that it calls and the loss does not: with everything cached they leave the device but for samples. While one of
+    them trains the loop leaves the column as it is, and the loss encodes it."""
+    key: Callable[[C], Any] = lambda cfg: None
+    """What decides the result beside the values and the models, such as a tokenizer; compared by its repr."""
+    remark: Callable[[list[str], C], str | None] | None = None
+    """What there is to say of all the texts of such a column, said once before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[C]):
     """A recipe. Each function is called with what it needs and returns what is asked; none keeps state of its own."""
 
@@ -59,9 +77,12 @@ class Task(Generic[C]):
     """Draw `len(rng)` pictures, with the averaged weights in place. `examples` are batches of that many fixed examples."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
     """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
-    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it."""
-    encode_fns: Mapping[str, Callable[[Models, Any, C], Mapping[str, Tensor]]] = field(default_factory=dict)
-    """column -> its frozen, deterministic encoding as new columns; may be computed once and cached on disk."""
+    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it. Models
+    that only encode may lie on the CPU."""
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    """column -> its frozen encoding, which the loss sees in its place."""
+    float32: tuple[str, ...] = ()
+    """Frozen models that stay in float32, whatever the precision of the run."""
     needs: tuple[str, ...] = ()
     """Columns without which the task cannot work: `caption`, `label`."""
 

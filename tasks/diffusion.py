@@ -1,6 +1,6 @@
 """The mathematics that diffusion tasks share, as pure functions of tensors.
 
-Symbols: x the clean picture or latent, x_t the noised one, a = alpha-bar_t the cumulative signal power in (0, 1), so that
+Symbols: x the clean picture or latent, x_t the noised one, a = alpha-bar_t the cumulative signal power in [0, 1), so that
 x_t = sqrt(a) x + sqrt(1 - a) noise (Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, eq. 4)
 and the signal-to-noise ratio is SNR = a / (1 - a).
 """
@@ -53,6 +53,7 @@ def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Ten
     it, min-SNR (Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv:2303.09556): the weight of
     the loss on x is min(SNR, gamma). An error of size d in x is one of size d sqrt(SNR) in epsilon and, since
     v = (sqrt(a) x_t - x) / sqrt(1 - a), one of d sqrt(SNR + 1) in v; so their weights are that over SNR and over SNR + 1.
+    At the end of a zero-terminal-SNR schedule, a = 0, these are 1 (the limit) and 0.
     """
     import torch
 
@@ -62,7 +63,7 @@ def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Ten
         return on_x
     if snr_gamma is None:
         return torch.ones_like(a)
-    return on_x / (snr if prediction_type == "epsilon" else snr + 1)
+    return (snr_gamma / snr).clamp(max=1) if prediction_type == "epsilon" else on_x / (snr + 1)
 
 
 def mse(prediction: Tensor, wanted: Tensor) -> Tensor:
@@ -70,16 +71,19 @@ def mse(prediction: Tensor, wanted: Tensor) -> Tensor:
     return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
 
 
-def adamw(params: Iterable[Any], settings: Any) -> torch.optim.AdamW:
+def adamw(params: Iterable[Any], settings: Any, eight_bit: bool = False) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with the four settings that every task names alike, as one fused
-    kernel. `params` are parameters, or groups of them."""
-    import torch
-
-    return torch.optim.AdamW(
+    kernel. `params` are parameters, or groups of them. With `eight_bit` its two averages take a byte a number (Dettmers et al.
+    2021, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861), with bitsandbytes."""
+    if eight_bit:
+        from bitsandbytes.optim import AdamW8bit as kind
+    else:
+        from torch.optim import AdamW as kind
+    return kind(
         list(params),
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
-        fused=True,
+        **({} if eight_bit else {"fused": True}),
     )

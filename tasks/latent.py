@@ -1,0 +1,299 @@
+"""What tasks on a pretrained latent diffusion model share: its parts, pictures and captions on the way in, pictures on the
+way out. Plain functions; `s` is a task's settings, of which they read the names below.
+
+    pretrained_model_name_or_path, revision, variant    which checkpoint
+    prediction_type, rescale_betas_zero_snr             what to do otherwise than it says
+
+Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models (arXiv:2112.10752); Podell et al. 2023, SDXL
+(arXiv:2307.01952).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs import BadInput, require
+from tasks import Batch, Models, unwrap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint: what it says of itself, and its parts.
+
+
+def is_local(name: str) -> bool:
+    """Whether it names a folder rather than a model on the hub, which is `owner/name`."""
+    return Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1
+
+
+@functools.cache
+def read(name: str, revision: str | None, file: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint, without any of its weights."""
+    if is_local(name):
+        path = Path(name).expanduser() / file
+    else:
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name, file, revision=revision))
+    return json.loads(path.read_text("utf-8"))
+
+
+def config(s: Any, part: str) -> dict[str, Any]:
+    """The config of a part of the checkpoint."""
+    files = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+    return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
+
+
+def is_xl(s: Any) -> bool:
+    """Whether the checkpoint is an SDXL, by its own word."""
+    return config(s, "")["_class_name"] == "StableDiffusionXLPipeline"
+
+
+def check(s: Any, group: str, resolution: int) -> None:
+    """Refuse what cannot work, from the checkpoint's configs alone.
+
+    Raises:
+        BadInput: it is no diffusers model, another kind of model, or does not fit the settings.
+    """
+    name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
+    try:
+        kind = config(s, "").get("_class_name")
+        parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")} if kind in PIPELINES else {}
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        wanted = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
+        raise BadInput(f"{flag} {name}: not a diffusers model ({reason}); expected {wanted}") from None
+    if kind not in PIPELINES:
+        raise BadInput(f"{flag} {name} is a {kind}; expected a {' or a '.join(PIPELINES)}")
+    channels, given = parts["unet"].get("in_channels", 4), parts["vae"].get("latent_channels", 4)
+    if channels != given:
+        raise BadInput(
+            f"{flag} {name}: its UNet takes {channels} channels, its VAE gives {given}; expected a text-to-image model"
+        )
+    factor = 2 ** (len(parts["vae"].get("block_out_channels", [0])) - 1)
+    require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
+    said, otherwise = parts["scheduler"], overrides(s)
+    predicts = (said | otherwise).get("prediction_type", "epsilon")
+    if "Flow" in said.get("_class_name", "") or predicts not in ("epsilon", "v_prediction", "sample"):
+        raise BadInput(
+            f"{flag} {name}: its {said.get('_class_name')} predicts {predicts}; expected epsilon, v_prediction or sample"
+        )
+    if (said | otherwise).get("rescale_betas_zero_snr") and predicts == "epsilon":
+        raise BadInput(
+            f"--{group}.prediction-type is 'epsilon' with a zero-terminal-SNR schedule, whose last step is pure noise: to "
+            f"predict it teaches nothing; expected v_prediction or sample, or --{group}.rescale-betas-zero-snr no"
+        )
+
+
+def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
+    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes."""
+    import transformers
+
+    if not os.isatty(2):
+        transformers.logging.disable_progress_bar()
+    index, models = config(s, ""), {}
+    for part in parts:
+        library, kind = index.get(part) or (None, None)
+        if kind is None:
+            continue
+        where = {"subfolder": part, "revision": s.revision, "variant": s.variant}
+        try:
+            made = getattr(importlib.import_module(library), kind)
+            models[part] = made.from_pretrained(s.pretrained_model_name_or_path, **where).requires_grad_(False)
+        except (OSError, ValueError) as error:
+            flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+            variant = f" (--{group}.variant {s.variant})" if s.variant else ""
+            raise BadInput(f"{flag}{variant}: {part} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    return models
+
+
+@functools.cache
+def tokenizers(name: str, revision: str | None, xl: bool) -> tuple[Any, ...]:
+    """The tokenizer of each text encoder."""
+    from transformers import AutoTokenizer
+
+    parts = ("tokenizer", "tokenizer_2") if xl else ("tokenizer",)
+    return tuple(AutoTokenizer.from_pretrained(name, subfolder=part, revision=revision) for part in parts)
+
+
+def tokenizers_of(s: Any) -> tuple[Any, ...]:
+    """The same, of these settings."""
+    return tokenizers(s.pretrained_model_name_or_path, s.revision, is_xl(s))
+
+
+def overrides(s: Any) -> dict[str, Any]:
+    """What the settings change in the checkpoint's scheduler."""
+    told = {"prediction_type": s.prediction_type, "rescale_betas_zero_snr": s.rescale_betas_zero_snr}
+    return {key: value for key, value in told.items() if value is not None}
+
+
+def scheduler(s: Any) -> Any:
+    """The scheduler to sample with: the checkpoint's own; a DDIM from the last step on where the schedule was rescaled, as Lin
+    et al. 2023, Common Diffusion Noise Schedules and Sample Steps are Flawed (arXiv:2305.08891), ask."""
+    import diffusers
+
+    told = overrides(s)
+    rescaled = told.get("rescale_betas_zero_snr") is not None
+    name = "DDIMScheduler" if rescaled else config(s, "scheduler")["_class_name"]
+    return getattr(diffusers, name).from_config(
+        config(s, "scheduler"), **told, **({"timestep_spacing": "trailing"} if rescaled else {})
+    )
+
+
+@functools.cache
+def _alphas_cumprod(name: str, revision: str | None, rescale: bool | None, device: Any) -> Tensor:
+    from diffusers import DDPMScheduler
+
+    told = {} if rescale is None else {"rescale_betas_zero_snr": rescale}
+    return DDPMScheduler.from_config(read(name, revision, "scheduler/scheduler_config.json"), **told).alphas_cumprod.to(device)
+
+
+def alphas_cumprod(s: Any, device: Any) -> Tensor:
+    """alpha-bar of every timestep of the checkpoint's schedule, [T] float32 on the device; 0 at the end of a rescaled one."""
+    return _alphas_cumprod(s.pretrained_model_name_or_path, s.revision, s.rescale_betas_zero_snr, device)
+
+
+def prediction_type(s: Any) -> str:
+    """What the UNet predicts: what the settings say, or else the checkpoint."""
+    return s.prediction_type or config(s, "scheduler").get("prediction_type", "epsilon")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures to latents and back. The VAE computes in the precision of its weights, float32, whatever the run's: SDXL's
+# overflows in float16 (`force_upcast` in its config), and it is called once for each picture.
+
+
+def encode_pictures(vae: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Pictures [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
+    posterior = vae.encode(x).latent_dist
+    return {"latent_mean": posterior.mean, "latent_std": posterior.std}
+
+
+def draw(vae: torch.nn.Module, batch: Batch, noise: Tensor) -> Tensor:
+    """A sample of the posterior in the UNet's scale, [B, C, H/f, W/f]."""
+    return (batch["latent_mean"] + batch["latent_std"] * noise) * vae.config.scaling_factor
+
+
+def decode(vae: torch.nn.Module, z: Tensor) -> Tensor:
+    """Latents in the UNet's scale -> pictures [B, 3, H, W] in [0, 1]."""
+    import torch
+
+    with torch.autocast(z.device.type, enabled=False):
+        return (vae.decode(z.to(vae.dtype) / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions to text states.
+
+
+def encode_captions(models: Models, captions: list[str], s: Any) -> dict[str, Tensor]:
+    """B captions -> `prompt_embeds` [B, T, C], and for SDXL `pooled_prompt_embeds` [B, P].
+
+    Stable Diffusion takes the last hidden states; SDXL the last but one of both encoders, side by side, and the pooled state
+    of the second. An empty caption is encoded as the pipeline encodes an absent one: as zeros where it says so.
+    """
+    import torch
+
+    xl, states, pooled = is_xl(s), [], None
+    for tokenizer, name in zip(tokenizers_of(s), ENCODERS, strict=False):
+        device = next(models[name].parameters()).device
+        settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+        tokens = tokenizer(captions, return_tensors="pt", **settings).to(device)
+        mask = tokens.attention_mask if getattr(unwrap(models[name]).config, "use_attention_mask", False) else None
+        encoded = models[name](tokens.input_ids, attention_mask=mask, output_hidden_states=xl)
+        states.append(encoded.hidden_states[-2] if xl else encoded[0])
+        pooled = encoded[0]  # [B, P] from the last of SDXL's encoders
+    if not xl:
+        return {"prompt_embeds": states[0]}
+    embeds = torch.cat(states, -1)
+    if config(s, "").get("force_zeros_for_empty_prompt", True):
+        present = torch.tensor([caption != "" for caption in captions], device=embeds.device)
+        embeds, pooled = embeds * present[:, None, None], pooled * present[:, None]
+    return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+
+def caption_key(s: Any) -> tuple[Any, ...]:
+    """What decides how a caption is encoded beside the encoders."""
+    words = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length) for tokenizer in tokenizers_of(s)]
+    return (*words, config(s, "").get("force_zeros_for_empty_prompt"))
+
+
+def too_long(captions: list[str], s: Any) -> str | None:
+    """A line about the captions of which the text encoder sees only the beginning."""
+    tokenizer = tokenizers_of(s)[0]
+    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+    over = sum(length > tokenizer.model_max_length for length in lengths)
+    if not over:
+        return None
+    longest = captions[lengths.index(max(lengths))]
+    return (
+        f"warning: {over} of {len(captions)} captions are longer than the {tokenizer.model_max_length} tokens that the text "
+        f"encoder sees; the rest of them is cut. The longest has {max(lengths)}: {longest!r}"
+    )
+
+
+def conditions(batch: Batch, side: int, xl: bool) -> dict[str, Any]:
+    """What the UNet is given beside x_t and t. SDXL's time ids are the picture's original size, the corner of its crop and its
+    target size, each height first, [B, 6] (Podell et al. 2023, section 2.2)."""
+    import torch
+
+    given: dict[str, Any] = {"encoder_hidden_states": batch["prompt_embeds"]}
+    if xl:
+        corner, pooled = batch["crop_top_left"], batch["pooled_prompt_embeds"]
+        ids = torch.cat([batch["original_size"], corner, torch.full_like(corner, side)], 1).float()
+        given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+    return given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples.
+
+
+def pipeline(models: Models, s: Any) -> Any:
+    """The diffusers pipeline of these very modules."""
+    import diffusers
+
+    xl = is_xl(s)
+    parts = {"unet": models["unet"], "vae": models["vae"], "scheduler": scheduler(s)}
+    for i, tokenizer in enumerate(tokenizers_of(s)):
+        parts |= {ENCODERS[i]: models[ENCODERS[i]], ENCODERS[i].replace("text_encoder", "tokenizer"): tokenizer}
+    if xl:
+        more = {
+            "add_watermarker": False,
+            "force_zeros_for_empty_prompt": config(s, "").get("force_zeros_for_empty_prompt", True),
+        }
+    else:
+        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    made = getattr(diffusers, config(s, "")["_class_name"])(**parts, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def load_lines(s: Any) -> str:
+    """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does; for `str.format`."""
+    kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
+    more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
+    lines = (
+        f"from diffusers import {kind}\npipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n"
+    )
+    if overrides(s):
+        made = type(scheduler(s)).__name__
+        told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})
+        changes = "".join(f", {key}={quoted(value)}" for key, value in told.items())
+        lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{changes})\n"
+    return lines
+
+
+def quoted(value: Any) -> str:
+    """A value as Python writes it, inside a text that `str.format` will read."""
+    return repr(value).replace("{", "{{").replace("}", "}}")
