@@ -236,8 +236,8 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
                 weights[f"{name}.{inside}{key}"] = x.detach().float().cpu().contiguous()
     settings = configs.to_dict(cfg)
     settings["base"]["output_dir"] = None
-    about = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True), "oneloop": json.dumps(settings)}
-    save_file(weights, path / WEIGHTS, about)
+    about = {"format": "pt", "oneloop": json.dumps(settings)}
+    save_file(weights, path / WEIGHTS, about | {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)})
     if s.kohya:
         known = {"ss_network_module": "networks.lora", "ss_network_dim": str(s.rank), "ss_network_alpha": str(kohya_alpha(s))}
         save_file(kohya(weights, s), path / KOHYA, about | known)
@@ -256,7 +256,7 @@ def kohya_alpha(s: Settings) -> float:
 
 
 def kohya(weights: dict[str, Tensor], s: Settings) -> dict[str, Tensor]:
-    """Adapters under the names of kohya's sd-scripts: lora_unet_..., and lora_te_..., or SDXL's lora_te1_... and lora_te2_..."""
+    """Adapters under the names of kohya's sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_..."""
     import torch
 
     text = "lora_te1" if latent.is_xl(s) else "lora_te"

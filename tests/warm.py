@@ -169,14 +169,19 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, **more: object) 
     if steps is not None:
         settings["base.max_train_steps"] = steps
     settings |= {name.replace("__", "."): value for name, value in more.items()}
-    flags = ["ddpm"]
+    return flags("ddpm", settings)
+
+
+def flags(task: str, settings: dict[str, object]) -> list[str]:
+    """A command line from settings named as flags are; a tuple is several values, None leaves a setting out."""
+    made = [task]
     for name, value in settings.items():
         if isinstance(value, bool):
             group, _, leaf = name.partition(".")
-            flags.append(f"--{group}.{'' if value else 'no-'}{leaf}")
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags
+            made.append(f"--{group}.{'' if value else 'no-'}{leaf}")
+        elif value is not None:
+            made += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return made
 
 
 def checkpoints(out: Path) -> list[int]:

@@ -1,0 +1,535 @@
+"""Adapters of Stable Diffusion and SDXL: the objective, what trains and what does not, the cache, the export, bad input."""
+
+import contextlib
+import json
+import shutil
+from dataclasses import replace
+
+import datasets  # noqa: F401
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
+from diffusers.training_utils import compute_snr
+from peft import LoraConfig  # noqa: F401
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
+from warm import SHARED, cli, cli_many, digest, distance, flags, fork, metrics, tensors
+
+import configs
+import data
+import loop
+from configs import BadInput, Base, Data
+from tasks import Rng, diffusion, latent, lora
+
+CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """kind -> a tiny checkpoint's folder."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {kind: tiny_models.build(folder, kind) for kind in ("sd", "sdxl")}
+    made["v"] = tiny_models.build(folder / "v", "sd", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    lora.make_models(config(made["sdxl"], folder))  # so that forks find everything imported
+    return made
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of four captioned pictures, none of them square."""
+    return draw_photos(tmp_path_factory.mktemp("photos"))
+
+
+def draw_photos(folder):
+    noise = np.random.default_rng(0)
+    for i, caption in enumerate(CAPTIONS):
+        small = noise.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((48, 36), Image.BICUBIC).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def command(folder, model, photos, out="out", **more):
+    """A command line for four steps of `lora`."""
+    settings = {
+        "base.output_dir": folder / out,
+        "base.max_train_steps": 4,
+        "base.num_samples": 2,
+        "base.logger": "none",
+        "base.sample_steps": 0,
+        "base.lr_scheduler": "constant",
+        "data.train_data_dir": photos,
+        "data.resolution": 32,
+        "data.train_batch_size": 2,
+        "lora.pretrained_model_name_or_path": model,
+        "lora.rank": 4,
+        "lora.learning_rate": 1e-2,
+        "lora.num_inference_steps": 2,
+    }
+    return flags("lora", settings | {name.replace("__", "."): value for name, value in more.items()})
+
+
+def trained(folder, *args, **more):
+    result = cli(folder, *command(folder, *args, **more))
+    assert result.code == 0, result.err
+    return result
+
+
+def config(model, photos, **settings):
+    """The `Config` of such a run, for a test that calls the task's functions itself."""
+    base = Base(output_dir="unused", logger=("none",))
+    data = Data(train_data_dir=str(photos), resolution=32, center_crop=True, train_batch_size=2)
+    return lora.Config(base, data, lora.Settings(pretrained_model_name_or_path=str(model), **settings))
+
+
+def in_fork(folder, function):
+    """Run a test's own code where it may set global state."""
+    result = fork(function, folder).wait()
+    assert result.code == 0, result.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective.
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("sd", {}),
+        ("sd", {"snr_gamma": 5.0, "noise_offset": 0.1}),
+        ("sd", {"prediction_type": "v_prediction", "snr_gamma": 5.0}),
+        ("v", {"snr_gamma": 5.0, "input_perturbation": 0.1}),
+        ("v", {}),
+        ("sdxl", {"snr_gamma": 5.0, "noise_offset": 0.05, "input_perturbation": 0.1}),
+    ],
+)
+def test_loss_is_the_official_formula(built, photos, kind, settings):
+    """Same weights, latents, noise and timesteps: the loss of diffusers' scripts, written out."""
+    cfg = config(built[kind], photos, **settings)
+    torch.manual_seed(0)
+    models = lora.make_models(cfg)
+    for name, p in models["unet"].named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    size, rng = 6, Rng.of(0, range(6))
+    pixels = rng.uniform("x", 3, 32, 32) * 2 - 1
+    original, corner = torch.tensor([[36, 48]] * size), torch.tensor([[0, 5]] * size)
+    texts = CAPTIONS + CAPTIONS[:2]
+    batch = {"original_size": original, "crop_top_left": corner}
+    with torch.no_grad():
+        batch |= lora.encode_pictures(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
+        (ours,) = [loss.value for loss in lora.loss_fn(models, batch, rng, cfg)]
+
+        # train_text_to_image_lora(_sdxl).py, with their names.
+        noise_scheduler = DDPMScheduler.from_pretrained(built[kind], subfolder="scheduler")
+        if cfg.lora.prediction_type:
+            noise_scheduler.register_to_config(prediction_type=cfg.lora.prediction_type)
+        vae, unet = models["vae"], models["unet"]
+        posterior = vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * rng.normal("posterior", 4, 8, 8)) * vae.config.scaling_factor
+        noise = rng.normal("noise", 4, 8, 8)
+        noise += cfg.lora.noise_offset * rng.normal("noise offset", 4, 1, 1)
+        new_noise = noise + cfg.lora.input_perturbation * rng.normal("input perturbation", 4, 8, 8)
+        timesteps = rng.integers("timestep", noise_scheduler.config.num_train_timesteps)
+        if kind == "v" and not settings:
+            timesteps[0] = 999  # nothing but noise: the formula must hold there too
+            a = latent.alphas_cumprod(cfg.lora, "cpu")[timesteps]
+            assert a[0] == 0 and torch.equal(diffusion.target("v_prediction", latents, noise, a)[0], -latents[0])
+            return
+        noisy_latents = noise_scheduler.add_noise(latents, new_noise, timesteps)
+        pipe = DiffusionPipeline.from_pretrained(built[kind])
+        if kind == "sdxl":
+            embeds, _, pooled, _ = pipe.encode_prompt(texts, device="cpu", do_classifier_free_guidance=False)
+            add_time_ids = torch.tensor([[36, 48, 0, 5, 32, 32]] * size)
+            added = {"time_ids": add_time_ids, "text_embeds": pooled}
+            model_pred = unet(noisy_latents, timesteps, embeds, added_cond_kwargs=added).sample
+        else:
+            embeds, _ = pipe.encode_prompt(texts, "cpu", 1, False)
+            model_pred = unet(noisy_latents, timesteps, embeds).sample
+        kind_of = noise_scheduler.config.prediction_type
+        target = noise if kind_of == "epsilon" else noise_scheduler.get_velocity(latents, noise, timesteps)
+        if cfg.lora.snr_gamma is None:
+            theirs = torch.nn.functional.mse_loss(model_pred.float(), target.float(), reduction="mean")
+        else:
+            snr = compute_snr(noise_scheduler, timesteps)
+            weights = torch.stack([snr, cfg.lora.snr_gamma * torch.ones_like(timesteps)], dim=1).min(dim=1)[0]
+            weights = weights / snr if kind_of == "epsilon" else weights / (snr + 1)
+            loss = torch.nn.functional.mse_loss(model_pred.float(), target.float(), reduction="none")
+            theirs = (loss.mean(dim=list(range(1, len(loss.shape)))) * weights).mean()
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_zero_terminal_snr_is_finite_and_refused_for_epsilon(built, photos):
+    """At a = 0 every weight is a number; a model of the noise is told that it cannot learn there."""
+    a = torch.tensor([0.0, 1e-8, 0.5, 0.999])
+    for kind, first in (("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)):
+        weight = diffusion.loss_weight(kind, a, 5.0)
+        assert weight.isfinite().all() and weight[0] == first
+    with pytest.raises(BadInput, match="zero-terminal-SNR"):
+        config(built["v"], photos, prediction_type="epsilon")
+    with pytest.raises(BadInput, match="zero-terminal-SNR"):
+        config(built["sd"], photos, rescale_betas_zero_snr=True)
+    assert latent.scheduler(config(built["v"], photos).lora).config.prediction_type == "v_prediction"
+
+
+def test_an_absent_caption_is_what_the_pipeline_makes_of_it(built, photos):
+    """Dropped captions train what guidance compares with: zeros in SDXL, the empty caption in Stable Diffusion."""
+    for kind in ("sd", "sdxl"):
+        cfg = config(built[kind], photos)
+        with torch.no_grad():
+            ours = lora.encode_captions(lora.make_models(cfg), ["a dog", ""], cfg)
+        pipe = DiffusionPipeline.from_pretrained(built[kind])
+        theirs = pipe.encode_prompt("a dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+        assert torch.allclose(ours["prompt_embeds"], torch.cat(theirs[:2]), atol=1e-6)
+        if kind == "sdxl":
+            assert torch.allclose(ours["pooled_prompt_embeds"], torch.cat(theirs[2:]), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What trains, and how.
+
+
+def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):
+    """The base is bfloat16 and bit for bit what it was; adapters, averages and moments are float32, and all that is saved."""
+
+    def run():
+        cfg = configs.parse(
+            command(tmp_path, built["sd"], photos, base__mixed_precision="bf16", lora__train_text_encoder=True)
+        )[1]
+        state = loop.run(lora.task, cfg)
+        before = latent.load(cfg.lora, "lora", ("unet", "text_encoder"))
+        for name, module in before.items():
+            old, seen = dict(module.named_parameters()), 0
+            for key, p in state.models[name].named_parameters():
+                if p.requires_grad:
+                    assert "lora_" in key and p.dtype == torch.float32
+                else:
+                    seen += 1
+                    assert p.dtype == torch.bfloat16 and torch.equal(p, old[key.replace(".base_layer", "")].bfloat16())
+            assert seen == len(old)
+        assert all(x.dtype == torch.float32 for x in state.ema.values()) and state.ema
+
+    in_fork(tmp_path, run)
+    saved = tensors(tmp_path / "out")
+    assert all("lora_" in key or key.startswith("optimizer") for key in saved), list(saved)
+    assert all(x.dtype == torch.float32 for key, x in saved.items() if "lora_" in key or "exp_avg" in key)
+
+
+def test_clipping_clips(tmp_path, built, photos):
+    """With plain gradient descent at rate 1, an update is as long as max_grad_norm allows."""
+
+    def with_sgd(rate):
+        def patch():
+            params = lambda models: [p for p in models["unet"].parameters() if p.requires_grad]  # noqa: E731
+            lora.task = replace(lora.task, make_optim=lambda models, cfg: {"lora": torch.optim.SGD(params(models), lr=rate)})
+
+        return patch
+
+    for out, rate in (("still", 0.0), ("moved", 1.0)):
+        line = command(tmp_path, built["sd"], photos, out, base__max_train_steps=1, base__max_grad_norm=1e-3)
+        assert cli(tmp_path, *line, patch=with_sgd(rate)).code == 0
+    a, b = (tensors(tmp_path / out) for out in ("still", "moved"))
+    moved = sum((a[key] - b[key]).square().sum() for key in a if key.startswith("model/")).sqrt()
+    assert metrics(tmp_path / "moved")[-1]["grad_norm"] > 1e-2
+    assert moved.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_adapters_learn_a_picture(tmp_path, built, photos):
+    """One captioned picture: the loss falls with the adapters on, and is what it was with them off."""
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copy(photos / "0.png", one)
+    (one / "0.txt").write_text(CAPTIONS[0])
+    layers = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "conv1",
+        "conv2",
+        "conv_in",
+        "conv_out",
+        "linear_1",
+        "linear_2",
+        "time_emb_proj",
+    )
+
+    def run():
+        line = command(tmp_path, built["sd"], one, base__max_train_steps=150, data__train_batch_size=1, base__use_ema=False)
+        line += flags("", {"lora.target_modules": layers, "lora.rank": 16, "lora.adam_weight_decay": 0.0})[1:]
+        cfg = configs.parse(line)[1]
+        state, models = loop.run(lora.task, cfg), lora.make_models(cfg)
+        examples = data.Examples(data.open_source(cfg.data), cfg.data, 0)
+        batch = data.to_device(next(data.Fixed(examples, 1, "cpu").__iter__()), "cpu")
+        batch = data.encode(lora.task.encodings, models, batch, cfg)
+        batch = {k: v.repeat(64, *[1] * (v.ndim - 1)) for k, v in batch.items()}
+
+        def loss():
+            with torch.no_grad():
+                return next(lora.loss_fn(models | state.models, batch, Rng.of(9, range(64)), cfg)).value.item()
+
+        on = loss()
+        state.models["unet"].disable_adapters()
+        off = loss()
+        state.models = {}
+        assert off == pytest.approx(loss(), rel=1e-5)  # a fresh model: its adapters add nothing yet
+        assert on < 0.4 * off, (on, off)
+
+    in_fork(tmp_path, run)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_continued_is_equal_and_layouts_agree(tmp_path, built, photos, kind):
+    """Weights, averages, text encoders: a run that stopped equals one that did not; processes share the work and the result."""
+    more = {
+        "lora__train_text_encoder": True,
+        "lora__learning_rate": 1e-3,
+        "data__caption_dropout": 0.2,
+        "data__random_flip": True,
+    }
+    alone = more | {"lora__dropout": 0.2, "base__checkpointing_steps": 1}
+    trained(tmp_path, built[kind], photos, "whole", **alone)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    assert "continuing after step 3" in trained(tmp_path, built[kind], photos, "part", **alone).err
+    names = tensors(tmp_path / "part")
+    assert digest(tmp_path / "part") == digest(tmp_path / "whole")
+    assert any(key.startswith("ema/text_encoder") for key in names) and any(key.startswith("model_1/") for key in names)
+    if kind == "sdxl":  # two text encoders beside the UNet: every adapter of each must get a gradient, or DDP waits for it
+        trained(tmp_path, built[kind], photos, "one", data__train_batch_size=4, **more)
+        for result in cli_many(tmp_path, 2, *command(tmp_path, built[kind], photos, "two", **more)):
+            assert result.code == 0, result.err
+        assert 0 < distance(tmp_path / "one", tmp_path / "two") < 1e-4
+        for part in ("model_1", "model_2"):
+            assert distance(tmp_path / "one", tmp_path / "two", part) < 1e-4
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, built, photos):
+    """Recomputed activations give the same gradients, in the text encoder too."""
+    for out, recompute in (("a", False), ("b", True)):
+        more = {"lora__train_text_encoder": True, "base__gradient_checkpointing": recompute, "lora__dropout": 0.1}
+        trained(tmp_path, built["sd"], photos, out, **more)
+    assert distance(tmp_path / "a", tmp_path / "b") < 1e-5
+    assert distance(tmp_path / "a", tmp_path / "b", "model_1") < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode once.
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_cache_changes_nothing(tmp_path, built, photos, kind):
+    """With it and without it the same losses; in it each picture, each mirrored picture and each caption once."""
+    more = {"data__random_flip": True, "data__caption_dropout": 0.3, "data__center_crop": True, "base__logging_steps": 1}
+    on = trained(tmp_path, built[kind], photos, "on", **more)
+    off = trained(tmp_path, built[kind], photos, "off", data__encode_cache="no", **more)
+    assert "encoding pixel_values once: 8 of 8" in on.err and "encoding caption once: 5 of 5" in on.err
+    assert "encoding" not in off.err and "pixel_values [" in off.err and "latent_mean [" in on.err
+    assert len(list((tmp_path / "on" / "encoded").rglob("*.safetensors"))) == 13
+    for a, b in zip(metrics(tmp_path / "on"), metrics(tmp_path / "off"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert distance(tmp_path / "on", tmp_path / "off") < 1e-5
+
+
+def test_the_cache_heals_and_notices(tmp_path, built, photos):
+    """Shared by runs and processes; damaged and missing entries are made anew, and so is what a changed picture needs."""
+    mine = draw_photos(tmp_path / "mine") if (tmp_path / "mine").mkdir() is None else None
+    more = {"data__encode_cache": tmp_path / "cache", "data__center_crop": True}
+    for result in cli_many(tmp_path, 2, *command(tmp_path, built["sd"], mine, "a", data__train_batch_size=1, **more)):
+        assert result.code == 0, result.err
+    entries = sorted((tmp_path / "cache").glob("pixel_values-*/*/*.safetensors"))
+    assert len(entries) == 4
+    content = [path.read_bytes() for path in entries]
+    entries[0].unlink()
+    entries[1].write_bytes(content[1][: len(content[1]) // 2])  # a torn write
+    entries[2].write_bytes(content[2][:-1] + bytes([content[2][-1] ^ 1]))  # a flipped bit
+    entries[3].with_name(".half.123.writing").write_bytes(b"x")  # what a killed process leaves
+    again = trained(tmp_path, built["sd"], mine, "b", **more | {"data__train_batch_size": 1})
+    assert "encoding pixel_values once: 3 of 4" in again.err and "encoding caption" not in again.err
+    assert [path.read_bytes() for path in entries] == content
+    Image.open(mine / "1.png").rotate(180).save(mine / "1.png")
+    (mine / "2.txt").write_text("the yellow circle")
+    changed = trained(tmp_path, built["sd"], mine, "c", **more)
+    assert "encoding pixel_values once: 1 of 4" in changed.err and "encoding caption once: 1 of 4" in changed.err
+    other = shutil.copytree(built["sd"], tmp_path / "other")
+    weights = load_file(other / "vae" / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.bias"] += 0.1
+    from safetensors.torch import save_file
+
+    save_file(weights, other / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    moved = trained(tmp_path, other, mine, "d", **more)
+    assert "encoding pixel_values once: 4 of 4" in moved.err and "encoding caption" not in moved.err
+
+
+def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
+    """Without a central crop only the captions are cached, and only the models that nothing else calls become idle."""
+
+    def run(more, idle):
+        def function():
+            seen, real = [], data.encode_once
+            loop.data.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
+            cfg = configs.parse(command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more))[1]
+            loop.run(lora.task, cfg)
+            assert seen == [idle], seen
+
+        in_fork(tmp_path, function)
+
+    run({"data__center_crop": False}, {"text_encoder"})
+    run({"data__center_crop": True}, {"text_encoder", "vae"})
+    run({"data__center_crop": False, "lora__train_text_encoder": True}, set())
+
+
+def test_captions_and_sizes(tmp_path, photos):
+    """The trigger stands in front, dropout empties a keyed share, and size and corner are those of the upright picture."""
+    cfg = Data(train_data_dir=str(photos), resolution=32, train_batch_size=2, trigger="sks", caption_dropout=0.5)
+    examples = data.Examples(data.open_source(cfg), cfg, 0)
+    texts = [
+        text for batch in map(examples.__getitem__, (range(n, n + 50) for n in range(0, 200, 50))) for text in batch["caption"]
+    ]
+    assert set(texts) == {"", *(f"sks {caption}" for caption in CAPTIONS)} and 60 < texts.count("") < 140
+    assert texts[150:] == examples[range(150, 200)]["caption"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    tall = Image.new("RGB", (64, 48))
+    tall.putpixel((0, 0), (255, 0, 0))
+    exif = tall.getexif()
+    exif[0x0112] = 6  # lies on its side
+    tall.save(plain / "a.jpg", exif=exif)
+    cfg = Data(train_data_dir=str(plain), resolution=24, train_batch_size=1, trigger="a dog", center_crop=True)
+    batch = data.Examples(data.open_source(cfg, ("caption",)), cfg, 0)[range(1)]
+    assert batch["caption"] == ["a dog"] and batch["original_size"].tolist() == [[64, 48]]
+    assert batch["crop_top_left"].tolist() == [[4, 0]]  # 32 x 24, cut in the middle
+    cfg = Data(num_shapes=8, resolution=8, train_batch_size=2, trigger="{label}:")
+    source = data.open_source(cfg)
+    assert all(text.startswith(text.split()[-4 - 1 + 0].join(["", ""])) or ":" in text for (text,) in source.captions)
+    assert {text.partition(":")[0] for (text,) in source.captions} <= set(data.SHAPES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and exports.
+
+
+def picture(pipe, count=2):
+    """What the run's grid shows, drawn by a loaded pipeline."""
+    pipe.set_progress_bar_config(disable=True)
+    generators = Rng.of(0, range(count), "samples").generators("sample")
+    prompts = ["a photo of sks dog", "the blue square"]
+    images = pipe(
+        prompts, generator=generators, num_inference_steps=4, guidance_scale=3.0, height=32, width=32, output_type="np"
+    ).images
+    return np.concatenate([np.asarray(image) for image in images], 1) * 255
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_export_gives_the_pictures_of_the_run(tmp_path, built, photos, kind):
+    """load_lora_weights, from the export, from a checkpoint and from the kohya form: the training-time sample."""
+    more = {"lora__train_text_encoder": True, "lora__alpha": 7.0, "lora__use_rslora": True, "lora__kohya": True}
+    shown = {"lora__validation_prompts": ("a photo of sks dog", "the blue square"), "lora__guidance_scale": 3.0}
+    steps = {"lora__num_inference_steps": 4, "base__max_train_steps": 12, "lora__text_encoder_learning_rate": 2e-2}
+    result = trained(tmp_path, built[kind], photos, **more, **shown, **steps)
+    grid = np.asarray(Image.open(tmp_path / "out" / "samples" / "12.png")).astype(float)
+    wanted = np.concatenate([grid[2:34, 2:34], grid[2:34, 36:68]], 1)
+    export = tmp_path / "out" / "export"
+    assert f'pipeline.load_lora_weights("{export}")' in result.out + result.err
+    bare = DiffusionPipeline.from_pretrained(built[kind])
+    assert np.abs(picture(bare) - wanted).max() > 12
+    places = [(export, lora.WEIGHTS), (tmp_path / "out" / "checkpoint-12", None), (export, lora.KOHYA)]
+    for folder, name in places:
+        pipe = DiffusionPipeline.from_pretrained(built[kind])
+        pipe.load_lora_weights(folder, **({"weight_name": name} if name else {}))
+        assert np.abs(picture(pipe) - wanted).max() <= 1.01, (folder, name)
+    pipe.text_encoder.disable_adapters()
+    assert np.abs(picture(pipe) - wanted).max() > 2  # the text encoder's part is no formality
+    with safe_open(export / lora.WEIGHTS, "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["lora_adapter_metadata"])["unet.lora_alpha"] == 7.0
+    assert json.loads(about["oneloop"])["lora"]["rank"] == 4
+
+
+def test_dora_loads(tmp_path, built, photos):
+    """The lengths of a DoRA are in the export too."""
+    shown = {"lora__validation_prompts": ("a photo of sks dog", "the blue square"), "lora__guidance_scale": 3.0}
+    trained(tmp_path, built["sd"], photos, lora__use_dora=True, lora__num_inference_steps=4, **shown)
+    grid = np.asarray(Image.open(tmp_path / "out" / "samples" / "4.png")).astype(float)
+    pipe = DiffusionPipeline.from_pretrained(built["sd"])
+    pipe.load_lora_weights(tmp_path / "out" / "export")
+    assert np.abs(picture(pipe)[:, :32] - grid[2:34, 2:34]).max() <= 1.01
+
+
+def test_loading_lines_run(tmp_path, built, photos):
+    """The lines that the run prints are the ones that load it, for a schedule told otherwise too."""
+    more = {"lora__prediction_type": "v_prediction", "lora__rescale_betas_zero_snr": "True", "base__max_train_steps": 1}
+    trained(tmp_path, built["sd"], photos, **more)
+    lines = (tmp_path / "out" / "checkpoint-1" / "load.py").read_text()
+    code = lines.format(path=tmp_path / "out" / "checkpoint-1").replace("guidance_scale=7.5", "height=32, width=32")
+
+    def run():
+        with contextlib.chdir(tmp_path):
+            scope = {}
+            exec(code, scope)
+            scheduler = scope["pipeline"].scheduler.config
+            assert scheduler.prediction_type == "v_prediction" and scheduler.timestep_spacing == "trailing"
+
+    in_fork(tmp_path, run)
+    assert (tmp_path / "sample.png").exists()
+
+
+@pytest.mark.skipif(not (SHARED / "dog").is_dir(), reason="the photographs of ../shared/data/dog are not here")
+def test_five_photographs(tmp_path, built):
+    """Real captioned photographs, captions too long for the tiny encoder: said once."""
+    result = trained(tmp_path, built["sd"], SHARED / "dog", base__num_epochs=1, base__max_train_steps=None)
+    assert result.err.count("captions are longer than the 16 tokens") == 1 and "5 of 5 captions" in result.err
+    assert "peak memory" in result.err and "held from step to step" in result.err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2.
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"lora__rank": 0}, "--lora.rank is 0; expected at least 1"),
+        ({"data__resolution": 30}, "--data.resolution is 30; expected a multiple of 4, by which its VAE divides"),
+        ({"lora__target_modules": ("to_q", "to_ou")}, "'to_ou' is the end of no layer's name; the nearest is 'to_out.0'"),
+        ({"lora__use_8bit_adam": True}, "--lora.use-8bit-adam needs the package bitsandbytes"),
+        ({"lora__kohya": True, "lora__use_dora": True}, "leave one out"),
+        ({"model": "photos"}, "not a diffusers model"),
+        ({"model": "nowhere"}, "not a diffusers model"),
+        ({"model": "flux"}, "is a FluxPipeline; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
+        ({"model": "inpainting"}, "its UNet takes 9 channels, its VAE gives 4"),
+        ({"lora__variant": "fp16"}, "--lora.variant fp16"),
+        ({"data": "bare"}, "needs a caption for each picture and found none"),
+        ({"data__caption_dropout": 1.5}, "--data.caption-dropout is 1.5"),
+        ({"data__trigger": "{label}"}, "the pictures have no labels"),
+    ],
+)
+def test_bad_input(tmp_path, built, photos, change, says):
+    if "bitsandbytes" in says and __import__("importlib").util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is there")
+    change, model, pictures = dict(change), built["sd"], photos
+    wrong = change.pop("model", None)
+    if wrong == "photos":
+        model = photos
+    elif wrong == "nowhere":
+        model = tmp_path / "nowhere"
+    elif wrong:
+        model = shutil.copytree(built["sd"], tmp_path / wrong)
+        if wrong == "flux":
+            tiny_models.edit(model / "model_index.json", _class_name="FluxPipeline")
+        else:
+            tiny_models.edit(model / "unet" / "config.json", in_channels=9)
+    if change.pop("data", None):
+        pictures = tmp_path / "bare"
+        pictures.mkdir()
+        for i in range(2):
+            shutil.copy(photos / f"{i}.png", pictures)
+    loaded = lambda: setattr(latent, "load", lambda *args: pytest.fail("weights were loaded"))  # noqa: E731
+    early = loaded if "variant" not in says else lambda: None
+    result = cli(tmp_path, *command(tmp_path, model, pictures, **change), patch=early)
+    assert result.code == 2 and says in result.err, (result.code, result.err)
+    assert result.err.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
