@@ -13,17 +13,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import configs
 from configs import BadInput, Base, Data, Live, require
-from tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, diffusion, latent
+from tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, adapters, diffusion, latent
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -113,48 +110,25 @@ class Config:
     def __post_init__(self):
         if latent.is_local(self.lora.pretrained_model_name_or_path):  # a name on the hub is looked up by make_models
             latent.check(self.lora, "lora", self.data.resolution)
+        given, several = self.base.num_samples, len(self.lora.validation_prompts)
+        require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.validation-prompts")
 
 
 def make_models(cfg: Config) -> Models:
     s = cfg.lora
     latent.check(s, "lora", cfg.data.resolution)
-    check_targets(s)
+    adapters.check_targets(s, "lora")
     models = latent.load(s, "lora", ("vae", *latent.ENCODERS, "unet"))
-    adapt(models["unet"], s, target_modules=list(s.target_modules))
+    adapters.adapt(models["unet"], s, target_modules=list(s.target_modules))
     if s.train_text_encoder:
         for name in latent.ENCODERS:
             if name in models:
                 # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
                 layers = latent.config(s, name)["num_hidden_layers"] - (latent.is_xl(s) and name == "text_encoder")
-                adapt(models[name], s, target_modules=list(TEXT_TARGETS), layers_to_transform=list(range(layers)))
+                adapters.adapt(
+                    models[name], s, target_modules=list(adapters.TEXT_TARGETS), layers_to_transform=list(range(layers))
+                )
     return models
-
-
-def adapt(module: nn.Module, s: Settings, **where: Any) -> None:
-    """Give a frozen module adapters that train."""
-    from peft import LoraConfig
-
-    alpha = s.rank if s.alpha is None else s.alpha
-    kind = {"use_dora": s.use_dora, "use_rslora": s.use_rslora, "init_lora_weights": "gaussian"}
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
-
-
-def check_targets(s: Settings) -> None:
-    """Refuse targets that are no layer of the UNet, before its weights are loaded."""
-    import difflib
-
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(latent.config(s, "unet"))
-    layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-    for target in s.target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            ends = {".".join(name.split(".")[i:]) for name in layers for i in range(-3, 0)}
-            ends = sorted(end for end in ends if not end.partition(".")[0].isdigit())
-            close = difflib.get_close_matches(target, ends, 1, 0) or ends[:1]
-            raise BadInput(f"--lora.target-modules: {target!r} is the end of no layer's name; the nearest is {close[0]!r}")
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -220,54 +194,15 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    s, weights, told = cfg.lora, {}, {}
-    for name in ("unet", *latent.ENCODERS):
-        if name in models and hasattr(models[name], "peft_config"):
-            adapter = models[name].peft_config["default"].to_dict() | {"base_model_name_or_path": None}
-            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.items()}
-            inside = (
-                "" if name == "unet" or hasattr(models[name], "text_model") else "text_model."
-            )  # as it is called everywhere
-            for key, x in get_peft_model_state_dict(models[name], save_embedding_layers=False).items():
-                weights[f"{name}.{inside}{key}"] = x.detach().float().cpu().contiguous()
-    settings = configs.to_dict(cfg)
+    s, settings = cfg.lora, configs.to_dict(cfg)
     settings["base"]["output_dir"] = None
-    about = {"format": "pt", "oneloop": json.dumps(settings)}
-    save_file(weights, path / WEIGHTS, about | {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)})
-    if s.kohya:
-        known = {"ss_network_module": "networks.lora", "ss_network_dim": str(s.rank), "ss_network_alpha": str(kohya_alpha(s))}
-        save_file(kohya(weights, s), path / KOHYA, about | known)
+    adapters.save(models, path, s, json.dumps(settings))
     how = f"num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
     return (
         latent.load_lines(s)
         + 'pipeline.load_lora_weights("{path}")\n'
         + f'pipeline({latent.quoted(prompts(examples, cfg)[0])}, {how}).images[0].save("sample.png")'
     )
-
-
-def kohya_alpha(s: Settings) -> float:
-    """The alpha that gives the same scale where it is divided by the rank."""
-    alpha = s.rank if s.alpha is None else s.alpha
-    return alpha * s.rank**0.5 if s.use_rslora else alpha
-
-
-def kohya(weights: dict[str, Tensor], s: Settings) -> dict[str, Tensor]:
-    """Adapters under the names of kohya's sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_..."""
-    import torch
-
-    text = "lora_te1" if latent.is_xl(s) else "lora_te"
-    fronts, named = {"unet": "lora_unet", "text_encoder": text, "text_encoder_2": "lora_te2"}, {}
-    for key, x in weights.items():
-        module, _, end = key.rpartition(".lora_")  # end: A.weight, B.weight
-        part, _, layer = module.partition(".")
-        name = f"{fronts[part]}_{layer.replace('.', '_')}"
-        named[f"{name}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = x
-        named[f"{name}.alpha"] = torch.tensor(float(kohya_alpha(s)))
-    return named
 
 
 task = Task(

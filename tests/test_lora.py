@@ -23,7 +23,7 @@ import configs
 import data
 import loop
 from configs import BadInput, Base, Data
-from tasks import Rng, diffusion, latent, lora
+from tasks import Rng, adapters, diffusion, latent, lora
 
 CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
 
@@ -433,14 +433,14 @@ def test_the_export_gives_the_pictures_of_the_run(tmp_path, built, photos, kind)
     assert f'pipeline.load_lora_weights("{export}")' in result.out + result.err
     bare = DiffusionPipeline.from_pretrained(built[kind])
     assert np.abs(picture(bare) - wanted).max() > 12
-    places = [(export, lora.WEIGHTS), (tmp_path / "out" / "checkpoint-12", None), (export, lora.KOHYA)]
+    places = [(export, adapters.WEIGHTS), (tmp_path / "out" / "checkpoint-12", None), (export, adapters.KOHYA)]
     for folder, name in places:
         pipe = DiffusionPipeline.from_pretrained(built[kind])
         pipe.load_lora_weights(folder, **({"weight_name": name} if name else {}))
         assert np.abs(picture(pipe) - wanted).max() <= 1.01, (folder, name)
     pipe.text_encoder.disable_adapters()
     assert np.abs(picture(pipe) - wanted).max() > 2  # the text encoder's part is no formality
-    with safe_open(export / lora.WEIGHTS, "pt") as file:
+    with safe_open(export / adapters.WEIGHTS, "pt") as file:
         about = file.metadata()
     assert json.loads(about["lora_adapter_metadata"])["unet.lora_alpha"] == 7.0
     assert json.loads(about["oneloop"])["lora"]["rank"] == 4
@@ -494,6 +494,7 @@ def test_five_photographs(tmp_path, built):
         ({"lora__target_modules": ("to_q", "to_ou")}, "'to_ou' is the end of no layer's name; the nearest is 'to_out.0'"),
         ({"lora__use_8bit_adam": True}, "--lora.use-8bit-adam needs the package bitsandbytes"),
         ({"lora__kohya": True, "lora__use_dora": True}, "leave one out"),
+        ({"lora__validation_prompts": ("a", "b", "c")}, "--base.num-samples is 2; expected at least 3"),
         ({"model": "photos"}, "not a diffusers model"),
         ({"model": "nowhere"}, "not a diffusers model"),
         ({"model": "flux"}, "is a FluxPipeline; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"),

@@ -1,0 +1,92 @@
+"""Low-rank adapters on a latent diffusion model's UNet and text encoders: added, and written in the forms that others read.
+Plain functions; `s` is a task's settings: rank, alpha, dropout, target_modules, use_dora, use_rslora, kohya.
+
+Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs import BadInput
+from tasks import Models, latent
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS, KOHYA = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def adapt(module: nn.Module, s: Any, **where: Any) -> None:
+    """Give a frozen module adapters that train."""
+    from peft import LoraConfig
+
+    alpha = s.rank if s.alpha is None else s.alpha
+    kind = {"use_dora": s.use_dora, "use_rslora": s.use_rslora, "init_lora_weights": "gaussian"}
+    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
+
+
+def check_targets(s: Any, group: str) -> None:
+    """Refuse targets that are no layer of the UNet, before its weights are loaded."""
+    import difflib
+
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(latent.config(s, "unet"))
+    layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    for target in s.target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            ends = {".".join(name.split(".")[i:]) for name in layers for i in range(-3, 0)}
+            ends = sorted(end for end in ends if not end.partition(".")[0].isdigit())
+            close = difflib.get_close_matches(target, ends, 1, 0) or ends[:1]
+            raise BadInput(f"--{group}.target-modules: {target!r} is the end of no layer's name; the nearest is {close[0]!r}")
+
+
+def save(models: Models, path: Path, s: Any, settings: str) -> None:
+    """The adapters as `load_lora_weights` reads them, and, where asked, under kohya's names. Their ranks and alphas are in the
+    file, and so is the text `settings`."""
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    weights: dict[str, Tensor] = {}
+    told: dict[str, Any] = {}
+    for name in ("unet", *latent.ENCODERS):
+        if name in models and hasattr(models[name], "peft_config"):
+            adapter = models[name].peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.items()}
+            # Recent versions of transformers leave `text_model` out of some names; every reader knows the names with it.
+            inside = "" if name == "unet" or hasattr(models[name], "text_model") else "text_model."
+            for key, x in get_peft_model_state_dict(models[name], save_embedding_layers=False).items():
+                weights[f"{name}.{inside}{key}"] = x.detach().float().cpu().contiguous()
+    about = {"format": "pt", "oneloop": settings}
+    save_file(weights, path / WEIGHTS, about | {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)})
+    if s.kohya:
+        known = {"ss_network_module": "networks.lora", "ss_network_dim": str(s.rank), "ss_network_alpha": str(kohya_alpha(s))}
+        save_file(kohya(weights, s), path / KOHYA, about | known)
+
+
+def kohya_alpha(s: Any) -> float:
+    """The alpha that gives the same scale where it is divided by the rank."""
+    alpha = s.rank if s.alpha is None else s.alpha
+    return alpha * s.rank**0.5 if s.use_rslora else alpha
+
+
+def kohya(weights: dict[str, Tensor], s: Any) -> dict[str, Tensor]:
+    """Adapters under the names of kohya's sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_..."""
+    import torch
+
+    text = "lora_te1" if latent.is_xl(s) else "lora_te"
+    fronts, named = {"unet": "lora_unet", "text_encoder": text, "text_encoder_2": "lora_te2"}, {}
+    for key, x in weights.items():
+        module, _, end = key.rpartition(".lora_")  # end: A.weight, B.weight
+        part, _, layer = module.partition(".")
+        name = f"{fronts[part]}_{layer.replace('.', '_')}"
+        named[f"{name}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = x
+        named[f"{name}.alpha"] = torch.tensor(float(kohya_alpha(s)))
+    return named
