@@ -494,27 +494,22 @@ def encode_once(
             continue
         cache = Encoded(folder.expanduser() / f"{column}-{encoder_identity(encoding, models, cfg)}")
         missing = cache.missing(sorted(wanted))
-        accelerator.wait_for_everyone()  # all have looked before one writes: they share the same list
         if missing:
             say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
-        try:
-            for turn in ("its share", "what others wrote to disks not seen from here"):
-                todo = (
-                    missing[accelerator.process_index :: accelerator.num_processes]
-                    if turn == "its share"
-                    else cache.missing(missing)
-                )
-                for start in range(0, len(todo), size):
-                    marks = todo[start : start + size]
-                    # Always as many as a batch has: the same shape as in a step, and so the same bits.
-                    values = [wanted[mark]() for mark in (marks * size)[:size]]
-                    values = torch.stack(values) if isinstance(values[0], Tensor) else values
-                    columns = _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
-                    for i, mark in enumerate(marks):
-                        cache.write(mark, {name: x[i] for name, x in columns.items()})
-                accelerator.wait_for_everyone()
-        except OSError as error:
-            raise BadInput(f"--data.encode-cache: {folder} cannot be written: {error.strerror}; `no` needs none") from None
+
+        def columns(
+            marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
+        ) -> dict[str, Tensor]:
+            # Always as many as a batch has: the same shape as in a step, and so the same bits.
+            values = [wanted[mark]() for mark in (marks * size)[:size]]
+            values = torch.stack(values) if isinstance(values[0], Tensor) else values
+            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
+
+        accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+        cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
+        accelerator.wait_for_everyone()
+        cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
+        accelerator.wait_for_everyone()
         examples.replace(column, cache)
     called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
     return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
@@ -555,6 +550,17 @@ class Encoded:
         """The columns of these values, stacked, [B, ...] each."""
         entries = [load_file(self.path(mark)) for mark in marks]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write the entries of these marks, `size` at a time."""
+        for some in (marks[start : start + size] for start in range(0, len(marks), size)):
+            made = columns(some)
+            for i, mark in enumerate(some):
+                try:
+                    self.write(mark, {name: x[i] for name, x in made.items()})
+                except (OSError, SafetensorError) as error:
+                    reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
+                    raise BadInput(f"--data.encode-cache: {reason}; another folder, or `no` for none") from None
 
     def write(self, mark: str, columns: dict[str, Tensor]) -> None:
         """One entry, there whole or not at all."""

@@ -497,6 +497,8 @@ def test_five_photographs(tmp_path, built):
         ({"lora__validation_prompts": ("a", "b", "c")}, "--base.num-samples is 2; expected at least 3"),
         ({"model": "photos"}, "not a diffusers model"),
         ({"model": "nowhere"}, "not a diffusers model"),
+        ({"model": "nobody/nothing"}, "--lora.pretrained-model-name-or-path nobody/nothing: not a diffusers model"),
+        ({"data__encode_cache": "/dev/null/cache"}, "--data.encode-cache: /dev/null/cache"),
         ({"model": "flux"}, "is a FluxPipeline; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
         ({"model": "inpainting"}, "its UNet takes 9 channels, its VAE gives 4"),
         ({"lora__variant": "fp16"}, "--lora.variant fp16"),
@@ -512,6 +514,8 @@ def test_bad_input(tmp_path, built, photos, change, says):
     wrong = change.pop("model", None)
     if wrong == "photos":
         model = photos
+    elif wrong == "nobody/nothing":
+        model = wrong
     elif wrong == "nowhere":
         model = tmp_path / "nowhere"
     elif wrong:
@@ -526,8 +530,9 @@ def test_bad_input(tmp_path, built, photos, change, says):
         for i in range(2):
             shutil.copy(photos / f"{i}.png", pictures)
     loaded = lambda: setattr(latent, "load", lambda *args: pytest.fail("weights were loaded"))  # noqa: E731
-    early = loaded if "variant" not in says else lambda: None
+    late = "variant" in says or "encode-cache" in says
+    early = loaded if not late else lambda: None
     result = cli(tmp_path, *command(tmp_path, model, pictures, **change), patch=early)
     assert result.code == 2 and says in result.err, (result.code, result.err)
     assert result.err.strip().splitlines()[-1].startswith("error: ")
-    assert not (tmp_path / "out").exists()
+    assert "encode-cache" in says or not (tmp_path / "out").exists()
