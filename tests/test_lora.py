@@ -365,11 +365,14 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
 
     def run(more, idle):
         def function():
-            seen, real = [], data.encode_once
+            seen, moves, real = [], [], data.encode_once
             loop.data.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
+            loop.moved = lambda models, names, device: moves.append((names, device))
             cfg = configs.parse(command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more))[1]
             loop.run(lora.task, cfg)
             assert seen == [idle], seen
+            run_on = torch.device("cpu")  # as the accelerator says it: away, back for the samples at the end, away
+            assert [names for names, _ in moves] == [idle] * 3 and [type(d) for _, d in moves] == [str, type(run_on), str]
 
         in_fork(tmp_path, function)
 
