@@ -260,7 +260,7 @@ def test_adapters_learn_a_picture(tmp_path, built, photos):
     )
 
     def run():
-        line = command(tmp_path, built["sd"], one, base__max_train_steps=100, data__train_batch_size=1, base__use_ema=False)
+        line = command(tmp_path, built["sd"], one, base__max_train_steps=70, data__train_batch_size=1, base__use_ema=False)
         line += flags("", {"lora.target_modules": layers, "lora.rank": 16, "lora.adam_weight_decay": 0.0})[1:]
         cfg = configs.parse(line)[1]
         state, models = loop.run(lora.task, cfg), lora.make_models(cfg)
@@ -278,7 +278,7 @@ def test_adapters_learn_a_picture(tmp_path, built, photos):
         off = loss()
         state.models = {}
         assert off == pytest.approx(loss(), rel=1e-5)  # a fresh model: its adapters add nothing yet
-        assert on < 0.4 * off, (on, off)
+        assert on < 0.5 * off, (on, off)
 
     in_fork(tmp_path, run)
 

@@ -194,13 +194,13 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddp
 
 
 def flags(task: str, settings: dict[str, object]) -> list[str]:
-    """A command line from settings named as flags are; a tuple is several values, None leaves a setting out."""
+    """A command line from settings named as flags are; a tuple is several values."""
     made = [task]
     for name, value in settings.items():
         if isinstance(value, bool):
             group, _, leaf = name.partition(".")
             made.append(f"--{group}.{'' if value else 'no-'}{leaf}")
-        elif value is not None:
+        else:
             made += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return made
 
