@@ -251,8 +251,10 @@ def _needed(accelerator: Accelerator) -> int:
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Flush every file and write the manifest last."""
+    """Flush every file, with the modes that the umask leaves, and write the manifest last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:  # safetensors writes for the owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(lambda path: (_flush(path), _sha256(path))[1], files))
     listed = {
