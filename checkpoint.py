@@ -251,10 +251,13 @@ def _needed(accelerator: Accelerator) -> int:
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Flush every file and write the manifest last."""
+    """Flush every file, with the modes that the umask leaves, and write the manifest last."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:  # safetensors writes for the owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
     with ThreadPoolExecutor(4) as pool:
-        hashes = list(pool.map(lambda path: (_flush(path), _sha256(path))[1], files))
+        flushes, hashes = pool.map(_flush, files), list(pool.map(_sha256, files))
+        list(flushes)
     listed = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha}
         for path, sha in zip(files, hashes, strict=True)

@@ -90,6 +90,13 @@ def _open_shapes(cfg: Data) -> Source:
     return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found, list(SHAPES))
 
 
+@functools.cache
+def formats() -> list[str]:
+    """The picture formats that are read: all that PIL decodes itself. For PostScript it would start an interpreter."""
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF")]
+
+
 def _load(cfg: Data) -> Any:
     """The rows of a picture folder, a local data set or one on the hub, as a `datasets.Dataset`."""
     import datasets
@@ -120,7 +127,7 @@ def _load(cfg: Data) -> Any:
         raise
     except (FileNotFoundError, ConnectionError) as error:
         raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({error})") from None
-    except ValueError as error:  # an unknown split or configuration: the library lists those there are
+    except (ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script: the library says which
         raise BadInput(
             f"{flag}, --data.split {cfg.split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}"
         ) from None
@@ -160,7 +167,7 @@ def _open_rows(cfg: Data) -> Source:
         if value is None:
             raise ValueError("the picture is missing")
         raw = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        return Image.open(io.BytesIO(raw)), raw
+        return Image.open(io.BytesIO(raw), formats=formats()), raw
 
     def name(row: int) -> str:
         return (encoded[row][image] or {}).get("path") or f"row {row}"

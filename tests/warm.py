@@ -77,7 +77,8 @@ def fork(function: Callable[[], object], folder: Path, env: dict[str, str] | Non
             os.dup2(fd, number)
         os.close(0)
         os.open(os.devnull, os.O_RDONLY)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+        own = {"closefd": False}  # a fork of this fork will replace these in its turn
+        sys.stdin, sys.stdout, sys.stderr = open(0, **own), open(1, "w", 1, **own), open(2, "w", 1, **own)  # noqa: SIM115
         os.environ.update(env or {})
         AcceleratorState._reset_state(reset_partial_state=True)  # a test may have run something in this process
         os.chdir(cwd or folder)
