@@ -151,7 +151,7 @@ def test_geometry(tmp_path, size, resolution):
         Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.png")
     cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=resolution, random_flip=True)
     examples = data.Examples(data.open_source(cfg), cfg, seed=1)
-    whole = data.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg).float()
+    whole = data.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
     assert min(whole.shape[1:]) == resolution
     corners = set()
     for start in range(0, 64, 4):

@@ -312,7 +312,7 @@ def test_inputs_stand_above_their_reconstructions(whole, make):
         y = models["vae"].decode(models["vae"].encode(batch["pixel_values"]).latent_dist.mean).sample
     assert shown.shape == (3, 3, 32, 16)
     assert torch.equal(shown[:, :, :16], batch["pixel_values"] / 2 + 0.5) and torch.equal(shown[:, :, 16:], y / 2 + 0.5)
-    assert Image.open(whole / "samples" / "8-reconstructions.png").size == (2 * 10 + 2, 18 + 2)
+    assert Image.open(whole / "samples" / "8-reconstructions.png").size == (2 * 100 + 4, 192 + 8)  # enlarged
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

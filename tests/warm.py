@@ -19,8 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -242,6 +244,13 @@ def distance(a: Path, b: Path, part: str = "model") -> float:
     keys = [k for k in x if k.startswith(part)]
     assert keys and x.keys() == y.keys()
     return max((x[k] - y[k]).abs().max().item() for k in keys)
+
+
+def shown(path: Path, side: int) -> np.ndarray:
+    """The square pictures of a grid's first row, side by side at their own size, [side, count * side, 3] floats."""
+    grid, scale = np.asarray(Image.open(path)).astype(float), max(1, 96 // side)
+    starts = range(4, grid.shape[1] - 4, side * scale + 4)
+    return np.concatenate([grid[4 : 4 + side * scale : scale, x : x + side * scale : scale] for x in starts], 1)
 
 
 def metrics(out: Path) -> list[dict[str, float]]:
