@@ -297,8 +297,9 @@ def power_cut(out: Path, point: int, record: Path) -> Callable[[], None]:
 
         def cut() -> None:
             state["over"] = True
-            if renames and renames[0][0].endswith(".saving"):
-                os.rename(*reversed(renames[0]))
+            for source, target in renames:
+                if source.endswith(".saving"):
+                    os.rename(target, source)
             for path in out.glob("*checkpoint-*/**/*"):
                 if path.is_file() and identity(path) not in flushed:
                     os.truncate(path, path.stat().st_size // 2)
