@@ -1218,7 +1218,7 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what -> settin
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what -> settings of the second life, words of the refusal
     "seed": ({"base__seed": 7}, ("--base.seed was 0 and is now 7",)),
     "resolution": ({"data__resolution": 16}, ("--data.resolution was 8 and is now 16",)),
-    "objective": ({"ddpm__prediction_type": "epsilon"}, ("was 'v_prediction' and is now 'epsilon'",)),
+    "objective": ({"ddpm__prediction_type": "epsilon"}, ("was 'sample' and is now 'epsilon'",)),
     "loss weight": ({"ddpm__snr_gamma": 5.0}, ("--ddpm.snr-gamma was None and is now 5.0",)),
     "noise schedule": ({"ddpm__ddpm_beta_schedule": "linear"}, ("was 'squaredcos_cap_v2' and is now 'linear'",)),
     "averages": ({"base__use_ema": False}, ("--base.use-ema was True and is now False",)),
@@ -1262,7 +1262,7 @@ def honoured(what: str, folder: Path) -> None:
     assert f"step        {update} examples" in results[0].err and "continuing after step 4" in results[0].err
     numbers = [line[0] for line in seen(folder / "seen")]
     assert numbers == list(range(16, 16 + update * (last - 4))), numbers
-    rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", 1e-3)
+    rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", tasks.ddpm.Settings().learning_rate)
     warmup = more.get("base__lr_warmup_steps", last // 20)
     progress = [(step - warmup) / (last - warmup) for step in range(4, last)]
     shape = (lambda p: 1 - p) if what == "schedule" else lambda p: 0.5 * (1 + math.cos(math.pi * p))
