@@ -373,7 +373,7 @@ def test_fine_tuning_all_begins_at_the_pretrained_weights(tmp_path, whole):
         ("--vae.perceptual-wieght 1", "did you mean --vae.perceptual-weight?"),
     ],
 )
-def test_bad_input_is_a_line_and_code_2(tmp_path, flags, says):
+def test_bad_input_is_a_line_and_code_2(tmp_path, flags, says, lpips):
     command = tiny(tmp_path, task="vae")
     (tmp_path / "gray.json").write_text(json.dumps(VAE | {"in_channels": 1}))
     (tmp_path / "odd.json").write_text(json.dumps(VAE | {"norm_num_groups": 3}))
