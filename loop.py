@@ -19,7 +19,7 @@ import sys
 import configs
 
 # OpenMP's threads wait for each other spinning, which on a busy CPU costs everything: let them sleep after a moment.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes in the settings answer at once
     try:
