@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs import BadInput, Data
+from configs import BadInput, Data, fraction, require
 from tasks import Batch, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +46,15 @@ class Source:
     """One line: what was found where."""
     classes: list[str] | None = None
     """Label -> its name."""
+    held_out: Source | None = None
+    """What the loss is measured on and never trained on."""
+
+
+def select(source: Source, rows: list[int]) -> Source:
+    """These rows of a source, by themselves."""
+    captions, labels = (values and [values[row] for row in rows] for values in (source.captions, source.labels))
+    read, name = (lambda i: source.read(rows[i])), (lambda i: source.name(rows[i]))
+    return replace(source, size=len(rows), read=read, name=name, captions=captions, labels=labels)
 
 
 COLOURS = {
@@ -95,8 +104,9 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "WMF")]
 
 
-def _load(cfg: Data) -> Any:
-    """The rows of a picture folder, a local data set or one on the hub, as a `datasets.Dataset`."""
+def _load(cfg: Data, setting: str) -> Any:
+    """The rows of a picture folder, a local data set or one on the hub, in the split that `setting` names, as a
+    `datasets.Dataset`."""
     import datasets
 
     if not os.isatty(2):
@@ -111,24 +121,23 @@ def _load(cfg: Data) -> Any:
         files, kwargs = {"train": "**"}, {"cache_dir": cfg.cache_dir, "split": "train"}
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=files, **kwargs)
     name, flag = cfg.dataset_name, f"--data.dataset-name {cfg.dataset_name}"
+    split, asked = getattr(cfg, setting), f"--data.{setting.replace('_', '-')}"
     folder = Path(name).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
-                if cfg.split not in rows:
-                    raise BadInput(f"--data.split is {cfg.split!r}; {flag} has: {', '.join(rows)}")
-                rows = rows[cfg.split]
+                if split not in rows:
+                    raise BadInput(f"{asked} is {split!r}; {flag} has: {', '.join(rows)}")
+                rows = rows[split]
             return rows
-        return datasets.load_dataset(name, cfg.dataset_config_name, split=cfg.split, cache_dir=cfg.cache_dir)
+        return datasets.load_dataset(name, cfg.dataset_config_name, split=split, cache_dir=cfg.cache_dir)
     except BadInput:
         raise
     except (FileNotFoundError, ConnectionError) as error:
         raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({error})") from None
     except (ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script: the library says which
-        raise BadInput(
-            f"{flag}, --data.split {cfg.split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}"
-        ) from None
+        raise BadInput(f"{flag}, {asked} {split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}") from None
 
 
 def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool], names: tuple[str, ...]) -> str | None:
@@ -141,10 +150,10 @@ def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool]
     return next((name for name in names if name in fitting), None)
 
 
-def _open_rows(cfg: Data) -> Source:
+def _open_rows(cfg: Data, setting: str = "split") -> Source:
     import datasets
 
-    rows = _load(cfg)
+    rows = _load(cfg, setting)
     images = tuple(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
     usual = tuple(n for n in ("image", "img", "picture", "pixel_values", "jpg", "png", "webp") if n in images)
     image = _column(rows, cfg.image_column, "image-column", lambda f: isinstance(f, datasets.Image), usual + images)
@@ -185,22 +194,41 @@ def _open_rows(cfg: Data) -> Source:
         labels = (values if values.dtype.kind in "iu" else order).tolist()
         numbered = [str(i) for i in range(max(labels) + 1)] if values.dtype.kind in "iu" else [str(kind) for kind in kinds]
         names = getattr(rows.features[label], "names", None) or numbered
-    where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
+    where = cfg.train_data_dir or f"{cfg.dataset_name} ({getattr(cfg, setting)})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
     return Source(len(rows), read, name, captions, labels, found, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
-    """Open what the settings name, without reading pictures.
+    """Open what the settings name, without reading pictures: what is trained on, and in its `held_out` what is not.
 
     Raises:
         BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
             that the task `needs`.
     """
     embedded = cfg.dataset_name == "shapes" and cfg.train_data_dir is None
-    source = _open_shapes(cfg) if embedded else _open_rows(cfg)
+    source = described(_open_shapes(cfg) if embedded else _open_rows(cfg), cfg, needs)
+    given, share, held = cfg.validation_split, fraction(cfg.validation_split), None
+    if share is not None:
+        chosen = [hash64("validation", row) < share * 2**64 for row in range(source.size)]
+        held = select(source, [row for row, out in enumerate(chosen) if out])
+        source = select(source, [row for row, out in enumerate(chosen) if not out])
+    elif given is not None:
+        if embedded or cfg.train_data_dir is not None or given == cfg.split:
+            there = "which is trained on" if given == cfg.split else "and these pictures have no splits"
+            raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
+        held = described(_open_rows(cfg, "validation_split"), cfg, needs)
+    if held is not None:
+        require(held.size >= 4, "data.validation_split", given, f"at least 4 pictures, one for each quarter, not {held.size}")
+        source = replace(source, held_out=held, found=f"{source.found}; {held.size} held out")
     if source.size < cfg.train_batch_size:
-        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
+        beside = f" beside the {held.size} of --data.validation-split {given}" if share else ""
+        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures{beside}")
+    return source
+
+
+def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
+    """A source with the captions that its trigger makes, and all that the task needs."""
     if cfg.trigger:
         if "{label}" in cfg.trigger and source.labels is None:
             raise BadInput(
@@ -328,11 +356,14 @@ class Examples(torch.utils.data.Dataset):
         return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
 
     def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
-        """The data in order, `size` at a time, cut from the middle and never mirrored; or `count` spread evenly over it."""
+        """The data in order, `size` at a time, as `at` has them; or `count` spread evenly over it."""
         count = min(count or self.size, self.size)
-        for rows in (torch.arange(count) * self.size // count).split(size):
-            never = torch.zeros(len(rows), dtype=torch.bool)
-            yield self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
+        yield from map(self.at, (torch.arange(count) * self.size // count).split(size))
+
+    def at(self, rows: Tensor) -> Batch:
+        """These rows, [B]: cut from the middle, never mirrored, with their first captions."""
+        never = torch.zeros(len(rows), dtype=torch.bool)
+        return self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
 
     def _texts(self, rows: Tensor, choice: Tensor, dropped: Tensor) -> list[str] | None:
         """One of each row's captions, or the empty one."""

@@ -68,7 +68,12 @@ def main() -> None:
     module, cfg = configs.parse(sys.argv[1:])
     total = (BLOCKS + 1) * STEPS  # the first block of each warms up
     base = dataclasses.replace(
-        cfg.base, max_train_steps=total + 1, sample_steps=0, checkpointing_steps=10**9, output_dir=tempfile.mkdtemp(), logger=()
+        cfg.base,
+        max_train_steps=total + 1,
+        validation_steps=0,
+        checkpointing_steps=10**9,
+        output_dir=tempfile.mkdtemp(),
+        logger=(),
     )
     cfg = dataclasses.replace(cfg, base=base)
     examples = data.Examples(data.open_source(cfg.data), cfg.data, 0)
