@@ -110,8 +110,8 @@ def measure(task: Any, cfg: Any) -> dict[str, Any]:
 def main() -> None:
     found = measure(MODULE.task, CONFIG)
     print(
-        f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, precision {found['precision']}, {found['blocks']} "
-        f"blocks of {STEPS} steps\nover the bare loop: wall {found['over_bare']:.3f}, CPU seconds {found['over_bare_cpu']:.3f}; "
+        f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, precision {found['precision']}, "
+        f"{found['blocks']} blocks of {STEPS} steps\nover the bare loop: wall {found['over_bare']:.3f}, CPU seconds {found['over_bare_cpu']:.3f}; "
         f"outside the model {found['outside_model']:.1%}; {found['mfu']:.1%} of a matmul's FLOP/s"
     )
     print(json.dumps(found))
