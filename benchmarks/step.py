@@ -109,11 +109,10 @@ def measure(task: Any, cfg: Any) -> dict[str, Any]:
 
 def main() -> None:
     found = measure(MODULE.task, CONFIG)
-    print(
-        f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, precision {found['precision']}, "
-        f"{found['blocks']} blocks of {STEPS} steps\nover the bare loop: wall {found['over_bare']:.3f}, CPU seconds {found['over_bare_cpu']:.3f}; "
-        f"outside the model {found['outside_model']:.1%}; {found['mfu']:.1%} of a matmul's FLOP/s"
-    )
+    threads, chosen = torch.get_num_threads(), found["precision"]
+    print(f"\ntorch {torch.__version__}, {threads} threads, precision {chosen}, {found['blocks']} blocks of {STEPS} steps")
+    print(f"over the bare loop: wall {found['over_bare']:.3f}, CPU seconds {found['over_bare_cpu']:.3f}")
+    print(f"outside the model {found['outside_model']:.1%}; {found['mfu']:.1%} of the FLOP/s of a product of matrices")
     print(json.dumps(found))
 
 
