@@ -351,7 +351,8 @@ class Examples(torch.utils.data.Dataset):
     def __getitem__(self, numbers: range) -> Batch:
         """The batch of these examples of the run; pictures still uint8."""
         n = torch.tensor(numbers)
-        rows = torch.stack([self.order(i // self.size)[i % self.size] for i in numbers])
+        epochs = range(numbers[0] // self.size, numbers[-1] // self.size + 1)
+        rows = torch.cat([self.order(e)[n[n // self.size == e] % self.size] for e in epochs])
         rng = Rng.of(self.seed, numbers, "data")
         flip = rng.uniform("flip") < (0.5 if self.cfg.random_flip else 0.0)
         texts = self._texts(rows, rng.uniform("caption"), rng.uniform("caption dropout") < self.cfg.caption_dropout)

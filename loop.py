@@ -417,7 +417,7 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator, several: bool):
         self.accelerator, self.several = accelerator, several
-        self.sums: dict[str, Tensor] = {}  # key -> [sum, count]
+        self.values: dict[str, list[Any]] = {}
         self.since, self.updates, self.waited = time.perf_counter(), 0, 0.0
 
     def fetch(self, stream: Iterator[Batch], count: int) -> Iterator[Batch]:
@@ -431,19 +431,19 @@ class Meter:
     def add(self, kind: str, name: str, value: Any) -> None:
         """One value of a kind (loss, grad_norm, ...); the optimizer's name is added where there are several."""
         key = f"{kind}/{name}" if self.several and name else kind
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-        pair = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float()])
-        self.sums[key] = self.sums[key] + pair if key in self.sums else pair
+        self.values.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
 
     def read(self, examples: int) -> dict[str, float]:
         """The means over processes, and the speed with `examples` an update. This waits for the device."""
-        keys = sorted(self.sums)
-        pairs = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").tolist()
-        values = {key: total / count for key, (total, count) in zip(keys, pairs, strict=True) if count}
+        made = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.accelerator.device)
+        columns = [torch.stack([made(value) for value in self.values[key]]) for key in sorted(self.values)]
+        pairs = torch.stack([torch.stack([x.nan_to_num(0, 0, 0).sum(), x.isfinite().sum()]) for x in columns])
+        totals = self.accelerator.reduce(pairs, "sum").tolist()
+        values = {key: total / count for key, (total, count) in zip(sorted(self.values), totals, strict=True) if count}
         now = time.perf_counter()
         speeds = {"pictures_per_second": examples * self.updates, "data_wait": self.waited}
         speeds = {key: amount / (now - self.since) for key, amount in speeds.items()}
-        self.sums, self.since, self.updates, self.waited = {}, now, 0, 0.0
+        self.values, self.since, self.updates, self.waited = {}, now, 0, 0.0
         return values | speeds
 
 
@@ -451,14 +451,14 @@ class Guard:
     """Watches that every loss and gradient is finite.
 
     Where reading costs nothing (a CPU), or updates may be skipped, it looks before the optimizer steps; elsewhere it keeps the
-    verdicts on the device and reads them before anything is logged, shown or saved.
+    values on the device and reads them before anything is logged, shown or saved.
     """
 
     def __init__(self, accelerator: Accelerator, state: TrainState, most: int, name: Callable[[int], str]):
         self.accelerator, self.state, self.most, self.name = accelerator, state, most, name
         self.now = accelerator.device.type == "cpu" or most > 0
         self.losses: dict[str, list[tuple[Tensor, Tensor]]] = {}  # optimizer -> (loss, rows) of this update's batches
-        self.pending: list[tuple[int, str, Tensor]] = []
+        self.pending: list[tuple[int, str, list[Tensor]]] = []
 
     def watch(self, loss: Loss, rows: Tensor) -> None:
         """See the loss of a batch, made of these rows of the data set."""
@@ -468,12 +468,11 @@ class Guard:
         """Whether the optimizer may step, given the norm of its gradient."""
         seen = self.losses.pop(name)
         scaled = self.accelerator.scaler is not None  # fp16: its scaler finds overflows in gradients, and skips them
-        values = torch.stack([value for value, _ in seen] + ([] if scaled else [norm.to(seen[0][0].device)]))
-        finite = self.accelerator.reduce(values.isfinite().all().float(), "mean") == 1
+        values = [value for value, _ in seen] + ([] if scaled else [norm])
         if not self.now:
-            self.pending.append((self.state.step + 1, name, finite))
+            self.pending.append((self.state.step + 1, name, values))
             return True
-        if finite:
+        if self.finite([values])[0]:
             return True
         self.state.skipped += 1
         if self.state.skipped > self.most:
@@ -484,12 +483,17 @@ class Guard:
             self.refuse(self.state.step + 1, name, what, f" on a batch with {files}")
         return scaled  # the scaler must see the step that it will skip
 
+    def finite(self, updates: list[list[Tensor]]) -> list[bool]:
+        """Whether all values of each update are finite, on every process. This waits for the device."""
+        fine = [torch.stack([v.to(values[0].device) for v in values]).isfinite().all() for values in updates]
+        return [mean == 1 for mean in self.accelerator.reduce(torch.stack(fine).float(), "mean").tolist()]
+
     def read(self) -> None:
-        """Settle what was left on the device. This waits for it."""
-        for step, name, finite in self.pending:
-            if not finite:
+        """Settle what was left on the device."""
+        pending, self.pending = self.pending, []
+        for (step, name, _), fine in zip(pending, self.finite([v for *_, v in pending]) if pending else (), strict=True):
+            if not fine:
                 self.refuse(step, name, "loss or gradient", "")
-        self.pending.clear()
 
     def refuse(self, step: int, name: str, what: str, where: str) -> None:
         skipped = f" after {self.most} skipped updates" if self.most else ""

@@ -108,8 +108,9 @@ class Rng:
         import torch
 
         keys = torch.tensor([[hash64(seed, stream, int(n)), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
-        on = device if torch.device(device).type == "cuda" else "cpu"  # where torch has the kernels
-        return cls(keys.to(on), device)
+        if torch.device(device).type == "cuda":  # where torch has the kernels; pinned, so that nothing waits for the copy
+            keys = keys.pin_memory().to(device, non_blocking=True)
+        return cls(keys, device)
 
     def __len__(self) -> int:
         return len(self.keys)
