@@ -94,6 +94,8 @@ class Base:
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
     max_skipped_updates: Live[int] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
+    check: Live[bool] = False
+    """Only open every picture and say what is found: sizes, captions, labels, duplicates, broken files."""
     dry_run: Live[bool] = False
     """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     push_to_hub: Live[bool] = False
@@ -159,6 +161,8 @@ class Data:
     """Examples in a batch, for each process."""
     dataloader_num_workers: Live[int] = 0
     """Processes that read pictures beside the training, where the decoded set is larger than memory_budget."""
+    skip_broken: Live[bool] = False
+    """Leave out pictures that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
     memory_budget: Live[float] = 2.0
     """GiB of memory for decoded pictures. A set that fits is decoded once, before the first step."""
     encode_cache: Live[str] = "auto"

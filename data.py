@@ -297,47 +297,65 @@ Reader = Callable[[Iterable[str]], dict[str, Tensor]]
 class Examples(torch.utils.data.Dataset):
     """The training set: numbers of the run in, a batch out. Pictures that fit the memory budget are decoded once, here."""
 
-    def __init__(self, source: Source, cfg: Data, seed: int, progress: Callable[[int, int], None] = lambda done, of: None):
-        """Decode and check everything.
+    def __init__(
+        self,
+        source: Source,
+        cfg: Data,
+        seed: int,
+        progress: Callable[[int], Any] = lambda pictures: None,
+        inspect: Callable[[Image.Image], Any] = lambda image: None,
+    ):
+        """Decode and check everything. What `inspect` makes of each picture is in `facts`; those left out are in `broken`.
 
         Raises:
             BadInput: pictures that cannot be read, every one of them named.
         """
-        self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
-        self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
+        self.cfg, self.seed = cfg, seed
         self.cache: Tensor | list[Tensor] | None = []
         self.marks: list[str] = []  # a hash of each picture's pixels
+        self.facts: list[Any] = []
+        self.broken: list[str] = []
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
-        broken, used, digest = [], 0, hashlib.blake2b(digest_size=16)
+        kept, sizes, used, digest = [], [], 0, hashlib.blake2b(digest_size=16)
+
+        def load(row: int) -> tuple[Tensor | None, Any, bytes, Any]:
+            try:
+                image, raw = source.read(row)
+                x, size = pixels(image, cfg)
+                return x, size, hashlib.blake2b(raw, digest_size=16).digest(), inspect(image)
+            except Exception as error:  # whatever a decoder throws at a broken file
+                return None, " ".join(str(error).split()) or type(error).__name__, b"", None
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, source.size, 256):  # in blocks: a million queued reads would be a heap of their own
-                for row, (x, size, what) in enumerate(pool.map(self._try, range(start, min(start + 256, source.size))), start):
+                rows = range(start, min(start + 256, source.size))
+                for row, (x, size, what, fact) in zip(rows, pool.map(load, rows), strict=True):
                     digest.update(what)
                     if x is None:
-                        broken.append(f"{source.name(row)} ({size})")
+                        self.broken.append(f"{source.name(row)} ({size})")
                         continue
-                    self.sizes[row] = torch.tensor(size)
+                    kept.append(row)
+                    sizes.append(size)
                     self.marks.append(content_hash(x.shape, x.numpy().data))
+                    self.facts.append(fact)
                     used += x.numel()
                     if used > cfg.memory_budget * 2**30:
                         self.cache = None
                     if self.cache is not None:
                         self.cache.append(x)
-                progress(min(start + 256, source.size), source.size)
-        if broken:
-            raise BadInput(f"{len(broken)} of {source.size} pictures cannot be read: {'; '.join(broken)}")
+                progress(len(rows))
+        if self.broken and not cfg.skip_broken:
+            there = f"{len(self.broken)} of {source.size} pictures cannot be read: {'; '.join(self.broken)}"
+            raise BadInput(f"{there}; --data.skip-broken leaves them out")
+        self.source, self.size = select(source, kept) if self.broken else source, len(kept)
+        if self.size < cfg.train_batch_size:
+            raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; {self.size} pictures can be read")
+        self.sizes = torch.tensor(sizes)  # [size, 2, 2]: (before resizing, room to crop) x (height, width)
         if self.cache and all(x.shape == self.cache[0].shape for x in self.cache):
             self.cache = torch.stack(self.cache)
-        digest.update(repr((source.captions, source.labels)).encode())
+        digest.update(repr((self.source.captions, self.source.labels)).encode())
         self.fingerprint = digest.hexdigest()
         self.bytes = used
-
-    def _try(self, row: int) -> tuple[Tensor | None, Any, bytes]:
-        try:
-            image, raw = self.source.read(row)
-            return *pixels(image, self.cfg), hashlib.blake2b(raw, digest_size=16).digest()
-        except Exception as error:  # whatever a decoder throws at a broken file
-            return None, " ".join(str(error).split()) or type(error).__name__, b""
 
     def _pixels(self, row: int) -> Tensor:
         return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]

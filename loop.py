@@ -49,6 +49,7 @@ import checkpoint
 import data
 import encode
 import look
+import survey
 import validate
 from configs import BadInput
 from report import Report, check_trackers, clock, publish, trackers
@@ -87,6 +88,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save was refused.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
     """
+    if cfg.base.check:
+        return survey.check(task, cfg)
     if cfg.base.dry_run:
         return look.estimate(run, task, cfg)
     started, name = time.perf_counter(), configs.task_group(cfg)
@@ -142,7 +145,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             return state
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
-        examples = data.Examples(source, cfg.data, base.seed)
+        examples = data.Examples(source, cfg.data, base.seed, inspect=survey.inspect)
         held_out = source.held_out and data.Examples(source.held_out, cfg.data, base.seed)
         refuse_changes(facts, {"data": examples.fingerprint})
 
@@ -152,13 +155,14 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
-        for text in encode.remarks(examples, task.encodings, cfg):
+        for text in (*survey.remarks(accelerator, examples, out), *encode.remarks(examples, task.encodings, cfg)):
             report.say(text)
         idle = encode.encode_once(examples, encodings, models, cfg, accelerator, report.say)
         moved(models, idle, "cpu")
         first = examples[range(size)]
         report.say(look.introduce(accelerator, cfg, source.found, models, first, state, total))
-        meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
+        meter = Meter(accelerator, len(optims) > 1)
+        guard = Guard(accelerator, state, base.max_skipped_updates, examples.source.name)
         ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
         settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
 

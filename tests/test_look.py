@@ -1,11 +1,19 @@
 """What is said of a run before it is one, and that saying it leaves nothing behind."""
 
+import io
+import json
 import re
+import shutil
+import time
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_settings import refused
 from test_validate import ran
 from warm import cli, cli_many, digest, metrics, tiny
+
+import survey
 
 
 def number(pattern, text):
@@ -83,3 +91,107 @@ def test_fewer_pictures(tmp_path):
     result = ran(tmp_path, *tiny(tmp_path, steps=None, base__num_epochs=1, data__max_train_samples=12))
     assert "3 steps, 12 examples" in result.err
     refused(cli(tmp_path, *tiny(tmp_path, "other", data__max_train_samples=3)), "--data.train-batch-size is 4", "3 pictures")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The check.
+
+
+def photograph(seed, side=96):
+    """A picture of soft colours, as photographs are to a hash."""
+    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Eighteen pictures; one is a copy, one saved again worse and smaller, one wide, one grey, one transparent, one small."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for i in range(12):
+        photograph(i).save(place / f"{i:02d}.png")
+        (place / f"{i:02d}.txt").write_text(["a dog", "", "a cat"][i % 3])
+    (place / "05.txt").unlink()
+    shutil.copy(place / "00.png", place / "12.png")
+    photograph(1).resize((80, 80)).save(place / "13.jpg", quality=60)
+    photograph(14, 64).resize((128, 64)).save(place / "14.png")
+    photograph(15).convert("L").save(place / "15.png")
+    photograph(16).convert("RGBA").save(place / "16.png")
+    photograph(17, 20).save(place / "17.png")
+    return place
+
+
+def looking(tmp_path, pictures, **more):
+    """A command line that trains on them."""
+    return tiny(tmp_path, **{"data__train_data_dir": pictures, "data__resolution": 32} | more)
+
+
+def test_a_check_says_it_all(tmp_path, pictures):
+    result = ran(tmp_path, *looking(tmp_path, pictures, base__check=True))
+    for line in (
+        "18 can be read, 0 cannot",
+        "width       20 to 128, median 96",
+        "aspect      1.00 to 2.00, median 1.00",
+        "modes       RGB 16, L 1, RGBA 1",
+        "1 are enlarged to 32",
+        "cropped     3% of a picture on average, 50% at most",
+        "captions    3 different, 11 pictures without one",
+        "labels      none",
+        "exact twins 1 (such as ",
+        "near twins  1 (such as ",
+    ):
+        assert line in result.out, (line, result.out)
+    assert re.search(r"exact.*12.png of .*00.png", result.out) and re.search(r"near.*13.jpg of .*01.png", result.out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_pictures(tmp_path, pictures):
+    """Named and refused, by a check and by a run; or left out, which is said and listed, and does not end the run."""
+    (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:400])
+    (pictures / "05.png").write_text("not a picture")
+    checked = cli(tmp_path, *looking(tmp_path, pictures, base__check=True))
+    refused(checked, "2 pictures cannot be read", "03.png", "05.png", "--data.skip-broken")
+    assert "16 can be read, 2 cannot" in checked.out
+    refused(cli(tmp_path, *looking(tmp_path, pictures)), "2 of 18 pictures cannot be read", "--data.skip-broken")
+    assert not (tmp_path / "out").exists()
+    said = ran(tmp_path, *looking(tmp_path, pictures, data__skip_broken=True, steps=12)).err
+    assert "2 pictures cannot be read and are left out" in said
+    assert [name in (tmp_path / "out" / "broken.txt").read_text() for name in ("03.png", "05.png", "04.png")] == [1, 1, 0]
+    assert "16 can be read" in ran(tmp_path, *looking(tmp_path, pictures, base__check=True, data__skip_broken=True)).out
+
+
+def test_a_run_says_what_is_worth_it_and_keeps_it(tmp_path, pictures):
+    flags = looking(tmp_path, pictures, steps=2)
+    said = ran(tmp_path, *flags).err
+    assert "warning: 1 of 18 pictures are smaller than 32" in said and "warning: 11 of 18 pictures have no caption" in said
+    assert said.count("an earlier one") == 2
+    kept = tmp_path / "out" / "check.json"
+    found = json.loads(kept.read_text())
+    kept.write_text(json.dumps(found | {"small": 7}))  # read, not made again
+    assert "warning: 7 of 18" in ran(tmp_path, *flags, "--base.max-train-steps", "3").err
+    kept.write_text(json.dumps(found | {"small": 7, "fingerprint": "of other pictures"}))
+    assert "warning: 1 of 18" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
+
+
+def test_near_twins():
+    """Saved again at any size and quality: found. Other pictures, and the same in other colours: not."""
+    originals = [photograph(seed, 200) for seed in range(100)]
+    copies = []
+    for image, side, quality in zip(originals, (60, 100, 200, 331) * 25, (40, 70, 95, 40) * 25, strict=True):
+        buffer = io.BytesIO()
+        image.resize((side, side)).save(buffer, "JPEG", quality=quality)
+        copies.append(Image.open(buffer))
+    turned = [Image.merge("RGB", image.split()[::-1]) for image in originals]
+    thumbs = np.stack([survey.inspect(image)[1] for image in (*originals, *copies, *turned)])
+    pairs = {tuple(pair) for pair in survey.near_pairs(thumbs).tolist()}
+    true = {(i, i + 100) for i in range(100)}
+    assert len(pairs & true) > 92 and not pairs - true, (len(pairs & true), pairs - true)
+
+
+def test_many_alike_take_no_quadratic_time():
+    """Five thousand flat pictures, all of one hash: compared with their neighbours only."""
+    thumbs = np.random.default_rng(0).integers(0, 256, (5000, 1, 1, 3), dtype=np.uint8).repeat(8, 1).repeat(9, 2)
+    began = time.process_time()
+    pairs = survey.near_pairs(thumbs)
+    assert time.process_time() - began < 10 and len(pairs) < 5000 * survey.NEIGHBOURS
+    assert len(survey.near_pairs(thumbs[:1].repeat(500, 0))) >= 499

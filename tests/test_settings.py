@@ -133,11 +133,12 @@ def test_imports_run_one_way():
         "data": {"configs", "tasks"},
         "encode": {"configs", "data", "tasks"},
         "validate": {"data", "tasks"},
+        "survey": {"checkpoint", "configs", "data", "encode", "tasks"},
         "look": {"checkpoint", "configs", "data", "report", "tasks", "validate"},
         "checkpoint": {"configs", "tasks"},
         "report": {"checkpoint", "configs", "tasks"},
     }
-    ours = {"loop", "data", "encode", "look", "validate", "checkpoint", "configs", "report", "tasks"}
+    ours = {"loop", "data", "encode", "look", "survey", "validate", "checkpoint", "configs", "report", "tasks"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]:
         name = str(path.relative_to(ROOT).with_suffix(""))
         seen = set()

@@ -1,0 +1,230 @@
+"""What is in a set of pictures: sizes, modes, captions, labels, duplicates, and what training will crop away.
+
+    python loop.py ddpm --data.train-data-dir pictures --base.check
+
+Every run looks at each picture while it decodes them all, and says at its start what somebody would want to know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+import checkpoint
+import data
+import encode
+from configs import BadInput
+from tasks import Task
+
+NEAR_BITS, NEAR_LEVELS, NEIGHBOURS = 3, 8.0, 64
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A set of pictures in numbers."""
+
+    fingerprint: str
+    """Of the data; what it says holds for no other."""
+    resolution: int
+    pictures: int
+    broken: list[str]
+    """Name and reason of each."""
+    width: list[float]
+    """Smallest, median and largest, in pixels, upright."""
+    height: list[float]
+    aspect: list[float]
+    """The same of width over height."""
+    modes: dict[str, int]
+    """PIL's mode -> pictures."""
+    small: int
+    """Pictures that are enlarged, their shorter side being below the resolution."""
+    cropped: list[float]
+    """Mean and largest share of a picture's area that is outside the square."""
+    captions: list[int] | None
+    """Different ones, and pictures whose caption is missing or empty."""
+    labels: dict[str, int] | None
+    """Class -> pictures."""
+    exact: list[list[str]]
+    """Pictures whose pixels are those of an earlier one: (earlier, this)."""
+    near: list[list[str]]
+    """Pictures that look like an earlier one: (earlier, this)."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture, and pairs of them.
+
+
+def inspect(image: Image.Image) -> tuple[str, np.ndarray]:
+    """A decoded picture's mode, and itself as 8 x 9 pixels, [8, 9, 3] uint8."""
+    rgb = image if image.mode in ("RGB", "L") else data.to_rgb(image)
+    return image.mode, np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("RGB"))
+
+
+def difference_hash(thumbs: np.ndarray) -> np.ndarray:
+    """64 bits a picture, [N] uint64: whether each of 8 x 9 pixels is brighter than its left neighbour, by more than what
+    compression does to a flat area (N. Krawetz 2013, Kind of Like That). thumbs [N, 8, 9, 3]."""
+    grey = thumbs.astype(np.int16).sum(-1)  # [N, 8, 9], three times the brightness
+    bits = grey[:, :, 1:] > grey[:, :, :-1] + 6
+    return np.packbits(bits.reshape(len(bits), 64), axis=1).view(np.uint64)[:, 0]
+
+
+def near_pairs(thumbs: np.ndarray) -> np.ndarray:
+    """Pairs (i, j), i < j, of pictures that look alike, [P, 2]: hashes within NEAR_BITS bits, and colours within NEAR_LEVELS
+    levels on average. thumbs [N, 8, 9, 3].
+
+    Of hashes at most 3 bits apart, at least one of four 16-bit bands is equal: only pictures that share a band are compared,
+    and of those that do, each with the NEIGHBOURS that come next in the order of hash and brightness. So it takes time
+    proportional to N log N, and of a thousand pictures that look all alike the chain is found rather than every pair.
+    """
+    hashes, brightness = difference_hash(thumbs), thumbs.reshape(len(thumbs), -1).mean(1)
+    found = [np.zeros(0, np.int64)]
+    for band in range(NEAR_BITS + 1):
+        key = hashes >> np.uint64(16 * band) & np.uint64(0xFFFF)
+        order = np.lexsort((brightness, hashes, key))
+        for apart in range(1, min(NEIGHBOURS + 1, len(order))):
+            i, j = order[:-apart], order[apart:]
+            shares = key[i] == key[j]
+            if not shares.any():
+                break
+            i, j = i[shares], j[shares]
+            close = np.bitwise_count(hashes[i] ^ hashes[j]) <= NEAR_BITS
+            close &= np.abs(brightness[i] - brightness[j]) <= NEAR_LEVELS
+            found.append(np.minimum(i, j)[close] * len(thumbs) + np.maximum(i, j)[close])
+    pairs = np.stack(np.divmod(np.unique(np.concatenate(found)), len(thumbs)), 1)  # [P, 2]
+    blocks = (pairs[k : k + 4096] for k in range(0, len(pairs), 4096))  # so that no block fills the memory
+    apart = [np.abs(thumbs[i].astype(np.int16) - thumbs[j]).mean((1, 2, 3)) for i, j in (part.T for part in blocks)]
+    return pairs[np.concatenate([np.zeros(0), *apart]) <= NEAR_LEVELS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A set of them.
+
+
+def survey(examples: data.Examples) -> Survey:
+    """The numbers of a set whose pictures were inspected when they were decoded."""
+    source, side = examples.source, examples.cfg.resolution
+    size, room = (x.double() for x in examples.sizes.unbind(1))  # [N, 2] each, height and width
+    spread = lambda x: [x.min().item(), x.median().item(), x.max().item()]  # noqa: E731
+    lost = 1 - side**2 / (room + side).prod(1)  # [N]
+    first = {mark: row for row, mark in reversed(list(enumerate(examples.marks)))}
+    exact = [(first[mark], row) for row, mark in enumerate(examples.marks) if first[mark] != row]
+    again = {row for _, row in exact}
+    modes, thumbs = zip(*examples.facts, strict=True)
+    near: dict[int, int] = {}  # row -> the first one that it looks like
+    for i, j in near_pairs(np.stack(thumbs)).tolist():
+        if i not in again and j not in again:
+            near.setdefault(j, i)
+    named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
+    captions = labels = None
+    if source.captions is not None:
+        captions = [len({t for texts in source.captions for t in texts}), sum(not any(texts) for texts in source.captions)]
+    if source.labels is not None:
+        names = source.classes or []
+        labels = {names[label]: count for label, count in sorted(Counter(source.labels).items())}
+    return Survey(
+        fingerprint=examples.fingerprint,
+        resolution=side,
+        pictures=examples.size,
+        broken=examples.broken,
+        width=spread(size[:, 1]),
+        height=spread(size[:, 0]),
+        aspect=spread(size[:, 1] / size[:, 0]),
+        modes=dict(Counter(modes).most_common()),
+        small=int((size.amin(1) < side).sum()),
+        cropped=[lost.mean().item(), lost.max().item()],
+        captions=captions,
+        labels=labels,
+        exact=named(exact),
+        near=named((i, j) for j, i in sorted(near.items())),
+    )
+
+
+def whole(found: Survey) -> Iterator[str]:
+    """All of it, a line each."""
+    three = lambda x, form: f"{x[0]:{form}} to {x[2]:{form}}, median {x[1]:{form}}"  # noqa: E731
+    yield f"pictures    {found.pictures:,} can be read, {len(found.broken):,} cannot"
+    yield f"width       {three(found.width, '.0f')}"
+    yield f"height      {three(found.height, '.0f')}"
+    yield f"aspect      {three(found.aspect, '.2f')} (width over height)"
+    yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in found.modes.items())}"
+    yield f"too small   {found.small:,} are enlarged to {found.resolution}"
+    yield f"cropped     {found.cropped[0]:.0%} of a picture on average, {found.cropped[1]:.0%} at most"
+    captions = "{:,} different, {:,} pictures without one".format(*found.captions) if found.captions else "none"
+    yield f"captions    {captions}"
+    labels = [f"{name} {count:,}" for name, count in (found.labels or {}).items()]
+    more = f", and {len(labels) - 20:,} more" if len(labels) > 20 else ""
+    yield f"labels      {', '.join(labels[:20]) + more or 'none'}"
+    for title, pairs in (("exact twins", found.exact), ("near twins", found.near)):
+        yield f"{title:<11} {len(pairs):,}{examples_of(pairs)}"
+    for name in found.broken:
+        yield f"broken      {name}"
+
+
+def examples_of(pairs: list[list[str]]) -> str:
+    """The first few of them in words."""
+    return f" (such as {'; '.join(f'{b} of {a}' for a, b in pairs[:3])})" if pairs else ""
+
+
+def notable(found: Survey) -> Iterator[str]:
+    """What somebody would want to know before training on it."""
+    if found.small:
+        yield f"{found.small:,} of {found.pictures:,} pictures are smaller than {found.resolution} pixels and are enlarged"
+    if found.cropped[0] > 0.3:
+        yield f"{found.cropped[0]:.0%} of the pictures' area is cropped away"
+    if found.captions and found.captions[1]:
+        yield f"{found.captions[1]:,} of {found.pictures:,} pictures have no caption"
+    for kind, pairs in (("the same as", found.exact), ("much like", found.near)):
+        if pairs:
+            yield f"{len(pairs):,} of {found.pictures:,} pictures are {kind} an earlier one{examples_of(pairs)}"
+
+
+def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
+    """What a run says of its pictures at its start; kept in check.json for its next life, with broken.txt beside it."""
+    said = checkpoint.on_main(accelerator, lambda: _remarks(examples, out))
+    examples.facts.clear()  # a quarter of a kilobyte for each picture
+    return said
+
+
+def _remarks(examples: data.Examples, out: Path) -> list[str]:
+    path = out / "check.json"
+    try:
+        found = Survey(**json.loads(path.read_text("utf-8")))
+        valid = (found.fingerprint, found.resolution) == (examples.fingerprint, examples.cfg.resolution)
+    except (OSError, ValueError, TypeError):
+        valid = False
+    if not valid:
+        found = survey(examples)
+        checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
+    said = [f"warning: {text}" for text in notable(found)]
+    if examples.broken:
+        checkpoint.write(out / "broken.txt", "\n".join(examples.broken) + "\n")
+        said.append(f"warning: {len(examples.broken):,} pictures cannot be read and are left out; {out}/broken.txt names them")
+    return said
+
+
+def check(task: Task, cfg: Any) -> None:
+    """Open every picture of the training set and of what is held out, and print what is found. Nothing is written.
+
+    Raises:
+        BadInput: there are broken pictures, and --data.skip-broken was not given.
+    """
+    source, broken = data.open_source(cfg.data, task.needs), []
+    for title, part in (("trained on", source), ("held out", source.held_out)):
+        if part is None:
+            continue
+        opened = replace(cfg.data, skip_broken=True, memory_budget=0)
+        with tqdm(total=part.size, desc=title, unit="picture", disable=None) as bar:
+            examples = data.Examples(part, opened, cfg.base.seed, bar.update, inspect)
+        print(f"{title}: {part.found}", *whole(survey(examples)), *encode.remarks(examples, task.encodings, cfg), sep="\n")
+        broken += examples.broken
+    if broken and not cfg.data.skip_broken:
+        raise BadInput(f"{len(broken)} pictures cannot be read: {'; '.join(broken)}; --data.skip-broken leaves them out")
