@@ -45,7 +45,7 @@ def bare_loop(cfg, task, pictures, total):
     average = [p.detach().clone() for p in params]
     alphas = diffusion.alphas_cumprod(cfg.ddpm.ddpm_num_steps, cfg.ddpm.ddpm_beta_schedule, torch.device(device))
     rate, pictures = loop.schedule(cfg.base, total), pictures.to(device)
-    bf16 = cfg.base.mixed_precision == "bf16" or (cfg.base.mixed_precision == "auto" and loop.computes_bf16())
+    bf16 = cfg.base.mixed_precision == "bf16" or (cfg.base.mixed_precision == "auto" and device.computes_bf16())
     for step in range(total):
         x = pictures[torch.randint(len(pictures), (cfg.data.train_batch_size,), device=device)].float() / 127.5 - 1
         noise, t = torch.randn_like(x), torch.randint(cfg.ddpm.ddpm_num_steps, (len(x),), device=device)
