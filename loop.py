@@ -49,6 +49,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+import encode
 from configs import BadInput
 from device import at_rest, draw, make_accelerator, make_models, moved, trained, trains
 from report import Report, clock, publish
@@ -147,14 +148,14 @@ def run(task: Task, cfg: Any) -> TrainState:
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
-        for text in data.remarks(examples, task.encodings, cfg):
+        for text in encode.remarks(examples, task.encodings, cfg):
             report.say(text)
-        idle = data.encode_once(examples, encodings, models, cfg, accelerator, report.say)
+        idle = encode.encode_once(examples, encodings, models, cfg, accelerator, report.say)
         moved(models, idle, "cpu")
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
-        ready = lambda batch: data.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
+        ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
         settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
 
         def export(folder: Path) -> None:

@@ -21,6 +21,7 @@ from warm import SHARED, cli, cli_many, digest, distance, flags, fork, metrics, 
 
 import configs
 import data
+import encode
 import loop
 from configs import BadInput, Base, Data
 from tasks import Rng, adapters, diffusion, latent, lora
@@ -266,7 +267,7 @@ def test_adapters_learn_a_picture(tmp_path, built, photos):
         state, models = loop.run(lora.task, cfg), lora.make_models(cfg)
         examples = data.Examples(data.open_source(cfg.data), cfg.data, 0)
         batch = data.to_device(next(data.Fixed(examples, 1, "cpu").__iter__()), "cpu")
-        batch = data.encode(lora.task.encodings, models, batch, cfg)
+        batch = encode.encode(lora.task.encodings, models, batch, cfg)
         batch = {k: v.repeat(64, *[1] * (v.ndim - 1)) for k, v in batch.items()}
 
         def loss():
@@ -365,8 +366,8 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
 
     def run(more, idle):
         def function():
-            seen, moves, real = [], [], data.encode_once
-            loop.data.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
+            seen, moves, real = [], [], encode.encode_once
+            encode.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
             loop.moved = lambda models, names, device: moves.append((names, device))
             cfg = configs.parse(command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more))[1]
             loop.run(lora.task, cfg)

@@ -131,6 +131,7 @@ def test_imports_run_one_way():
         "tasks/__init__": set(),
         "tasks/diffusion": set(),
         "data": {"configs", "tasks"},
+        "encode": {"configs", "data", "tasks"},
         "checkpoint": {"configs", "tasks"},
         "report": {"checkpoint", "configs", "tasks"},
         "device": {"configs", "report", "tasks"},
