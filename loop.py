@@ -24,6 +24,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes in the settings answer at once
     try:
         MODULE, CONFIG = configs.parse(sys.argv[1:])
+        if hasattr(MODULE, "main"):  # one of configs.COMMANDS
+            sys.exit(MODULE.main(CONFIG))
     except configs.BadInput as error:
         configs.fail(error, 2)
 
@@ -217,6 +219,7 @@ def run(task: Task, cfg: Any) -> TrainState:
                 sample()
             if due or state.step % base.checkpointing_steps == 0:
                 saved = save()
+                report.say(f"step {state.step}: saved {saved}")
         if code := signals.agreed():
             if saved is None or saved.name != f"checkpoint-{state.step}":
                 saved = save()
