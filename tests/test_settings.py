@@ -133,6 +133,7 @@ def test_imports_run_one_way():
         "data": {"configs", "tasks"},
         "encode": {"configs", "data", "tasks"},
         "validate": {"data", "tasks"},
+        "look": {"checkpoint", "configs", "data", "report", "tasks", "validate"},
         "checkpoint": {"configs", "tasks"},
         "report": {"checkpoint", "configs", "tasks"},
         "device": {"configs", "report", "tasks"},
