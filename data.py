@@ -12,7 +12,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs import BadInput, Data
-from tasks import Batch, Encoding, Models, Rng, hash64
+from configs import BadInput, Data, fraction, require
+from tasks import Batch, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources. Each gives the same four things: how many, a picture by its row, captions and labels.
@@ -48,6 +46,15 @@ class Source:
     """One line: what was found where."""
     classes: list[str] | None = None
     """Label -> its name."""
+    held_out: Source | None = None
+    """What the loss is measured on and never trained on."""
+
+
+def select(source: Source, rows: list[int]) -> Source:
+    """These rows of a source, by themselves."""
+    captions, labels = (values and [values[row] for row in rows] for values in (source.captions, source.labels))
+    read, name = (lambda i: source.read(rows[i])), (lambda i: source.name(rows[i]))
+    return replace(source, size=len(rows), read=read, name=name, captions=captions, labels=labels)
 
 
 COLOURS = {
@@ -111,8 +118,9 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "WMF")]
 
 
-def _load(cfg: Data) -> Any:
-    """The rows of a picture folder, a local data set or one on the hub, as a `datasets.Dataset`."""
+def _load(cfg: Data, setting: str) -> Any:
+    """The rows of a picture folder, a local data set or one on the hub, in the split that `setting` names, as a
+    `datasets.Dataset`."""
     import datasets
 
     if not os.isatty(2):
@@ -127,24 +135,23 @@ def _load(cfg: Data) -> Any:
         files, kwargs = {"train": "**"}, {"cache_dir": cfg.cache_dir, "split": "train"}
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=files, **kwargs)
     name, flag = cfg.dataset_name, f"--data.dataset-name {cfg.dataset_name}"
+    split, asked = getattr(cfg, setting), f"--data.{setting.replace('_', '-')}"
     folder = Path(name).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
-                if cfg.split not in rows:
-                    raise BadInput(f"--data.split is {cfg.split!r}; {flag} has: {', '.join(rows)}")
-                rows = rows[cfg.split]
+                if split not in rows:
+                    raise BadInput(f"{asked} is {split!r}; {flag} has: {', '.join(rows)}")
+                rows = rows[split]
             return rows
-        return datasets.load_dataset(name, cfg.dataset_config_name, split=cfg.split, cache_dir=cfg.cache_dir)
+        return datasets.load_dataset(name, cfg.dataset_config_name, split=split, cache_dir=cfg.cache_dir)
     except BadInput:
         raise
     except (FileNotFoundError, ConnectionError) as error:
         raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({error})") from None
     except (ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script: the library says which
-        raise BadInput(
-            f"{flag}, --data.split {cfg.split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}"
-        ) from None
+        raise BadInput(f"{flag}, {asked} {split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}") from None
 
 
 def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool], names: tuple[str, ...]) -> str | None:
@@ -157,10 +164,10 @@ def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool]
     return next((name for name in names if name in fitting), None)
 
 
-def _open_rows(cfg: Data) -> Source:
+def _open_rows(cfg: Data, setting: str = "split") -> Source:
     import datasets
 
-    rows = _load(cfg)
+    rows = _load(cfg, setting)
     images = tuple(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
     usual = tuple(n for n in ("image", "img", "picture", "pixel_values", "jpg", "png", "webp") if n in images)
     image = _column(rows, cfg.image_column, "image-column", lambda f: isinstance(f, datasets.Image), usual + images)
@@ -201,22 +208,41 @@ def _open_rows(cfg: Data) -> Source:
         labels = (values if values.dtype.kind in "iu" else order).tolist()
         numbered = [str(i) for i in range(max(labels) + 1)] if values.dtype.kind in "iu" else [str(kind) for kind in kinds]
         names = getattr(rows.features[label], "names", None) or numbered
-    where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
+    where = cfg.train_data_dir or f"{cfg.dataset_name} ({getattr(cfg, setting)})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
     return Source(len(rows), read, name, captions, labels, found, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
-    """Open what the settings name, without reading pictures.
+    """Open what the settings name, without reading pictures: what is trained on, and in its `held_out` what is not.
 
     Raises:
         BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
             that the task `needs`.
     """
     embedded = cfg.dataset_name == "shapes" and cfg.train_data_dir is None
-    source = _open_shapes(cfg) if embedded else _open_rows(cfg)
+    source = described(_open_shapes(cfg) if embedded else _open_rows(cfg), cfg, needs)
+    given, share, held = cfg.validation_split, fraction(cfg.validation_split), None
+    if share is not None:
+        chosen = [hash64("validation", row) < share * 2**64 for row in range(source.size)]
+        held = select(source, [row for row, out in enumerate(chosen) if out])
+        source = select(source, [row for row, out in enumerate(chosen) if not out])
+    elif given is not None:
+        if embedded or cfg.train_data_dir is not None or given == cfg.split:
+            there = "which is trained on" if given == cfg.split else "and these pictures have no splits"
+            raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
+        held = described(_open_rows(cfg, "validation_split"), cfg, needs)
+    if held is not None:
+        require(held.size >= 4, "data.validation_split", given, f"at least 4 pictures, one for each quarter, not {held.size}")
+        source = replace(source, held_out=held, found=f"{source.found}; {held.size} held out")
     if source.size < cfg.train_batch_size:
-        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
+        beside = f" beside the {held.size} of --data.validation-split {given}" if share else ""
+        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures{beside}")
+    return source
+
+
+def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
+    """A source with the captions that its trigger makes, and all that the task needs."""
     if cfg.trigger:
         if "{label}" in cfg.trigger and source.labels is None:
             raise BadInput(
@@ -276,6 +302,9 @@ def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set made ready.
 
+Reader = Callable[[Iterable[str]], dict[str, Tensor]]
+"""The marks of B values -> the columns that stand in their place, [B, ...] each."""
+
 
 class Examples(torch.utils.data.Dataset):
     """The training set: numbers of the run in, a batch out. Pictures that fit the memory budget are decoded once, here."""
@@ -290,7 +319,7 @@ class Examples(torch.utils.data.Dataset):
         self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
         self.cache: Tensor | list[Tensor] | None = []
         self.marks = np.zeros((source.size, 16), np.uint8)  # a hash of each picture's pixels
-        self.encoded: dict[str, Encoded] = {}  # column -> what stands in its place
+        self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
         broken, self.bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
@@ -317,7 +346,7 @@ class Examples(torch.utils.data.Dataset):
             try:
                 image, raw = self.source.read(row)
                 x, size = pixels(image, self.cfg)
-                what, mark = hashlib.blake2b(raw, digest_size=16).digest(), _hash(x.shape, x.numpy().data)
+                what, mark = hashlib.blake2b(raw, digest_size=16).digest(), content_hash(x.shape, x.numpy().data)
                 found.append((x, size, what, bytes.fromhex(mark)))
             except Exception as error:  # whatever a decoder throws at a broken file
                 found.append((None, " ".join(str(error).split()) or type(error).__name__, b"", b""))
@@ -358,11 +387,14 @@ class Examples(torch.utils.data.Dataset):
         return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
 
     def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
-        """The data in order, `size` at a time, cut from the middle and never mirrored; or `count` spread evenly over it."""
+        """The data in order, `size` at a time, as `at` has them; or `count` spread evenly over it."""
         count = min(count or self.size, self.size)
-        for rows in (torch.arange(count) * self.size // count).split(size):
-            never = torch.zeros(len(rows), dtype=torch.bool)
-            yield self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
+        yield from map(self.at, (torch.arange(count) * self.size // count).split(size))
+
+    def at(self, rows: Tensor) -> Batch:
+        """These rows, [B]: cut from the middle, never mirrored, with their first captions."""
+        never = torch.zeros(len(rows), dtype=torch.bool)
+        return self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
 
     def _texts(self, rows: Tensor, choice: Tensor, dropped: Tensor) -> list[str] | None:
         """One of each row's captions, or the empty one."""
@@ -372,20 +404,20 @@ class Examples(torch.utils.data.Dataset):
         return ["" if d else t[int(u * len(t))] for t, u, d in zip(texts, choice.tolist(), dropped.tolist(), strict=True)]
 
     def _batch(
-        self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, texts: list[str] | None, encoded: dict[str, Encoded]
+        self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, texts: list[str] | None, encoded: dict[str, Reader]
     ) -> Batch:
         size, room = self.sizes[rows].unbind(1)  # [B, 2] each
         central = crop is None or self.cfg.center_crop
         corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
         if "pixel_values" in encoded:
-            x = encoded["pixel_values"].read([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
+            x = encoded["pixel_values"]([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
         else:
             x = {"pixel_values": torch.where(flip[:, None, None, None], (cut := self._cut(rows, corner)).flip(-1), cut)}
         # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
         corner[:, 1] = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
         batch = {"n": n, "index": rows, **x, "original_size": size, "crop_top_left": corner}
         if texts is not None:
-            batch |= encoded["caption"].read(map(_hash, texts)) if "caption" in encoded else {"caption": texts}
+            batch |= encoded["caption"](map(content_hash, texts)) if "caption" in encoded else {"caption": texts}
         if self.source.labels is not None:
             batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
         return batch
@@ -411,7 +443,7 @@ class Examples(torch.utils.data.Dataset):
             texts = {text for several in self.source.captions for text in several}
             if self.cfg.caption_dropout:
                 texts.add("")
-            return {_hash(text): functools.partial(str, text) for text in texts}
+            return {content_hash(text): functools.partial(str, text) for text in texts}
         if column != "pixel_values" or (self.sizes[:, 1].any() and not self.cfg.center_crop):
             return None
 
@@ -423,9 +455,9 @@ class Examples(torch.utils.data.Dataset):
         every = ((row, flip) for row in range(self.size) for flip in flips)
         return {self._mark(row, flip): functools.partial(square, row, flip) for row, flip in every}
 
-    def replace(self, column: str, encoded: Encoded) -> None:
-        """From now on the stream has what `encoded` holds in place of this column."""
-        self.encoded[column] = encoded
+    def replace(self, column: str, read: Reader) -> None:
+        """From now on the stream has what `read` gives in place of this column."""
+        self.encoded[column] = read
         if column == "pixel_values":
             self.cache = None  # `fixed` reads the few that it shows
 
@@ -459,7 +491,7 @@ class Fixed:
         return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count))
 
 
-def _hash(*parts: Any) -> str:
+def content_hash(*parts: Any) -> str:
     """Texts, numbers and buffers as 32 hexadecimal digits."""
     h = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -471,149 +503,3 @@ def to_device(batch: Batch, device: Any) -> Batch:
     """The batch on the device; pictures, which travel as uint8, become float32 in [-1, 1] there."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return {k: v.float() / 127.5 - 1 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in moved.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Encode once.
-
-
-def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
-    """What the encodings have to say of the texts they will be given."""
-    for column, encoding in encodings.items():
-        if encoding.remark is not None:
-            texts = sorted(make() for make in (examples.distinct(column) or {}).values())
-            yield from filter(None, [encoding.remark(texts, cfg)])
-
-
-def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:
-    """The batch with the columns that have an encoding replaced by it; what is cached has been replaced before."""
-    for column, encoding in encodings.items():
-        if column in batch:
-            batch = {k: v for k, v in batch.items() if k != column} | _encode(encoding, models, batch[column], cfg)
-    return batch
-
-
-@torch.no_grad()
-def _encode(encoding: Encoding, models: Models, values: Any, cfg: Any) -> dict[str, Tensor]:
-    return dict(encoding.fn(models, values, cfg))
-
-
-def encode_once(
-    examples: Examples,
-    encodings: Mapping[str, Encoding],
-    models: Models,
-    cfg: Any,
-    accelerator: Any,
-    say: Callable[[str], None],
-) -> set[str]:
-    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it from disk.
-
-    Processes share the work. Entries that stand from an earlier run are kept if they are what was written, and made anew if
-    not. Returns the names of the models that nothing calls any more.
-
-    Raises:
-        BadInput: the folder cannot be written.
-    """
-    given, size = cfg.data.encode_cache, cfg.data.train_batch_size
-    if given == "no":
-        return set()
-    folder = Path(cfg.data.cache_dir or cfg.base.output_dir) / "encoded" if given == "auto" else Path(given)
-    for column, encoding in encodings.items():
-        wanted = examples.distinct(column)
-        if wanted is None:
-            continue
-        cache = Encoded(folder.expanduser() / f"{column}-{encoder_identity(encoding, models, cfg)}")
-        missing = cache.missing(sorted(wanted))
-        if missing:
-            say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
-
-        def columns(
-            marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
-        ) -> dict[str, Tensor]:
-            # Always as many as a batch has: the same shape as in a step, and so the same bits.
-            values = [wanted[mark]() for mark in (marks * size)[:size]]
-            values = torch.stack(values) if isinstance(values[0], Tensor) else values
-            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
-
-        accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-        cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
-        accelerator.wait_for_everyone()
-        cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
-        accelerator.wait_for_everyone()
-        examples.replace(column, cache)
-    called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
-    return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
-
-
-def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
-    """A hash of everything but the value that decides an encoding: function, weights in their precision, configs, key."""
-    parts: list[Any] = [encoding.fn.__module__, encoding.fn.__qualname__, encoding.key(cfg)]
-    for name in encoding.models:
-        if name in models:
-            config = getattr(models[name], "config", {})
-            config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            own = sorted((k, str(v)) for k, v in config.items() if not k.startswith("_"))  # not where it was loaded from
-            parts += [name, type(models[name]).__name__, own]
-            for key, x in models[name].state_dict().items():
-                parts += [key, x.dtype, x.shape, _bytes(x)]
-    return _hash(*parts)[:16]
-
-
-def _bytes(x: Tensor) -> memoryview:
-    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Encodings on disk: a safetensors file for each value, in a folder that names the encoder.
-
-    An entry is named by what was encoded, so it never goes stale; it holds a hash of its content, so it is known to be whole.
-    """
-
-    folder: Path
-
-    def path(self, mark: str) -> Path:
-        """The entry of the value with this mark."""
-        return self.folder / mark[:2] / f"{mark}.safetensors"
-
-    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
-        """The columns of these values, stacked, [B, ...] each."""
-        entries = [load_file(self.path(mark)) for mark in marks]
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-
-    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write the entries of these marks, `size` at a time."""
-        for some in (marks[start : start + size] for start in range(0, len(marks), size)):
-            made = columns(some)
-            for i, mark in enumerate(some):
-                try:
-                    self.write(mark, {name: x[i] for name, x in made.items()})
-                except (OSError, SafetensorError) as error:
-                    reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
-                    raise BadInput(f"--data.encode-cache: {reason}; another folder, or `no` for none") from None
-
-    def write(self, mark: str, columns: dict[str, Tensor]) -> None:
-        """One entry, there whole or not at all."""
-        path = self.path(mark)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{mark}.{os.getpid()}.writing")
-        columns = {name: x.cpu().contiguous() for name, x in columns.items()}
-        save_file(columns, staged, {"hash": self.hash(columns)})
-        os.replace(staged, path)
-
-    @staticmethod
-    def hash(columns: dict[str, Tensor]) -> str:
-        """A hash of everything in an entry."""
-        return _hash(*(part for name in sorted(columns) for part in (name, columns[name].shape, _bytes(columns[name]))))
-
-    def missing(self, marks: list[str]) -> list[str]:
-        """Those of the marks without an entry, or with a damaged one."""
-        with ThreadPoolExecutor(4) as pool:
-            return [mark for mark, whole in zip(marks, pool.map(self._whole, marks), strict=True) if not whole]
-
-    def _whole(self, mark: str) -> bool:
-        try:
-            with safe_open(self.path(mark), "pt") as entry:
-                return (entry.metadata() or {}).get("hash") == self.hash({k: entry.get_tensor(k) for k in entry.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return False

@@ -50,6 +50,8 @@ from torch import Tensor
 
 import checkpoint
 import data
+import encode
+import validate
 from configs import BadInput
 from report import Report, check_trackers, clock, publish, trackers
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
@@ -141,6 +143,7 @@ def run(task: Task, cfg: Any) -> TrainState:
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
         examples = data.Examples(source, cfg.data, base.seed)
+        held_out = source.held_out and data.Examples(source.held_out, cfg.data, base.seed)
         refuse_changes(facts, {"data": examples.fingerprint})
 
         # What every number became, said once. From here on there are files.
@@ -149,14 +152,14 @@ def run(task: Task, cfg: Any) -> TrainState:
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
         encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
-        for text in data.remarks(examples, task.encodings, cfg):
+        for text in encode.remarks(examples, task.encodings, cfg):
             report.say(text)
-        idle = data.encode_once(examples, encodings, models, cfg, accelerator, report.say)
+        idle = encode.encode_once(examples, encodings, models, cfg, accelerator, report.say)
         moved(models, idle, "cpu")
         first = examples[range(size)]
         report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
-        ready = lambda batch: data.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
+        ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
         settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
 
         def export(folder: Path) -> None:
@@ -170,15 +173,22 @@ def run(task: Task, cfg: Any) -> TrainState:
             now = {"examples": state.examples, "skipped": state.skipped}
             return checkpoint.save(accelerator, out, state.step, facts | now, export, base.checkpoints_total_limit)
 
-        def sample() -> None:
+        def losses(batch: Batch, rng: Rng, models: Models = models) -> Iterator[Loss]:
+            return autocast(accelerator, task.loss_fn(models, ready(batch) | {"step": state.step}, rng, cfg))
+
+        def show() -> None:
             guard.read()
+            moved(models, idle, device)
+            if held_out:
+                averages = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
+                shown = {name: at_rest(models, weights, ema) for name, ema in averages.items()}
+                report.log(validate.measure(held_out, accelerator, losses, shown), state.step)
             if accelerator.is_main_process:
                 rng = Rng.of(base.seed, range(base.num_samples), "samples", device)
-                moved(models, idle, device)
                 with at_rest(models, weights, state.ema), accelerator.autocast():
                     images = task.sample_fn(models, data.Fixed(examples, base.num_samples, device), rng, cfg)
-                moved(models, idle, "cpu")
                 report.images(images, state.step)
+            moved(models, idle, "cpu")
 
         # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
         stream = examples.stream(state.examples + accelerator.process_index * size, block)
@@ -187,10 +197,10 @@ def run(task: Task, cfg: Any) -> TrainState:
             factor = rate(state.step)
             for batch in itertools.islice(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
-                batch, rng = ready(batch) | {"step": state.step}, Rng.of(base.seed, numbers, device=device)
+                rng = Rng.of(base.seed, numbers, device=device)
                 torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
                 with accelerator.accumulate(*wrapped.values()):
-                    for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
+                    for loss in losses(batch, rng, models | wrapped):
                         accelerator.backward(loss.value)
                         no_leak(loss, params, seen)
                         guard.watch(loss, rows)
@@ -214,8 +224,8 @@ def run(task: Task, cfg: Any) -> TrainState:
                 guard.read()
                 rates = {f"lr/{k}" if len(peaks) > 1 else "lr": peak[0] * factor for k, peak in peaks.items()}
                 report.log(meter.read(update) | rates | {"ema_decay": decay}, state.step)
-            if due or (base.sample_steps and state.step % base.sample_steps == 0):
-                sample()
+            if due or (base.validation_steps and state.step % base.validation_steps == 0):
+                show()
             if due or state.step % base.checkpointing_steps == 0:
                 saved = save()
         if code := signals.agreed():

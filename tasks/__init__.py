@@ -92,7 +92,8 @@ class Rng:
     """Randomness as an argument: every draw for an example is a function of (run seed, its number, purpose) alone.
 
     A purpose names a draw: the same purpose gives the same numbers again, another purpose independent ones, whatever else is
-    drawn, in any order. Batch size, processes and devices do not enter. The generator is Philox4x32-10 (Salmon et al., 2011,
+    drawn, in any order. "timestep" is the one that decides an example's noise level: validation spreads it evenly over the
+    schedule (validate.py). Batch size, processes and devices do not enter. The generator is Philox4x32-10 (Salmon et al., 2011,
     Parallel random numbers: as easy as 1, 2, 3), keyed for each example, in torch's stateless form.
     """
 

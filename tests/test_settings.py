@@ -131,10 +131,12 @@ def test_imports_run_one_way():
         "tasks/__init__": set(),
         "tasks/diffusion": set(),
         "data": {"configs", "tasks"},
+        "encode": {"configs", "data", "tasks"},
+        "validate": {"data", "tasks"},
         "checkpoint": {"configs", "tasks"},
         "report": {"checkpoint", "configs", "tasks"},
     }
-    ours = {"loop", "data", "checkpoint", "configs", "report", "tasks"}
+    ours = {"loop", "data", "encode", "validate", "checkpoint", "configs", "report", "tasks"}
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]:
         name = str(path.relative_to(ROOT).with_suffix(""))
         seen = set()

@@ -1,0 +1,165 @@
+"""Encode once: what frozen models make of pictures and captions, kept on disk and read in place of the columns themselves.
+
+A task's encodings (tasks/__init__.py) say what may be kept. An entry is named by what was encoded and by the encoder's own
+weights, so nothing in the cache goes stale, and folders may be shared by runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs import BadInput
+from data import Examples, content_hash, to_device
+from tasks import Batch, Encoding, Models
+
+
+def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
+    """What the encodings have to say of the texts they will be given."""
+    for column, encoding in encodings.items():
+        if encoding.remark is not None:
+            texts = sorted(make() for make in (examples.distinct(column) or {}).values())
+            yield from filter(None, [encoding.remark(texts, cfg)])
+
+
+def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:
+    """The batch with the columns that have an encoding replaced by it; what is cached has been replaced before."""
+    for column, encoding in encodings.items():
+        if column in batch:
+            batch = {k: v for k, v in batch.items() if k != column} | _encode(encoding, models, batch[column], cfg)
+    return batch
+
+
+@torch.no_grad()
+def _encode(encoding: Encoding, models: Models, values: Any, cfg: Any) -> dict[str, Tensor]:
+    return dict(encoding.fn(models, values, cfg))
+
+
+def encode_once(
+    examples: Examples,
+    encodings: Mapping[str, Encoding],
+    models: Models,
+    cfg: Any,
+    accelerator: Any,
+    say: Callable[[str], None],
+) -> set[str]:
+    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it from disk.
+
+    Processes share the work. Entries that stand from an earlier run are kept if they are what was written, and made anew if
+    not. Returns the names of the models that nothing calls any more.
+
+    Raises:
+        BadInput: the folder cannot be written.
+    """
+    given, size = cfg.data.encode_cache, cfg.data.train_batch_size
+    if given == "no":
+        return set()
+    folder = Path(cfg.data.cache_dir or cfg.base.output_dir) / "encoded" if given == "auto" else Path(given)
+    for column, encoding in encodings.items():
+        wanted = examples.distinct(column)
+        if wanted is None:
+            continue
+        cache = Encoded(folder.expanduser() / f"{column}-{encoder_identity(encoding, models, cfg)}")
+        missing = cache.missing(sorted(wanted))
+        if missing:
+            say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
+
+        def columns(
+            marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
+        ) -> dict[str, Tensor]:
+            # Always as many as a batch has: the same shape as in a step, and so the same bits.
+            values = [wanted[mark]() for mark in (marks * size)[:size]]
+            values = torch.stack(values) if isinstance(values[0], Tensor) else values
+            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
+
+        accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+        cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
+        accelerator.wait_for_everyone()
+        cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
+        accelerator.wait_for_everyone()
+        examples.replace(column, cache.read)
+    called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
+    return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
+
+
+def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
+    """A hash of everything but the value that decides an encoding: function, weights in their precision, configs, key."""
+    parts: list[Any] = [encoding.fn.__module__, encoding.fn.__qualname__, encoding.key(cfg)]
+    for name in encoding.models:
+        if name in models:
+            config = getattr(models[name], "config", {})
+            config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            own = sorted((k, str(v)) for k, v in config.items() if not k.startswith("_"))  # not where it was loaded from
+            parts += [name, type(models[name]).__name__, own]
+            for key, x in models[name].state_dict().items():
+                parts += [key, x.dtype, x.shape, _bytes(x)]
+    return content_hash(*parts)[:16]
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encodings on disk: a safetensors file for each value, in a folder that names the encoder.
+
+    An entry is named by what was encoded, so it never goes stale; it holds a hash of its content, so it is known to be whole.
+    """
+
+    folder: Path
+
+    def path(self, mark: str) -> Path:
+        """The entry of the value with this mark."""
+        return self.folder / mark[:2] / f"{mark}.safetensors"
+
+    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
+        """The columns of these values, stacked, [B, ...] each."""
+        entries = [load_file(self.path(mark)) for mark in marks]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+
+    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
+        """Write the entries of these marks, `size` at a time."""
+        for some in (marks[start : start + size] for start in range(0, len(marks), size)):
+            made = columns(some)
+            for i, mark in enumerate(some):
+                try:
+                    self.write(mark, {name: x[i] for name, x in made.items()})
+                except (OSError, SafetensorError) as error:
+                    reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
+                    raise BadInput(f"--data.encode-cache: {reason}; another folder, or `no` for none") from None
+
+    def write(self, mark: str, columns: dict[str, Tensor]) -> None:
+        """One entry, there whole or not at all."""
+        path = self.path(mark)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{mark}.{os.getpid()}.writing")
+        columns = {name: x.cpu().contiguous() for name, x in columns.items()}
+        save_file(columns, staged, {"hash": self.hash(columns)})
+        os.replace(staged, path)
+
+    @staticmethod
+    def hash(columns: dict[str, Tensor]) -> str:
+        """A hash of everything in an entry."""
+        return content_hash(*(part for name in sorted(columns) for part in (name, columns[name].shape, _bytes(columns[name]))))
+
+    def missing(self, marks: list[str]) -> list[str]:
+        """Those of the marks without an entry, or with a damaged one."""
+        with ThreadPoolExecutor(4) as pool:
+            return [mark for mark, whole in zip(marks, pool.map(self._whole, marks), strict=True) if not whole]
+
+    def _whole(self, mark: str) -> bool:
+        try:
+            with safe_open(self.path(mark), "pt") as entry:
+                return (entry.metadata() or {}).get("hash") == self.hash({k: entry.get_tensor(k) for k in entry.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return False
