@@ -95,21 +95,16 @@ class Report:
             left = (self.spoken - self.started) / max(step - self.first, 1) * (self.total - step)
             self.say(f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left")
 
-    def images(self, images: Images, step: int) -> list[Path]:
-        """Each set of pictures as a PNG grid in samples/, small ones enlarged, and to the trackers."""
-        paths = []
-        for name, pictures in images.items():
-            pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
-            path = self.out / "samples" / (f"{step}.png" if name == "samples" else f"{step}-{name}.png")
-            path.parent.mkdir(exist_ok=True)
-            large = pictures.repeat_interleave(scale := max(1, 96 // pictures.shape[-1]), -1).repeat_interleave(scale, -2)
-            save_image(make_grid(large, nrow=math.ceil(len(large) ** 0.5), padding=4, pad_value=1.0), path)
-            paths.append(path)
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({name: pictures.permute(0, 2, 3, 1).numpy()}, step=step, **layout)
-        return paths
+    def images(self, images: Images, step: int) -> None:
+        """Each set of pictures as a PNG grid in samples/, and to the trackers."""
+        paths = save_grids(images, self.out / "samples" / str(step))
+        self.say(f"step {step}: drew {', '.join(map(str, paths))}")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                for name, pictures in images.items():
+                    shown = pictures.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
+                    tracker.log_images({name: shown}, step=step, **layout)
 
     def close(self) -> None:
         """Let go of the bar, the file and the trackers."""
@@ -119,6 +114,19 @@ class Report:
             self.metrics.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def save_grids(images: Images, stem: Path) -> list[Path]:
+    """Each set of pictures as a PNG grid, small ones enlarged: STEM.png for `samples`, STEM-NAME.png for others."""
+    paths = []
+    for name, pictures in images.items():
+        pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
+        path = stem.with_name(f"{stem.name}.png" if name == "samples" else f"{stem.name}-{name}.png")
+        path.parent.mkdir(exist_ok=True)
+        large = pictures.repeat_interleave(scale := max(1, 96 // pictures.shape[-1]), -1).repeat_interleave(scale, -2)
+        save_image(make_grid(large, nrow=math.ceil(len(large) ** 0.5), padding=4, pad_value=1.0), path)
+        paths.append(path)
+    return paths
 
 
 def _plain(value: Any) -> Any:
