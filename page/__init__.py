@@ -185,7 +185,7 @@ def write(folder: Path) -> None:
         "on": life.get("data"),
         "models": "; ".join(f"{name}: {what}" for name, what in life.get("models", {}).items()),
         "length": f"{run.step:,} of {life['total']:,} optimizer steps" if life else None,
-        "lives": f"{len(run.lives)}: continued after step {', '.join(map(str, resumed(run.lives)))}" if run.lives[1:] else None,
+        "resumed": ", ".join(f"after step {step:,}" for step in resumed(run.lives)),
     }
     lead = f"{task}, {'finished' if done else 'running'} at step {run.step:,}"
     changed = life.get("changed", {})
@@ -217,14 +217,13 @@ def compare(folders: list[Path], to: Path) -> None:
     differ = [name for name in every if any(s.get(name, "—") != flat[0].get(name, "—") for s in flat)]
     last = lambda run: {name: f"{points[-1][1]:.5g}" for name, points in run.metrics.items()}  # noqa: E731
     ends = [{"step": f"{run.step:,}"} | last(run) for run in runs]
+    metrics = dict.fromkeys(name for values in ends for name in values)
     rows = lambda keys, of: ([key, *(values.get(key, "—") for values in of)] for key in keys)  # noqa: E731
     sections = [
         _section("Settings that differ", _table(["setting", *names], rows(differ, flat)) if differ else "<p>None.</p>"),
         _section("Curves", '<div id="charts"></div>'),
         _section("Samples", '<div id="samples"></div>') if any(run.grids for run in runs) else "",
-        _section(
-            "At the end of the records", _table(["metric", *names], rows(dict.fromkeys(k for e in ends for k in e), ends))
-        ),
+        _section("At the end of the records", _table(["metric", *names], rows(metrics, ends))),
     ]
     _fill(to, "Runs compared", ", ".join(names), "".join(sections), drawn(runs, names))
 
@@ -261,7 +260,7 @@ def _facts(facts: dict[str, Any]) -> str:
 
 def _table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """Rows of plain values; without rows nothing."""
-    cell = lambda value: value if isinstance(value, str) else json.dumps(value)  # noqa: E731
+    cell = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)  # noqa: E731
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell(v))}</td>' for v in row)}</tr>" for row in rows)
     top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>' if body else ""

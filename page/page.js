@@ -46,7 +46,7 @@ function layout(chart) {
     font: { family: "system-ui, sans-serif", size: 12, color: ink("--quiet") },
     margin: { l: 10, r: 10, t: 14, b: 10 },
     xaxis: { ...axis, tickformat: ",d", title: { text: "step", standoff: 4 } },
-    yaxis: { ...axis, type: chart.log ? "log" : "linear", exponentformat: "power", nticks: 6 },
+    yaxis: { ...axis, ...(chart.log ? { type: "log", dtick: "D2", tickformat: "~g" } : { type: "linear", nticks: 6 }) },
     hovermode: "x unified",
     hoverlabel: { bgcolor: ink("--card"), bordercolor: ink("--line"), font: { color: ink("--ink") } },
     showlegend: chart.lines.length > 1,
@@ -60,13 +60,14 @@ for (const chart of data.charts) {
   const plot = element("div", { className: "plot" }), button = element("button", { type: "button" });
   const draw = () => {
     button.textContent = chart.log ? "log scale" : "linear scale";
-    return Plotly.react(plot, traces(chart), layout(chart), { responsive: true, displaylogo: false, displayModeBar: false });
+    return Plotly.react(plot, traces(chart), layout(chart), { displayModeBar: false });
   };
   button.title = "Switch between a logarithmic and a linear scale";
   button.onclick = () => { chart.log = !chart.log; draw(); };
   dark.addEventListener("change", draw);
   document.getElementById("charts").append(element("figure", {}, element("div", { className: "bar" }, element("h3", {}, chart.title), button), plot));
   draw();
+  new ResizeObserver(() => Plotly.Plots.resize(plot)).observe(plot);
 }
 
 // Samples. A run that drew nothing at a step shows what it drew last before it.
