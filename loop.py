@@ -147,7 +147,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         refuse_changes(facts, {"data": examples.fingerprint})
 
         # What every number became, said once. From here on there are files.
-        report.open(state.step, total)
+        report.open(state.step, total, source.found, identity["models"])
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
