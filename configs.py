@@ -21,7 +21,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
 
@@ -193,6 +193,13 @@ def fraction(given: str | None) -> float | None:
 # From the command line and settings files to (task's module, its Config).
 
 
+COMMANDS = {
+    "compare": "One page that shows several runs over each other.",
+    "sample": "Draw pictures from a run's output folder, or from one of its checkpoints.",
+}
+"""Modules with `Settings` and a `main` of them: what can be done beside training."""
+
+
 def task_names() -> dict[str, str]:
     """Name -> first line of the docstring of every module in tasks/, read without importing any."""
     folder = Path(__file__).parent / "tasks"
@@ -308,11 +315,19 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         sentence = " ".join(re.sub(r"[│╭╮╰╯─]", " ", sentence).split()).replace("') .", "')")
         raise BadInput(source + re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)) from None
     if unknown:
-        known = [f"--{g.name}.{f.name}".replace("_", "-") for g in fields(config) for f in fields(group_type(config, g.name))]
+        known = [f"--{name}".replace("_", "-") for name in setting_names(config)]
         close = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, 1, 0.5)
         hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the settings"
         raise BadInput(f"{source}{unknown[0]} is not a setting; {hint}")
     return result
+
+
+def setting_names(config: type) -> list[str]:
+    """The settings of a Config as group.name; of a command, whose settings are in no groups, as name."""
+    groups = {f.name: group_type(config, f.name) for f in fields(config)}
+    if not all(map(is_dataclass, groups.values())):
+        return list(groups)
+    return [f"{group}.{f.name}" for group, kind in groups.items() for f in fields(kind)]
 
 
 def group_type(config: type, name: str) -> type:
@@ -321,18 +336,21 @@ def group_type(config: type, name: str) -> type:
 
 
 def parse(argv: list[str]) -> tuple[Any, Any]:
-    """The command line -> (the task's module, its Config).
+    """The command line -> (the task's module, its Config); or (a command's module, its Settings).
 
     Raises:
         BadInput: something about it is wrong. SystemExit: it asked for help.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__.partition("\n\n")[2].partition("\n\n")[0].rstrip() + "\n\ntasks:")
-        width = max(map(len, task_names()))
-        for name, line in task_names().items():
-            print(f"    {name:<{width}}   {line}")
-        print("\npython loop.py TASK --help lists a task's settings.")
+        print(__doc__.partition("\n\n")[2].partition("\n\n")[0].rstrip())
+        for title, listed in (("tasks", task_names()), ("to look at runs", COMMANDS)):
+            width = max(map(len, listed))
+            print(f"\n{title}:", *(f"    {name:<{width}}   {line}" for name, line in listed.items()), sep="\n")
+        print("\npython loop.py NAME --help lists the settings of each.")
         raise SystemExit(0)
+    if argv[0] in COMMANDS:
+        module = importlib.import_module(argv[0])
+        return module, build(module.Settings, argv[1:], f"python loop.py {argv[0]}")
     is_file = [a.endswith((".json", ".yaml", ".yml")) for a in argv[:2]] + [False]
     settings: dict[str, Any] = {}
     if is_file[0]:

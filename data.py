@@ -73,18 +73,28 @@ SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to 
 }
 
 
-def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
-    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`: a function of the index alone."""
+def describe_shape(index: int) -> tuple[str, str, str, str, float, float]:
+    """Shape, size, front and back colour and centre (x, y) of the embedded example `index`: a function of the index alone."""
     rng = np.random.Generator(np.random.Philox(key=hash64("shapes", index)))
-    label = int(rng.integers(len(SHAPES)))
-    shape, size = list(SHAPES)[label], list(SIZES)[rng.integers(len(SIZES))]
+    shape, size = list(SHAPES)[rng.integers(len(SHAPES))], list(SIZES)[rng.integers(len(SIZES))]
     front, back = rng.choice(list(COLOURS), 2, replace=False)
-    radius, (x0, y0) = SIZES[size], 0.5 + rng.uniform(-0.06, 0.06, 2)
-    grid = (np.arange(resolution) + 0.5) / resolution
+    return shape, size, front, back, *0.5 + rng.uniform(-0.06, 0.06, 2)
+
+
+def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
+    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`."""
+    shape, size, front, back, x0, y0 = describe_shape(index)
+    radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
     distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
     cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
     picture = cover * np.array(COLOURS[front]) + (1 - cover) * np.array(COLOURS[back])
-    return picture.round().astype(np.uint8), f"a {size} {front} {shape} on a {back} background", label
+    return picture.round().astype(np.uint8), caption_shape(shape, size, front, back), list(SHAPES).index(shape)
+
+
+@functools.cache
+def caption_shape(shape: str, size: str, front: str, back: str) -> str:
+    """The caption of a shape; one string for all that look alike."""
+    return f"a {size} {front} {shape} on a {back} background"
 
 
 def _open_shapes(cfg: Data) -> Source:
@@ -92,9 +102,13 @@ def _open_shapes(cfg: Data) -> Source:
         picture = draw_shape(row, cfg.resolution)[0]
         return Image.fromarray(picture), picture.tobytes()
 
-    drawn = [draw_shape(row, 1) for row in range(cfg.num_shapes)]  # captions and labels: one pixel is enough
+    captions, labels, lists, numbers = [], [], {}, {name: i for i, name in enumerate(SHAPES)}
+    for row in range(cfg.num_shapes):
+        text = caption_shape(*(looks := describe_shape(row)[:4]))
+        captions.append(lists.setdefault(text, [text]))
+        labels.append(numbers[looks[0]])
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found, list(SHAPES))
+    return Source(cfg.num_shapes, read, "shape {}".format, captions, labels, found, list(SHAPES))
 
 
 @functools.cache
@@ -310,52 +324,68 @@ class Examples(torch.utils.data.Dataset):
         Raises:
             BadInput: pictures that cannot be read, every one of them named.
         """
-        self.cfg, self.seed = cfg, seed
+        self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
+        self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
         self.cache: Tensor | list[Tensor] | None = []
-        self.marks: list[str] = []  # a hash of each picture's pixels
+        self.marks = np.zeros((source.size, 16), np.uint8)  # a hash of each picture's pixels
+        self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
         self.facts: list[Any] = []
         self.broken: list[str] = []
-        self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
-        kept, sizes, used, digest = [], [], 0, hashlib.blake2b(digest_size=16)
-
-        def load(row: int) -> tuple[Tensor | None, Any, bytes, Any]:
-            try:
-                image, raw = source.read(row)
-                x, size = pixels(image, cfg)
-                return x, size, hashlib.blake2b(raw, digest_size=16).digest(), inspect(image)
-            except Exception as error:  # whatever a decoder throws at a broken file
-                return None, " ".join(str(error).split()) or type(error).__name__, b"", None
-
+        kept, self.bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
+        look = functools.partial(self._try, inspect=inspect)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, source.size, 256):  # in blocks: a million queued reads would be a heap of their own
-                rows = range(start, min(start + 256, source.size))
-                for row, (x, size, what, fact) in zip(rows, pool.map(load, rows), strict=True):
+            for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
+                block = range(start, min(start + 1024, source.size))
+                parts = pool.map(look, [block[i : i + 32] for i in range(0, len(block), 32)])
+                for row, (x, size, what, mark, fact) in zip(block, itertools.chain.from_iterable(parts), strict=True):
                     digest.update(what)
                     if x is None:
                         self.broken.append(f"{source.name(row)} ({size})")
-                        continue
-                    kept.append(row)
-                    sizes.append(size)
-                    self.marks.append(content_hash(x.shape, x.numpy().data))
-                    self.facts.append(fact)
-                    used += x.numel()
-                    if used > cfg.memory_budget * 2**30:
-                        self.cache = None
-                    if self.cache is not None:
-                        self.cache.append(x)
-                progress(len(rows))
+                    elif cfg.skip_broken or not self.broken:
+                        self.sizes.numpy()[len(kept)], self.marks[len(kept)] = size, np.frombuffer(mark, np.uint8)
+                        self._keep(len(kept), x)
+                        self.facts.append(fact)
+                        kept.append(row)
+                    progress(1)
         if self.broken and not cfg.skip_broken:
             there = f"{len(self.broken)} of {source.size} pictures cannot be read: {'; '.join(self.broken)}"
             raise BadInput(f"{there}; --data.skip-broken leaves them out")
-        self.source, self.size = select(source, kept) if self.broken else source, len(kept)
-        if self.size < cfg.train_batch_size:
-            raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; {self.size} pictures can be read")
-        self.sizes = torch.tensor(sizes)  # [size, 2, 2]: (before resizing, room to crop) x (height, width)
-        if self.cache and all(x.shape == self.cache[0].shape for x in self.cache):
-            self.cache = torch.stack(self.cache)
+        if self.broken:
+            self.source, self.size = select(source, kept), len(kept)
+            require(self.size >= cfg.train_batch_size, "data.train_batch_size", cfg.train_batch_size, f"at most {self.size}")
+            self.sizes, self.marks = self.sizes[: self.size], self.marks[: self.size]
+            if isinstance(self.cache, Tensor):
+                self.cache = self.cache[: self.size]
         digest.update(repr((self.source.captions, self.source.labels)).encode())
         self.fingerprint = digest.hexdigest()
-        self.bytes = used
+
+    def _try(self, rows: range, inspect: Callable[[Image.Image], Any]) -> list[tuple[Tensor | None, Any, bytes, bytes, Any]]:
+        """For each row: pixels, sizes, a hash of the file, one of the pixels, what `inspect` makes of it; or None and why."""
+        found = []
+        for row in rows:
+            try:
+                image, raw = self.source.read(row)
+                x, size = pixels(image, self.cfg)
+                what, mark = hashlib.blake2b(raw, digest_size=16).digest(), content_hash(x.shape, x.numpy().data)
+                found.append((x, size, what, bytes.fromhex(mark), inspect(image)))
+            except Exception as error:  # whatever a decoder throws at a broken file
+                found.append((None, " ".join(str(error).split()) or type(error).__name__, b"", b"", None))
+        return found
+
+    def _keep(self, row: int, x: Tensor) -> None:
+        """Take a picture into the cache: one tensor while all have one shape, a list where they differ, None once too large."""
+        budget, self.bytes = self.cfg.memory_budget * 2**30, self.bytes + x.numel()
+        if self.cache is None or self.bytes > budget:
+            self.cache = None
+            return
+        if row == 0 and self.size * x.numel() <= budget:
+            self.cache = torch.empty(self.size, *x.shape, dtype=torch.uint8)  # taken from the system as it fills
+        elif isinstance(self.cache, Tensor) and x.shape != self.cache.shape[1:]:
+            self.cache = list(self.cache[:row].clone())
+        if isinstance(self.cache, Tensor):
+            self.cache[row] = x
+        else:
+            self.cache.append(x)
 
     def _pixels(self, row: int) -> Tensor:
         return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]
@@ -422,7 +452,7 @@ class Examples(torch.utils.data.Dataset):
 
     def _mark(self, row: int, flip: bool) -> str:
         """What tells a picture as the model sees it from every other."""
-        return self.marks[row] + ("-mirrored" if flip else "")
+        return self.marks[row].tobytes().hex() + ("-mirrored" if flip else "")
 
     def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
         """Every value of a column that the run may ask for, as its mark -> the function that makes it.

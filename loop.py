@@ -24,6 +24,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if __name__ == "__main__":  # before the heavy imports, so that --help and mistakes in the settings answer at once
     try:
         MODULE, CONFIG = configs.parse(sys.argv[1:])
+        if hasattr(MODULE, "main"):  # one of configs.COMMANDS
+            sys.exit(MODULE.main(CONFIG))
     except configs.BadInput as error:
         configs.fail(error, 2)
 
@@ -41,8 +43,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 
 import checkpoint
@@ -52,7 +53,8 @@ import look
 import survey
 import validate
 from configs import BadInput
-from report import Report, check_trackers, clock, publish, trackers
+from device import at_rest, draw, make_accelerator, make_models, moved, trained, trains
+from report import Report, clock, publish
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
 
 EXPORT_EXAMPLES = 1024
@@ -85,7 +87,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
     Raises:
         BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written.
-        NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save was refused.
+        NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save was refused. look.OutOfMemory: it says
+            what took the memory.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
     """
     if cfg.base.check:
@@ -98,7 +101,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     base, size = cfg.base, cfg.data.train_batch_size
     accelerator = make_accelerator(base, out)
     device, report = accelerator.device, Report(accelerator, out, cfg)
-    with checkpoint.lock(out, accelerator), closing(report), Signals(accelerator) as signals:
+    memory = look.Memory(cfg, device)
+    with checkpoint.lock(out, accelerator), closing(report), memory, Signals(accelerator) as signals:
         # The data set, the checkpoint to continue from, and how far there is to go.
         source = data.open_source(cfg.data, task.needs)
         found = checkpoint.on_main(accelerator, lambda: checkpoint.find(out, base.resume_from_checkpoint, report.say))
@@ -116,14 +120,13 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
 
         # The models, the optimizers and the averages. What requires a gradient trains; the rest is frozen.
-        torch.manual_seed(hash64(base.seed, "models"))
-        models = task.make_models(cfg)
-        place(models, accelerator, base.gradient_checkpointing, task.float32)
+        models = make_models(task, cfg, accelerator)
         state = TrainState({k: m for k, m in models.items() if trains(m)}, task.make_optim(models, cfg))
         state.step, state.examples, state.skipped = facts["step"], facts["examples"], facts["skipped"]
-        weights = {f"{k}.{n}": p for k, m in state.models.items() for n, p in m.named_parameters() if p.requires_grad}
+        weights = trained(models)
         if base.use_ema:
             state.ema = {key: p.detach().clone() for key, p in weights.items()}
+        memory.holds(models, state)
         params = {k: [p for group in o.param_groups for p in group["params"]] for k, o in state.optims.items()}
         peaks = {
             k: [group["lr"] * (update if base.scale_lr else 1) for group in o.param_groups] for k, o in state.optims.items()
@@ -150,7 +153,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         refuse_changes(facts, {"data": examples.fingerprint})
 
         # What every number became, said once. From here on there are files.
-        report.open(state.step, total)
+        report.open(state.step, total, source.found, identity["models"])
         facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
@@ -189,8 +192,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
                 report.log(validate.measure(held_out, accelerator, losses, shown), state.step)
             if accelerator.is_main_process:
                 rng = Rng.of(base.seed, range(base.num_samples), "samples", device)
-                with at_rest(models, weights, state.ema), accelerator.autocast():
-                    images = task.sample_fn(models, data.Fixed(examples, base.num_samples, device), rng, cfg)
+                fixed = data.Fixed(examples, base.num_samples, device)
+                images = draw(task, models, weights, state.ema, fixed, rng, accelerator, cfg)
                 report.images(images, state.step)
             moved(models, idle, "cpu")
 
@@ -232,6 +235,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
                 show()
             if due or state.step % base.checkpointing_steps == 0:
                 saved = save()
+                report.say(f"step {state.step}: saved {saved}")
         if code := signals.agreed():
             if saved is None or saved.name != f"checkpoint-{state.step}":
                 saved = save()
@@ -249,34 +253,6 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 # Setting up.
 
 
-def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
-    """accelerate, in the precision and with the trackers that the settings ask for."""
-    check_trackers(base)
-    AcceleratorState._reset_state()  # a script may run twice, in two precisions
-    GradientState._reset_state()
-    precision = base.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if computes_bf16() else "no"
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
-        log_with=trackers(base) or None,
-        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
-    )
-
-
-def computes_bf16() -> bool:
-    """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
 def schedule(base: configs.Base, total: int) -> Callable[[int], float]:
     """Optimizer step -> the factor on the peak learning rate for the update that follows: diffusers' own schedules, read as
     functions, so that nothing has to be stepped or saved."""
@@ -289,41 +265,6 @@ def schedule(base: configs.Base, total: int) -> Callable[[int], float]:
     cycles = {"num_cycles": base.lr_num_cycles, "power": base.lr_power}
     made = get_scheduler(base.lr_scheduler, probe, num_warmup_steps=warmup, num_training_steps=total, **cycles)
     return made.lr_lambdas[0]
-
-
-def trains(module: torch.nn.Module) -> bool:
-    """Whether anything in it requires a gradient."""
-    return any(p.requires_grad for p in module.parameters())
-
-
-def place(models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str]) -> None:
-    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval(). A module may
-    be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would spoil."""
-    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-    found = [[getattr(m, n) for n in names if hasattr(m, n)] for m in models.values() if trains(m)]  # diffusers, transformers
-    recomputes = [methods[0] for methods in found if methods]
-    if recompute and not recomputes:
-        kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
-        raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
-    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    for name, module in models.items():
-        training = trains(module)
-        if not training and not any(True for _ in module.parameters()):
-            continue
-        for p in module.parameters():
-            if p.is_floating_point():
-                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
-        module.to(accelerator.device).train(training)
-    for enable in recomputes if recompute else ():
-        enable()
-
-
-def moved(models: Models, names: Iterable[str], device: Any) -> None:
-    """These models to a device, and the memory they leave given back."""
-    for name in names:
-        models[name].to(device)
-    if names and torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterable[str] = ()) -> None:
@@ -396,23 +337,6 @@ def average(state: TrainState, weights: dict[str, Tensor], base: configs.Base) -
     if state.ema:
         torch._foreach_lerp_(list(state.ema.values()), [weights[key] for key in state.ema], 1 - decay)
     return decay
-
-
-@contextlib.contextmanager
-def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
-    """The models as they are shown and exported: averaged weights in place, eval(), no gradients."""
-    training = {k: m.training for k, m in models.items()}
-    with torch.no_grad():
-        kept = [weights[key].clone() for key in ema]
-        torch._foreach_copy_([weights[key] for key in ema], list(ema.values())) if ema else None
-        for module in models.values():
-            module.eval()
-        try:
-            yield
-        finally:
-            torch._foreach_copy_([weights[key] for key in ema], kept) if ema else None
-            for name, module in models.items():
-                module.train(training[name])
 
 
 class Meter:
@@ -569,6 +493,8 @@ def main() -> None:
         configs.fail(error, 3)
     except checkpoint.StorageError as error:
         configs.fail(error, 4)
+    except look.OutOfMemory as error:
+        configs.fail(error, 5)
 
 
 if __name__ == "__main__":

@@ -115,8 +115,8 @@ def survey(examples: data.Examples) -> Survey:
     size, room = (x.double() for x in examples.sizes.unbind(1))  # [N, 2] each, height and width
     spread = lambda x: [x.min().item(), x.median().item(), x.max().item()]  # noqa: E731
     lost = 1 - side**2 / (room + side).prod(1)  # [N]
-    first = {mark: row for row, mark in reversed(list(enumerate(examples.marks)))}
-    exact = [(first[mark], row) for row, mark in enumerate(examples.marks) if first[mark] != row]
+    first: dict[bytes, int] = {}  # a hash of the pixels -> the row that had it first
+    exact = [(i, row) for row, mark in enumerate(examples.marks) if (i := first.setdefault(mark.tobytes(), row)) != row]
     again = {row for _, row in exact}
     modes, thumbs = zip(*examples.facts, strict=True)
     near: dict[int, int] = {}  # row -> the first one that it looks like

@@ -180,9 +180,9 @@ def main() -> None:
     import tiny_models
     import torch
 
-    import loop
+    from device import computes_bf16
 
-    auto, absolute = "bf16" if loop.computes_bf16() else "no", torch.cuda.is_available()
+    auto, absolute = "bf16" if computes_bf16() else "no", torch.cuda.is_available()
     steps: dict[tuple[str, str], dict[str, float]] = {}
     sections = []
     with tempfile.TemporaryDirectory() as folder:
@@ -192,7 +192,7 @@ def main() -> None:
             for asked in given.precision:
                 told = [*shlex.split(text.format(tiny=tiny)), "--base.mixed-precision", asked]
                 steps[case, asked] = measure_step(told, given.blocks)
-                short = ["--base.max-train-steps", str(given.steps), "--base.sample-steps", "0", "--base.logger", "none"]
+                short = ["--base.max-train-steps", str(given.steps), "--base.validation-steps", "0", "--base.logger", "none"]
                 label = asked if asked != "auto" else auto
                 for name, program in (("oneloop", "loop.py"), ("bare loop", "benchmarks/bare.py")):
                     key = name if len(given.precision) == 1 else f"{name}, {label}"

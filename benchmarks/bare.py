@@ -29,6 +29,7 @@ from torch import Tensor
 
 import data
 import loop
+from device import computes_bf16, place
 from tasks import Task
 
 BATCHES = 4
@@ -60,14 +61,14 @@ class Noise:
 def precision(cfg: Any) -> str:
     """What `auto` becomes here."""
     chosen = cfg.base.mixed_precision
-    return ("bf16" if loop.computes_bf16() else "no") if chosen == "auto" else chosen
+    return ("bf16" if computes_bf16() else "no") if chosen == "auto" else chosen
 
 
 def bare_loop(cfg: Any, task: Task, total: int, update: bool = True) -> Iterator[None]:
     """One optimizer step for each `next`; without `update` the model's forward and backward pass alone."""
     device, size, chosen = "cuda" if torch.cuda.is_available() else "cpu", cfg.data.train_batch_size, precision(cfg)
     models = task.make_models(cfg)
-    loop.place(models, SimpleNamespace(mixed_precision=chosen, device=torch.device(device)), False, task.float32)
+    place(models, SimpleNamespace(mixed_precision=chosen, device=torch.device(device)), False, task.float32)
     optims = task.make_optim(models, cfg)
     params = {k: [p for group in o.param_groups for p in group["params"]] for k, o in optims.items()}
     peaks = {k: [group["lr"] for group in o.param_groups] for k, o in optims.items()}

@@ -59,7 +59,7 @@ def measure(task: Any, cfg: Any) -> dict[str, Any]:
     """The figures of one task and its settings."""
     total, size = (BLOCKS + 1) * STEPS, cfg.data.train_batch_size  # the first block of each warms up
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"sample_steps": 0, "num_samples": 1, "checkpointing_steps": 10**9, "logger": (), "output_dir": folder}
+        quiet = {"validation_steps": 0, "num_samples": 1, "checkpointing_steps": 10**9, "logger": (), "output_dir": folder}
         cfg = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, max_train_steps=total + 1, **quiet))
         others = {"bare": bare_loop(cfg, task, total), "model": bare_loop(cfg, task, total, update=False)}
         rows: dict[str, list[tuple[float, ...]]] = {"oneloop": [], "bare": [], "model": []}

@@ -8,11 +8,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_loop import settings
 from test_settings import refused
 from test_validate import ran
 from warm import cli, cli_many, digest, metrics, tiny
 
+import look
+import loop
 import survey
 
 
@@ -195,3 +199,57 @@ def test_many_alike_take_no_quadratic_time():
     pairs = survey.near_pairs(thumbs)
     assert time.process_time() - began < 10 and len(pairs) < 5000 * survey.NEIGHBOURS
     assert len(survey.near_pairs(thumbs[:1].repeat(500, 0))) >= 499
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory.
+
+
+def test_out_of_memory(tmp_path):
+    """A real refusal by the allocator, in the second update: one line with figures, and a code of its own."""
+
+    def patch():
+        from tasks import ddpm
+
+        real = ddpm.loss_fn
+
+        def loss_fn(models, batch, rng, cfg):
+            if batch["step"] == 1:
+                torch.empty(2**50)
+            yield from real(models, batch, rng, cfg)
+
+        object.__setattr__(ddpm.task, "loss_fn", loss_fn)
+
+    flags = tiny(tmp_path, steps=3, base__checkpointing_steps=1, base__mixed_precision="no")
+    result = cli(tmp_path, *flags, patch=patch)
+    assert result.code == 5 and result.err.count("error: ") == 1, result.err
+    line = result.err[result.err.index("error: ") :]
+    assert len(line.strip().splitlines()) == 1 and line.startswith("error: out of memory on cpu, after 1 steps: ")
+    for words in ("weights 0.00", "averages 0.00", "and 4194304.00 more were asked for", "--base.dry-run"):
+        assert words in line, (words, line)
+    assert line.count("saves about") == 3 and "--base.gradient-checkpointing saves about" in line
+    assert ran(tmp_path, *flags).err.count("continuing after step 1") == 1
+
+
+def test_what_takes_the_memory(tmp_path):
+    """The figures, from a GPU's own words: a model of 2^28 weights in float32, of which a quarter trains."""
+    with torch.device("meta"):
+        models = {"a": torch.nn.Linear(2**14, 2**12, bias=False), "frozen": torch.nn.Linear(2**14, 3 * 2**12, bias=False)}
+    models["frozen"].requires_grad_(False)
+    sgd = {"a": torch.optim.SGD(models["a"].parameters())}
+    state = loop.TrainState({"a": models["a"]}, sgd, {"a.weight": models["a"].weight})
+    memory = look.Memory(settings(tmp_path, {"train_batch_size": 3}, mixed_precision="no"), torch.device("meta"))
+    memory.holds(models, state)
+    assert {name: n / 2**30 for name, n in look.held(models, state, torch.device("meta")).items()} == {
+        "weights": 1.0,
+        "gradients and optimizer": 0.75,
+        "averages": 0.25,
+    }
+    ways = dict(memory.ways(look.held(models, state, torch.device("meta")), 6 * 2**30))
+    saved = {flags.split()[0]: n / 2**30 for flags, n in ways.items()}
+    computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.no-use-ema": 0.25, "data.resolution": 4.5}
+    assert saved == pytest.approx({f"--{flag}": gib for flag, gib in computed.items()})
+    with pytest.raises(look.OutOfMemory, match=r"and 2.00 more were asked for; .* most: --data.resolution 4 "), memory:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
+    with pytest.raises(RuntimeError, match="something else"), memory:
+        raise RuntimeError("something else")

@@ -15,6 +15,7 @@ from warm import ROOT, checkpoints, cli, cli_many, digest, free_port, metrics, t
 import checkpoint
 import loop
 from configs import Base, Data
+from device import trains
 from tasks import Loss, Task, frozen
 
 
@@ -43,7 +44,7 @@ class Scale(torch.nn.Module):
 
 def toy(loss_fn, models=lambda cfg: {"a": Scale()}, lr=1.0, **functions):
     """A task of one or two little models under plain SGD."""
-    sgd = lambda models, cfg: {k: torch.optim.SGD(m.parameters(), lr) for k, m in models.items() if loop.trains(m)}  # noqa: E731
+    sgd = lambda models, cfg: {k: torch.optim.SGD(m.parameters(), lr) for k, m in models.items() if trains(m)}  # noqa: E731
     common = {"sample_fn": lambda *a: {}, "export_fn": lambda models, examples, path, cfg: "load"} | functions
     return Task(config=Config, make_models=models, make_optim=sgd, loss_fn=loss_fn, **common)
 

@@ -16,6 +16,7 @@ import data
 import loop
 import validate
 from configs import Data
+from device import at_rest, make_accelerator
 from tasks import Loss, Rng
 
 HELD = {"data__num_shapes": 60, "data__validation_split": "0.4"}
@@ -103,9 +104,9 @@ def test_the_state_of_the_process_is_untouched(tmp_path):
         ends.append(len(batch["index"]))
         yield Loss("b", y.mean() + 1)
 
-    accelerator = loop.make_accelerator(settings(tmp_path).base, tmp_path)
+    accelerator = make_accelerator(settings(tmp_path).base, tmp_path)
     before = torch.get_rng_state()
-    found = validate.measure(examples, accelerator, losses, {"loss": loop.at_rest({"a": model}, {}, {})})
+    found = validate.measure(examples, accelerator, losses, {"loss": at_rest({"a": model}, {}, {})})
     assert torch.equal(torch.get_rng_state(), before) and model.training and model.w.grad.tolist() == [1.0] * 3
     assert sum(ends) == 9 and found["validation/loss/b"] == pytest.approx(found["validation/loss/a"] + 1)
     assert found["validation/slope"] == pytest.approx(found["validation/loss/a"], rel=1e-5)  # of w t is t, and w is 1

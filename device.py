@@ -1,0 +1,130 @@
+"""Models on the device: the precision they have there, what of them trains, and how they are shown.
+
+What a run and everything that looks at its models (sample.py) do alike, whatever the task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from torch import Tensor
+
+import configs
+from configs import BadInput
+from report import check_trackers, trackers
+from tasks import Batch, Images, Models, Rng, Task, hash64
+
+
+def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
+    """accelerate, in the precision and with the trackers that the settings ask for."""
+    check_trackers(base)
+    AcceleratorState._reset_state()  # a script may run twice, in two precisions
+    GradientState._reset_state()
+    precision = base.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16() else "no"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
+        log_with=trackers(base) or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
+    )
+
+
+def computes_bf16() -> bool:
+    """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
+    """The task's models, seeded and placed."""
+    torch.manual_seed(hash64(cfg.base.seed, "models"))
+    models = task.make_models(cfg)
+    place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
+    return models
+
+
+def trained(models: Models) -> dict[str, Tensor]:
+    """'model.parameter' -> the parameter, for what requires a gradient."""
+    return {f"{k}.{n}": p for k, m in models.items() for n, p in m.named_parameters() if p.requires_grad}
+
+
+def trains(module: torch.nn.Module) -> bool:
+    """Whether anything in it requires a gradient."""
+    return any(p.requires_grad for p in module.parameters())
+
+
+def place(models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str]) -> None:
+    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval(). A module may
+    be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would spoil."""
+    names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+    found = [[getattr(m, n) for n in names if hasattr(m, n)] for m in models.values() if trains(m)]  # diffusers, transformers
+    recomputes = [methods[0] for methods in found if methods]
+    if recompute and not recomputes:
+        kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
+        raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
+    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    for name, module in models.items():
+        training = trains(module)
+        if not training and not any(True for _ in module.parameters()):
+            continue
+        for p in module.parameters():
+            if p.is_floating_point():
+                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
+        module.to(accelerator.device).train(training)
+    for enable in recomputes if recompute else ():
+        enable()
+
+
+def moved(models: Models, names: Iterable[str], device: Any) -> None:
+    """These models to a device, and the memory they leave given back."""
+    for name in names:
+        models[name].to(device)
+    if names and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
+    """The models as they are shown and exported: averaged weights in place, eval(), no gradients."""
+    training = {k: m.training for k, m in models.items()}
+    with torch.no_grad():
+        kept = [weights[key].clone() for key in ema]
+        torch._foreach_copy_([weights[key] for key in ema], list(ema.values())) if ema else None
+        for module in models.values():
+            module.eval()
+        try:
+            yield
+        finally:
+            torch._foreach_copy_([weights[key] for key in ema], kept) if ema else None
+            for name, module in models.items():
+                module.train(training[name])
+
+
+def draw(
+    task: Task,
+    models: Models,
+    weights: dict[str, Tensor],
+    ema: dict[str, Tensor],
+    examples: Iterable[Batch],
+    rng: Rng,
+    accelerator: Accelerator,
+    cfg: Any,
+) -> Images:
+    """What the task shows of itself: `len(rng)` pictures from the averaged weights, in the precision of the run."""
+    with at_rest(models, weights, ema), accelerator.autocast():
+        return task.sample_fn(models, examples, rng, cfg)

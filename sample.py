@@ -1,0 +1,113 @@
+"""Draw pictures from a run's output folder, or from one of its checkpoints.
+
+    python loop.py sample runs/ddpm --num 16
+    python loop.py sample runs/ddpm/checkpoint-500 --num 4 --to pictures.png
+
+With the task's own `sample_fn`, the checkpoint's averaged weights and its own settings: for the run's seed and number of
+pictures these are, to the bit, those of the run's own grid at that step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+import configs
+from configs import BadInput, require
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Draw pictures with what a run has learned."""
+
+    folder: Positional[str]
+    """The output folder of a run, whose last checkpoint draws, or one checkpoint-N in it."""
+    num: int | None = None
+    """Pictures. None: as many as a grid of the run has."""
+    seed: int | None = None
+    """Which pictures. None: the run's own seed, and so its own pictures."""
+    to: str | None = None
+    """The PNG file for the grid. None: samples/drawn/ in the output folder."""
+
+    def __post_init__(self):
+        require(self.num is None or self.num >= 1, "num", self.num, "at least 1")
+        require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
+        require(self.to is None or self.to.endswith(".png"), "to", self.to, "the name of a .png file")
+        if not Path(self.folder).expanduser().is_dir():
+            raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
+
+
+def main(settings: Settings) -> None:
+    """Draw, and say where the pictures are.
+
+    Raises:
+        BadInput: the folder holds no run, or no valid checkpoint, or what the task samples from is not there.
+    """
+    folder = Path(settings.folder).expanduser().resolve()
+    is_checkpoint = (folder / "manifest.json").is_file()
+    if not is_checkpoint and not list(folder.glob("checkpoint-*")):
+        has = "no checkpoint yet" if (folder / "run.json").is_file() else "neither run.json nor a checkpoint"
+        raise BadInput(f"{settings.folder}: holds {has}; expected a run's output folder or a checkpoint-N in it")
+
+    import checkpoint
+    import data
+    import device
+    import report
+    from tasks import Rng
+
+    warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
+
+    try:
+        saved, facts = (folder, checkpoint.verify(folder)) if is_checkpoint else checkpoint.find(folder, "latest", warn)
+    except checkpoint.Damaged as error:
+        raise BadInput(f"{settings.folder}: not a valid checkpoint: {error}") from None
+    given = {group: values for group, values in facts["settings"].items() if group != "task"}
+    task = configs.find_task(facts["settings"].get("task", facts["task"])).task
+    cfg = configs.build(task.config, configs.as_flags(given, task.config), source=f"{saved}: ")
+    seed = cfg.base.seed if settings.seed is None else settings.seed
+    num = settings.num or cfg.base.num_samples
+    cfg = replace(cfg, base=replace(cfg.base, logger=("none",)))
+    out = folder.parent if is_checkpoint else folder
+    name = f"{facts['step']}-seed-{seed}-num-{num}.png"
+    to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{to} cannot be written: {error.strerror}; --to names another file") from None
+    if not os.access(to.parent, os.W_OK):
+        raise BadInput(f"{to} cannot be written: no permission; --to names another file")
+    accelerator = device.make_accelerator(cfg.base, saved)
+    models = device.make_models(task, cfg, accelerator)
+    weights = device.trained(models)
+    ema = {key: p.detach().clone() for key, p in weights.items()} if cfg.base.use_ema else {}
+    training = {name: module for name, module in models.items() if device.trains(module)}
+    for module in training.values():
+        accelerator.prepare(module)  # called as in the run: in its precision
+    checkpoint.attach(accelerator, training, ema)
+    checkpoint.load(accelerator, saved)
+
+    examples = data.Fixed(Unopened(task, cfg), num, accelerator.device)
+    rng = Rng.of(seed, range(num), "samples", accelerator.device)
+    images = device.draw(task, models, weights, ema, examples, rng, accelerator, cfg)
+    paths = report.save_grids(images, to.with_suffix(""))
+    print(f"{num} pictures of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
+
+
+@dataclass(frozen=True)
+class Unopened:
+    """The run's examples, opened and decoded only for a task that looks at them."""
+
+    task: Any
+    cfg: Any
+
+    def fixed(self, size: int, count: int | None) -> Iterator[Any]:
+        import data
+
+        source = data.open_source(self.cfg.data, self.task.needs)
+        return data.Examples(source, self.cfg.data, self.cfg.base.seed).fixed(size, count)
