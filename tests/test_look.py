@@ -172,9 +172,9 @@ def test_a_run_says_what_is_worth_it_and_keeps_it(tmp_path, pictures):
     kept = tmp_path / "out" / "check.json"
     found = json.loads(kept.read_text())
     kept.write_text(json.dumps(found | {"small": 7}))  # read, not made again
-    assert "warning: 7 of 18" in ran(tmp_path, *flags, "--base.max-train-steps", "3").err
+    assert "7 of 18 pictures are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "3").err
     kept.write_text(json.dumps(found | {"small": 7, "fingerprint": "of other pictures"}))
-    assert "warning: 1 of 18" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
+    assert "warning: 1 of 18 pictures are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
 
 
 def test_near_twins():
