@@ -97,6 +97,8 @@ class Base:
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
     max_skipped_updates: Live[int] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
+    dry_run: Live[bool] = False
+    """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     push_to_hub: Live[bool] = False
     """Upload the export at the end; the login is taken from the environment or `hf auth login`."""
     hub_model_id: Live[str | None] = None
@@ -134,6 +136,8 @@ class Data:
     labels from subfolders."""
     cache_dir: Live[str | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
+    max_train_samples: Live[int | None] = None
+    """Train on as many pictures, spread evenly over the set. None: all."""
     num_shapes: int = 3072
     """Pictures in the embedded `shapes`."""
     image_column: Live[str | None] = None
@@ -168,6 +172,8 @@ class Data:
     def __post_init__(self):
         for name in ("resolution", "train_batch_size", "num_shapes"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        most = self.max_train_samples
+        require(most is None or most >= 1, "data.max_train_samples", most, "at least 1, or None")
         for name in ("dataloader_num_workers", "memory_budget"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
         require(0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1")

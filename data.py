@@ -232,6 +232,8 @@ def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
             there = "which is trained on" if given == cfg.split else "and these pictures have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
         held = described(_open_rows(cfg, "validation_split"), cfg, needs)
+    if cfg.max_train_samples is not None and cfg.max_train_samples < source.size:
+        source = select(source, [i * source.size // cfg.max_train_samples for i in range(cfg.max_train_samples)])
     if held is not None:
         require(held.size >= 4, "data.validation_split", given, f"at least 4 pictures, one for each quarter, not {held.size}")
         source = replace(source, held_out=held, found=f"{source.found}; {held.size} held out")

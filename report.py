@@ -5,25 +5,29 @@ Only the main process shows anything; the others hold a `Report` that does nothi
 
 from __future__ import annotations
 
-import contextlib
+import datetime
+import importlib.metadata
 import json
 import math
 import netrc
 import os
+import platform
 import shutil
 import sys
+import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 import checkpoint
 import configs
+import page
 from configs import BadInput
 from tasks import Images
 
@@ -34,15 +38,18 @@ class Report:
     def __init__(self, accelerator: Accelerator, out: Path, cfg: Any):
         self.accelerator, self.out, self.cfg = accelerator, out, cfg
         self.main, self.bar = accelerator.is_main_process, None
-        self.metrics, self.spoken = None, -math.inf
+        self.metrics, self.spoken, self.writing = None, -math.inf, None
 
     def say(self, text: str) -> None:
         """A line on the console, above the bar."""
         if self.main:
             tqdm.write(text, sys.stderr)
 
-    def open(self, step: int, total: int) -> None:
-        """Continue the records after `step`: what an earlier life wrote beyond it is dropped, since it is written again."""
+    def open(self, step: int, total: int, data: str, models: dict[str, str]) -> None:
+        """Continue the records after `step`: what an earlier life wrote beyond it is dropped, since it is written again.
+
+        `data` says what was found, `models` what each model is; both are for the page.
+        """
         if trackers(self.cfg.base):
             self.accelerator.init_trackers(
                 "oneloop",
@@ -59,8 +66,11 @@ class Report:
             )
         if not self.main:
             return
-        path = self.out / "metrics.jsonl"
-        checkpoint.write(path, "".join(line for line, values in _records(path) if values["step"] <= step))
+        path, lives = self.out / "metrics.jsonl", self.out / "lives.jsonl"
+        checkpoint.write(path, "".join(line for line, values in page.lines(path) if values["step"] <= step))
+        earlier = "".join(line for line, _ in page.lines(lives)) if step else ""
+        now = json.dumps({"step": step, "total": total} | life(self.accelerator, self.cfg, data, models))
+        checkpoint.write(lives, f"{earlier}{now}\n")
         self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, smoothing=0.05)
@@ -105,12 +115,30 @@ class Report:
                 for name, pictures in images.items():
                     shown = pictures.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
                     tracker.log_images({name: shown}, step=step, **layout)
+        self.page()
+
+    def page(self) -> None:
+        """Write report.html anew, beside the training."""
+        if self.main:
+            if self.writing is not None:
+                self.writing.join()
+            self.writing = threading.Thread(target=self._write)
+            self.writing.start()
+
+    def _write(self) -> None:
+        """The page; where it cannot be written, a line on the console, and training goes on."""
+        try:
+            page.write(self.out)
+        except Exception as error:
+            self.say(f"{self.out}/report.html was not written: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def close(self) -> None:
-        """Let go of the bar, the file and the trackers."""
+        """Write the page a last time; let go of the bar, the file and the trackers."""
         if self.bar is not None:
             self.bar.close()
         if self.metrics is not None:
+            self.page()
+            self.writing.join()
             self.metrics.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -134,12 +162,30 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """The lines of a record, and their values. It may end in half of one or in the zeros of a power cut, or not be there."""
-    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
-                yield line, values
+def life(accelerator: Accelerator, cfg: Any, data: str, models: dict[str, str]) -> dict[str, Any]:
+    """What there is to know of one life of a run: a line of lives.jsonl."""
+    task, settings, defaults = configs.task_group(cfg), configs.to_dict(cfg), configs.to_dict(type(cfg)())
+    about = (sys.modules[type(cfg).__module__].__doc__ or task).partition("\n")[0]
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()
+    processes = accelerator.num_processes
+    packages = ("torch", "diffusers", "accelerate", "transformers", "peft", "datasets", "safetensors")
+    return {
+        "began": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "about": about,
+        "data": data,
+        "models": models,
+        "changed": {
+            f"{group}.{name}": defaults[group][name]
+            for group, values in settings.items()
+            for name, value in values.items()
+            if value != defaults[group][name] and f"{group}.{name}" != "base.output_dir"
+        },
+        "hardware": {
+            "device": f"{device}, {processes} process{'es' * (processes > 1)}, mixed precision {accelerator.mixed_precision}",
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        },
+        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def clock(seconds: float) -> str:

@@ -89,8 +89,8 @@ def model_config(cfg: Config) -> dict[str, Any]:
 
 
 def scheduler(cfg: Config) -> Any:
-    """The diffusers scheduler that draws the samples, which a `DDPMPipeline` takes: DPM-Solver++ of the diffusion SDE (Lu et al.
-    2022, arXiv:2211.01095), DDIM (Song, Meng, Ermon 2020, arXiv:2010.02502) or the ancestral one of DDPM."""
+    """The diffusers scheduler that draws the samples, which a `DDPMPipeline` takes: DPM-Solver++ of the diffusion SDE (Lu et
+    al. 2022, arXiv:2211.01095), DDIM (Song, Meng, Ermon 2020, arXiv:2010.02502) or the ancestral one of DDPM."""
     import diffusers
 
     kinds = {"dpm++": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}

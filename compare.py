@@ -1,0 +1,52 @@
+"""One page that shows several runs over each other.
+
+    python loop.py compare runs/a runs/b --to compare.html
+
+Their curves in the same charts, their samples side by side under one slider, and the settings in which they differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+import page
+from configs import BadInput, require
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Compare runs."""
+
+    folders: Positional[tuple[str, ...]]
+    """Output folders of runs, finished or not."""
+    to: str = "compare.html"
+    """The page to write."""
+
+    def __post_init__(self):
+        require(self.to.endswith(".html"), "to", self.to, "the name of a .html file")
+        if len(self.folders) < 2:
+            raise BadInput(f"compare was given {len(self.folders)} folder; expected the output folders of two runs or more")
+
+
+def main(settings: Settings) -> None:
+    """Write the page, and say where it is.
+
+    Raises:
+        BadInput: a folder holds no run, or the page cannot be written.
+    """
+    folders = [Path(folder).expanduser() for folder in settings.folders]
+    for folder in folders:
+        if not (folder / "run.json").is_file():
+            raise BadInput(f"{folder}: holds no run.json; expected the output folder of a run")
+    to = Path(settings.to).expanduser()
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        page.compare(folders, to)
+    except OSError as error:
+        raise BadInput(f"{error.filename} cannot be read or written: {error.strerror}") from None
+    except ValueError as error:
+        raise BadInput(f"a run.json of {', '.join(settings.folders)} is not valid JSON: {error}") from None
+    print(f"{len(folders)} runs compared: {to}")

@@ -1,0 +1,286 @@
+"""One page for a run, and one for several: report.html and `python loop.py compare`, from what their output folders hold.
+
+A page is a single file that needs no network: page.html filled in, with its styles, its script, Plotly and the sample grids
+inside. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import datetime
+import functools
+import html
+import io
+import json
+import math
+import os
+import re
+import string
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+POINTS = 2000
+"""Points a line has at most."""
+GRIDS = 24
+"""Steps of sample grids that a page shows at most, spread evenly."""
+GRID_BYTES = 4_000_000
+"""Bytes of all the grids together, as they are embedded."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an output folder tells of its run."""
+
+    folder: Path
+    settings: dict[str, dict[str, Any]]
+    lives: list[dict[str, Any]]
+    """One for each time the run was started or continued, oldest first; see `report.life`."""
+    metrics: dict[str, list[tuple[int, float]]]
+    """Name -> (step, value), in order."""
+    grids: dict[int, dict[str, Path]]
+    """Step -> the name of a set of pictures -> its grid."""
+
+    @property
+    def step(self) -> int:
+        """The last step that the records know."""
+        return max([0, *self.grids, *(points[-1][0] for points in self.metrics.values())])
+
+
+def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a record, and their values. It may end in half of one or in the zeros of a power cut, or not be there."""
+    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
+                yield line, values
+
+
+def read(folder: Path) -> Run:
+    """What an output folder tells of its run.
+
+    Raises:
+        OSError, ValueError: it has no readable run.json.
+    """
+    metrics: dict[str, list[tuple[int, float]]] = {}
+    for _, values in lines(folder / "metrics.jsonl"):
+        for name, value in values.items():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                metrics.setdefault(name, []).append((values["step"], value))
+    grids: dict[int, dict[str, Path]] = {}
+    for path in sorted((folder / "samples").glob("*.png")):
+        if match := re.fullmatch(r"(\d+)(?:-(.+))?", path.stem):
+            grids.setdefault(int(match[1]), {})[match[2] or "samples"] = path
+    settings = json.loads((folder / "run.json").read_text("utf-8"))
+    settings = {group: values for group, values in settings.items() if isinstance(values, dict)}
+    return Run(folder, settings, [life for _, life in lines(folder / "lives.jsonl")], metrics, dict(sorted(grids.items())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the page's script draws.
+
+
+def thinned(points: list[tuple[int, float]], most: int = POINTS) -> list[tuple[int, float]]:
+    """At most `most` of the points: of each stretch of them the lowest and the highest, so that no spike is lost."""
+    if len(points) <= most:
+        return points
+    kept, stretches = [], most // 2
+    for i in range(stretches):
+        stretch = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return kept
+
+
+def spread(values: list[int], most: int) -> list[int]:
+    """At most `most` of the values, evenly, with the first and the last."""
+    if len(values) <= most:
+        return values
+    return [values[i * (len(values) - 1) // (most - 1)] for i in range(most)]
+
+
+def resumed(lives: list[dict[str, Any]]) -> list[int]:
+    """The steps from which the run was continued; not those that a later life went back behind."""
+    steps = [life["step"] for life in lives]
+    return sorted({step for i, step in enumerate(steps) if step and step <= min(steps[i:])})
+
+
+def drawn(runs: list[Run], names: list[str]) -> dict[str, Any]:
+    """What page.js draws: charts, each with its lines, and the grids of some steps."""
+    charts: dict[str, list[dict[str, Any]]] = {}
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for key, points in run.metrics.items():
+            kept = thinned(points)
+            line = {"run": index, "name": name if len(runs) > 1 else key, "key": key, "x": [step for step, _ in kept]}
+            charts.setdefault(_chart(key), []).append(line | {"y": [float(f"{value:.6g}") for _, value in kept]})
+    order = ["loss", "validation", "validation by timestep", "lr", "grad_norm", "pictures_per_second"]
+    rank = {title: i for i, title in enumerate(order)}
+    steps = spread(sorted({step for run in runs for step in run.grids}), GRIDS)
+    shown = [run.grids[step] for run in runs for step in steps if step in run.grids]
+    each = GRID_BYTES // max(1, sum(map(len, shown)))
+    return {
+        "runs": [{"name": name, "resumed": resumed(run.lives)} for run, name in zip(runs, names, strict=True)],
+        "charts": [
+            {"title": _title(title), "log": title.startswith(("loss", "validation", "grad_norm")), "lines": charts[title]}
+            for title in sorted(charts, key=lambda title: rank.get(title, len(rank)))
+        ],
+        "steps": steps,
+        "grids": [
+            {
+                step: {kind: embedded(path, path.stat().st_mtime_ns, each) for kind, path in run.grids[step].items()}
+                for step in steps
+                if step in run.grids
+            }
+            for run in runs
+        ],
+    }
+
+
+def _chart(key: str) -> str:
+    """The chart that a metric belongs to."""
+    return "validation by timestep" if re.search(r"^validation/.*\bq\d$", key) else key.partition("/")[0]
+
+
+def _title(chart: str) -> str:
+    known = {
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm",
+        "pictures_per_second": "Pictures per second",
+        "validation": "Validation loss",
+        "validation by timestep": "Validation loss by quarter of the timesteps",
+        "ema_decay": "Decay of the averages",
+    }
+    return known.get(chart, chart.replace("_", " ").capitalize())
+
+
+@functools.lru_cache(maxsize=1024)
+def embedded(path: Path, changed: int, most: int) -> str:
+    """A picture as a data URI of at most about `most` bytes: the file as it is, or made smaller until it fits.
+
+    `changed` is when the file was, so that a page that is written again encodes only what is new.
+    """
+    from PIL import Image
+
+    raw, kind = path.read_bytes(), "png"
+    side = 1600
+    while len(raw) > most * 3 // 4 and side >= 100:  # base64 takes four bytes for three
+        picture, buffer = Image.open(path).convert("RGB"), io.BytesIO()
+        picture.thumbnail((side, side))
+        picture.save(buffer, "JPEG", quality=85)
+        raw, kind, side = buffer.getvalue(), "jpeg", side * 3 // 4
+    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pages.
+
+
+def write(folder: Path) -> None:
+    """report.html of an output folder, whole or not at all."""
+    run = read(folder)
+    life, task = (run.lives or [{}])[-1], next(group for group in run.settings if group not in ("base", "data"))
+    done = life.get("total", 0) and run.step >= life["total"]
+    facts = {
+        "trained": life.get("about"),
+        "on": life.get("data"),
+        "models": "; ".join(f"{name}: {what}" for name, what in life.get("models", {}).items()),
+        "length": f"{run.step:,} of {life['total']:,} optimizer steps" if life else None,
+        "resumed": ", ".join(f"after step {step:,}" for step in resumed(run.lives)),
+    }
+    lead = f"{task}, {'finished' if done else 'running'} at step {run.step:,}"
+    changed = life.get("changed", {})
+    flat = {f"{group}.{name}": value for group, values in run.settings.items() for name, value in values.items()}
+    sections = [
+        _section("Curves", '<div id="charts"></div>') if run.metrics else "",
+        _section("Samples", '<div id="samples"></div>') if run.grids else "",
+        _section("Load the result", _code(_loads(run))),
+        _section("Repeat the run", _code(f"python loop.py {folder}/run.json --base.output-dir {folder}-again")),
+        _section(
+            "Settings",
+            _table(["changed", "here", "default"], ([name, flat[name], old] for name, old in changed.items() if name in flat))
+            + f"<details><summary>All {len(flat)} settings</summary>{_table(['setting', 'value'], flat.items())}</details>",
+        ),
+        _section("Made with", _table([], [*life.get("hardware", {}).items(), *life.get("versions", {}).items()])),
+    ]
+    _fill(folder / "report.html", folder.name, lead, _facts(facts) + "".join(sections), drawn([run], [folder.name]))
+
+
+def compare(folders: list[Path], to: Path) -> None:
+    """One page for the runs of several output folders.
+
+    Raises:
+        OSError, ValueError: one of them has no readable run.json, or the page cannot be written.
+    """
+    runs, names = [read(folder) for folder in folders], _names(folders)
+    flat = [{f"{g}.{k}": v for g, values in run.settings.items() for k, v in values.items()} for run in runs]
+    every = dict.fromkeys(name for settings in flat for name in settings if name != "base.output_dir")
+    differ = [name for name in every if any(s.get(name, "—") != flat[0].get(name, "—") for s in flat)]
+    last = lambda run: {name: f"{points[-1][1]:.5g}" for name, points in run.metrics.items()}  # noqa: E731
+    ends = [{"step": f"{run.step:,}"} | last(run) for run in runs]
+    metrics = dict.fromkeys(name for values in ends for name in values)
+    rows = lambda keys, of: ([key, *(values.get(key, "—") for values in of)] for key in keys)  # noqa: E731
+    sections = [
+        _section("Settings that differ", _table(["setting", *names], rows(differ, flat)) if differ else "<p>None.</p>"),
+        _section("Curves", '<div id="charts"></div>'),
+        _section("Samples", '<div id="samples"></div>') if any(run.grids for run in runs) else "",
+        _section("At the end of the records", _table(["metric", *names], rows(metrics, ends))),
+    ]
+    _fill(to, "Runs compared", ", ".join(names), "".join(sections), drawn(runs, names))
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as much of their paths as tells them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(set(parts)))
+    return ["/".join(p[-length:]) for p in parts]
+
+
+def _loads(run: Run) -> str:
+    """The lines that load the newest result."""
+    numbers = [int(m[1]) for path in run.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    if not numbers:
+        return "# there is no checkpoint yet"
+    saved = run.folder / f"checkpoint-{max(numbers)}"
+    done = (run.folder / "export").is_dir() and max(numbers) == run.step
+    return (saved / "load.py").read_text("utf-8").strip().format(path=run.folder / "export" if done else saved)
+
+
+def _section(title: str, inner: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{inner}</section>"
+
+
+def _code(text: str) -> str:
+    return f"<pre><code>{html.escape(text)}</code></pre>"
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    shown = (f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items() if v)
+    return f"<dl>{''.join(shown)}</dl>"
+
+
+def _table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Rows of plain values; without rows nothing."""
+    cell = lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value)  # noqa: E731
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell(v))}</td>' for v in row)}</tr>" for row in rows)
+    top = f"<thead><tr>{''.join(f'<th>{html.escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
+    return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>' if body else ""
+
+
+def _fill(path: Path, title: str, lead: str, body: str, data: dict[str, Any]) -> None:
+    """page.html with everything in it, written whole or not at all."""
+    from plotly.offline import get_plotlyjs
+
+    here = Path(__file__).parent
+    text = string.Template((here / "page.html").read_text("utf-8")).substitute(
+        title=html.escape(title),
+        lead=html.escape(lead),
+        written=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        body=body,
+        style=(here / "page.css").read_text("utf-8"),
+        script=(here / "page.js").read_text("utf-8"),
+        data=json.dumps(data).replace("</", "<\\/"),
+        plotly=get_plotlyjs() if data["charts"] else "",
+    )
+    staged = path.with_name(f".{path.name}.writing")
+    staged.write_text(text, "utf-8")
+    os.replace(staged, path)
