@@ -34,7 +34,7 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
     if precision == "fp16" and not torch.cuda.is_available():
         raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
     if base.compile:
-        compiled.check(torch.accelerator.current_accelerator() or torch.device("cpu"))
+        compiled.check(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     return Accelerator(

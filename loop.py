@@ -164,8 +164,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
         ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
         once = functools.partial(rehearse, accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
-        # DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
-        # last bits: after this pass every life of a run sums alike.
+        # DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes
+        # its last bits: after this pass every life of a run sums alike.
         if accelerator.num_processes > 2:
             once()
         if base.compile:
