@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor
 
+import compiled
 import configs
 from configs import BadInput
 from report import check_trackers, trackers
@@ -32,6 +33,8 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
         precision = "bf16" if computes_bf16() else "no"
     if precision == "fp16" and not torch.cuda.is_available():
         raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
+    if base.compile:
+        compiled.check(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
     return Accelerator(
@@ -102,7 +105,7 @@ def moved(models: Models, names: Iterable[str], device: Any) -> None:
 def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
     """The models as they are shown and exported: averaged weights in place, eval(), no gradients."""
     training = {k: m.training for k, m in models.items()}
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         kept = [weights[key].clone() for key in ema]
         torch._foreach_copy_([weights[key] for key in ema], list(ema.values())) if ema else None
         for module in models.values():

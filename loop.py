@@ -47,6 +47,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 import checkpoint
+import compiled
 import data
 import encode
 import look
@@ -136,6 +137,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
             several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
             raise BadInput(f"--base.mixed-precision is 'fp16'; expected auto, bf16 or no: {several}")
+        if base.compile:
+            compiled.compile_models(state.models, device, base.gradient_accumulation_steps)
         prepared = [accelerator.prepare(part) for part in (*state.models.values(), *state.optims.values())]
         wrapped = dict(zip(state.models, prepared, strict=False))
         optims = dict(zip(state.optims, prepared[len(wrapped) :], strict=True))
@@ -167,7 +170,13 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         meter = Meter(accelerator, len(optims) > 1)
         guard = Guard(accelerator, state, base.max_skipped_updates, examples.source.name)
         ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
-        settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
+        once = functools.partial(rehearse, accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
+        # DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes
+        # its last bits: after this pass every life of a run sums alike.
+        if accelerator.num_processes > 2:
+            once()
+        if base.compile:
+            report.say(compiled.price(accelerator, state.models, once, base.gradient_accumulation_steps))
 
         def export(folder: Path) -> None:
             seen = data.Fixed(examples, size, device, None if state.step == total else EXPORT_EXAMPLES)
@@ -278,20 +287,15 @@ def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterabl
         raise BadInput(f"the output folder holds another run: {'; '.join(differ)}; give another --base.output-dir")
 
 
-def settle_buckets(
+def rehearse(
     accelerator: Accelerator, task: Task, models: Models, first: Batch, ready: Callable[[Batch], Batch], cfg: Any
 ) -> None:
-    """One pass whose gradients are thrown away, where more than two processes train.
-
-    DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes its
-    last bits: after this pass every life of a run sums alike. The batch is dated at the run's end, for losses that start late.
-    """
-    if accelerator.num_processes > 2:
-        rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)
-        for loss in autocast(accelerator, task.loss_fn(models, ready(first), rng, cfg)):
-            accelerator.backward(loss.value)
-        for module in models.values():
-            module.zero_grad()
+    """One pass whose gradients are thrown away. The batch is dated at the run's end, for losses that start late."""
+    rng = Rng.of(cfg.base.seed, first["n"].tolist(), device=accelerator.device)
+    for loss in autocast(accelerator, task.loss_fn(models, ready(first), rng, cfg)):
+        accelerator.backward(loss.value)
+    for module in models.values():
+        module.zero_grad()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

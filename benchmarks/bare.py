@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import data
+import encode
 import loop
 from device import computes_bf16, place
 from tasks import Task
@@ -76,7 +77,7 @@ def bare_loop(cfg: Any, task: Task, total: int, update: bool = True) -> Iterator
     average = [p.detach().clone() for p in weights]
     examples = data.Examples(data.open_source(cfg.data, task.needs), cfg.data, 0)
     numbers = (range(n * size, (n + 1) * size) for n in range(BATCHES))
-    batches = [data.encode(task.encodings, models, data.to_device(examples[n], device), cfg) for n in numbers]
+    batches = [encode.encode(task.encodings, models, data.to_device(examples[n], device), cfg) for n in numbers]
     rate, noise = loop.schedule(cfg.base, total), Noise(size, device)
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), total)):
         losses = task.loss_fn(models, batch | {"step": step}, noise, cfg)

@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
-from warm import digest, flags, fork, tiny
+from warm import cli, digest, flags, fork, tiny
 
+import compiled
 import configs
 import loop
+from device import at_rest
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::equal"}
 
@@ -101,3 +104,31 @@ def test_nothing_waits_on_a_gpu(tmp_path):
 
     loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
     assert len(seen) == 4 and digest(tmp_path / "out")
+
+
+def test_what_is_compiled(monkeypatch):
+    """What trains is compiled under its own names, not while it is shown, and the price leaves its buffers as they were."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "options", lambda *_: {"backend": backend})
+    module, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)), torch.randn(4, 2)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    compiled.compile_models({"m": module}, torch.device("cpu"), 1)
+    with at_rest({"m": module}, {}, {}):
+        module(x)
+    assert not graphs
+    said = compiled.price(Accelerator(cpu=True), {"m": module}, lambda: module(x), 1)
+    assert len(graphs) == 1 and said.startswith("compiled in")
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_compiling_needs_a_compiler(tmp_path):
+    """Without one: a line that names the flag and what is missing, and nothing written."""
+    result = cli(tmp_path, *tiny(tmp_path), "--base.compile", env={"CXX": "no-such-compiler"})
+    assert result.code == 2 and "--base.compile" in result.err and "no-such-compiler" in result.err
+    assert len(result.err.splitlines()) == 1 and not (tmp_path / "out").exists()
