@@ -149,8 +149,10 @@ console.error = (...words) => errors.push(words.join(" "));
 addEventListener("load", () => setTimeout(async () => {
   const pause = () => new Promise((done) => setTimeout(done, 200)), all = (what) => [...document.querySelectorAll(what)];
   const grid = () => all("#samples img").map((image) => image.src.length + image.src.slice(-200)).join();
-  const seen = { errors, width: innerWidth, needs: document.documentElement.scrollWidth, background: getComputedStyle(document.documentElement).backgroundColor };
-  seen.plots = all(".plot").map((plot) => [plot.clientWidth, plot.querySelector("svg").clientWidth, plot.querySelectorAll(".scatterlayer path.js-line, .scatterlayer path.point").length]);
+  const root = document.documentElement, drawn = ".scatterlayer path.js-line, .scatterlayer path.point";
+  const seen = { errors, width: innerWidth, needs: root.scrollWidth, background: getComputedStyle(root).backgroundColor };
+  const sizes = (plot) => [plot.clientWidth, plot.querySelector("svg").clientWidth, plot.querySelectorAll(drawn).length];
+  seen.plots = all(".plot").map(sizes);
   const slider = document.querySelector("#samples input"), label = () => document.querySelector("#samples output").textContent;
   seen.before = [label(), grid()];
   slider.value = 0; slider.dispatchEvent(new Event("input"));
@@ -161,7 +163,8 @@ addEventListener("load", () => setTimeout(async () => {
   document.querySelector("#charts button").click();
   await pause();
   seen.rescaled = scale !== ticks();
-  seen.fetched = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
+  const names = performance.getEntriesByType("resource").map((entry) => entry.name);
+  seen.fetched = names.filter((name) => !name.startsWith("data:"));
   parent.postMessage(JSON.stringify(seen), "*");
 }, 500));
 </script>"""
