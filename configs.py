@@ -82,8 +82,8 @@ class Base:
     """Trackers known to accelerate, such as tensorboard wandb; several may be named, and `none` is none."""
     logging_steps: Live[int] = 10
     """Optimizer steps between two lines of metrics."""
-    sample_steps: Live[int] = 500
-    """Optimizer steps between two grids of samples; 0: only at the end."""
+    validation_steps: Live[int] = 500
+    """Optimizer steps between two validations, a grid of samples and the loss on data.validation_split; 0: only at the end."""
     num_samples: Live[int] = 16
     """Pictures in a grid; the same seeds each time."""
     checkpointing_steps: Live[int] = 500
@@ -94,6 +94,8 @@ class Base:
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
     max_skipped_updates: Live[int] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
+    dry_run: Live[bool] = False
+    """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     push_to_hub: Live[bool] = False
     """Upload the export at the end; the login is taken from the environment or `hf auth login`."""
     hub_model_id: Live[str | None] = None
@@ -106,7 +108,7 @@ class Base:
             require(value is None or value >= 1, f"base.{name}", value, "at least 1, or None")
         for name in ("gradient_accumulation_steps", "logging_steps", "checkpointing_steps", "num_samples", "lr_num_cycles"):
             require(getattr(self, name) >= 1, f"base.{name}", getattr(self, name), "at least 1")
-        for name in ("seed", "max_grad_norm", "sample_steps", "max_skipped_updates", "ema_power"):
+        for name in ("seed", "max_grad_norm", "validation_steps", "max_skipped_updates", "ema_power"):
             require(getattr(self, name) >= 0, f"base.{name}", getattr(self, name), "at least 0")
         warmup = self.lr_warmup_steps
         require(warmup is None or warmup >= 0, "base.lr_warmup_steps", warmup, "at least 0, or None")
@@ -123,11 +125,16 @@ class Data:
     """Configuration of the data set, where it has several."""
     split: Live[str] = "train"
     """Split to train on."""
+    validation_split: Live[str | None] = None
+    """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1, whose
+    pictures are chosen by their row and never change. None: nothing."""
     train_data_dir: Live[str | None] = None
     """Folder of pictures, instead of dataset_name: captions from metadata.jsonl, metadata.csv or a .txt beside each picture,
     labels from subfolders."""
     cache_dir: Live[str | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
+    max_train_samples: Live[int | None] = None
+    """Train on as many pictures, spread evenly over the set. None: all."""
     num_shapes: int = 3072
     """Pictures in the embedded `shapes`."""
     image_column: Live[str | None] = None
@@ -162,9 +169,20 @@ class Data:
     def __post_init__(self):
         for name in ("resolution", "train_batch_size", "num_shapes"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        most = self.max_train_samples
+        require(most is None or most >= 1, "data.max_train_samples", most, "at least 1, or None")
         for name in ("dataloader_num_workers", "memory_budget"):
             require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
         require(0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1")
+        share, expected = fraction(self.validation_split), "the name of a split, or a fraction between 0 and 1"
+        require(share is None or 0 < share < 1, "data.validation_split", self.validation_split, expected)
+
+
+def fraction(given: str | None) -> float | None:
+    """The number in a setting that may as well be a name."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(given)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,13 +267,17 @@ def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
     return config
 
 
+RENAMED = {"sample_steps": "validation_steps"}
+"""Names that older settings files have -> today's."""
+
+
 def as_flags(settings: dict[str, Any], config: type) -> list[str]:
     """Nested settings as the flags that say the same, so that a file is parsed, and refused, like a command line."""
     flags: list[str] = []
     for group, values in settings.items():
         types = get_type_hints(group_type(config, group)) if group in get_type_hints(config) else {}
         for name, value in values.items():
-            flag = f"--{group}.{name}"
+            flag = f"--{group}.{RENAMED.get(name, name)}"
             if isinstance(value, bool) and types.get(name, bool) is bool:
                 flags.append(flag if value else f"--{group}.no-{name}")
             elif isinstance(value, bool):

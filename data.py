@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs import BadInput, Data
+from configs import BadInput, Data, fraction, require
 from tasks import Batch, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,6 +46,15 @@ class Source:
     """One line: what was found where."""
     classes: list[str] | None = None
     """Label -> its name."""
+    held_out: Source | None = None
+    """What the loss is measured on and never trained on."""
+
+
+def select(source: Source, rows: list[int]) -> Source:
+    """These rows of a source, by themselves."""
+    captions, labels = (values and [values[row] for row in rows] for values in (source.captions, source.labels))
+    read, name = (lambda i: source.read(rows[i])), (lambda i: source.name(rows[i]))
+    return replace(source, size=len(rows), read=read, name=name, captions=captions, labels=labels)
 
 
 COLOURS = {
@@ -64,18 +73,28 @@ SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to 
 }
 
 
-def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
-    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`: a function of the index alone."""
+def describe_shape(index: int) -> tuple[str, str, str, str, float, float]:
+    """Shape, size, front and back colour and centre (x, y) of the embedded example `index`: a function of the index alone."""
     rng = np.random.Generator(np.random.Philox(key=hash64("shapes", index)))
-    label = int(rng.integers(len(SHAPES)))
-    shape, size = list(SHAPES)[label], list(SIZES)[rng.integers(len(SIZES))]
+    shape, size = list(SHAPES)[rng.integers(len(SHAPES))], list(SIZES)[rng.integers(len(SIZES))]
     front, back = rng.choice(list(COLOURS), 2, replace=False)
-    radius, (x0, y0) = SIZES[size], 0.5 + rng.uniform(-0.06, 0.06, 2)
-    grid = (np.arange(resolution) + 0.5) / resolution
+    return shape, size, front, back, *0.5 + rng.uniform(-0.06, 0.06, 2)
+
+
+def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
+    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`."""
+    shape, size, front, back, x0, y0 = describe_shape(index)
+    radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
     distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
     cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
     picture = cover * np.array(COLOURS[front]) + (1 - cover) * np.array(COLOURS[back])
-    return picture.round().astype(np.uint8), f"a {size} {front} {shape} on a {back} background", label
+    return picture.round().astype(np.uint8), caption_shape(shape, size, front, back), list(SHAPES).index(shape)
+
+
+@functools.cache
+def caption_shape(shape: str, size: str, front: str, back: str) -> str:
+    """The caption of a shape; one string for all that look alike."""
+    return f"a {size} {front} {shape} on a {back} background"
 
 
 def _open_shapes(cfg: Data) -> Source:
@@ -83,9 +102,13 @@ def _open_shapes(cfg: Data) -> Source:
         picture = draw_shape(row, cfg.resolution)[0]
         return Image.fromarray(picture), picture.tobytes()
 
-    drawn = [draw_shape(row, 1) for row in range(cfg.num_shapes)]  # captions and labels: one pixel is enough
+    captions, labels, lists, numbers = [], [], {}, {name: i for i, name in enumerate(SHAPES)}
+    for row in range(cfg.num_shapes):
+        text = caption_shape(*(looks := describe_shape(row)[:4]))
+        captions.append(lists.setdefault(text, [text]))
+        labels.append(numbers[looks[0]])
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    return Source(cfg.num_shapes, read, "shape {}".format, [[d[1]] for d in drawn], [d[2] for d in drawn], found, list(SHAPES))
+    return Source(cfg.num_shapes, read, "shape {}".format, captions, labels, found, list(SHAPES))
 
 
 @functools.cache
@@ -95,8 +118,9 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "WMF")]
 
 
-def _load(cfg: Data) -> Any:
-    """The rows of a picture folder, a local data set or one on the hub, as a `datasets.Dataset`."""
+def _load(cfg: Data, setting: str) -> Any:
+    """The rows of a picture folder, a local data set or one on the hub, in the split that `setting` names, as a
+    `datasets.Dataset`."""
     import datasets
 
     if not os.isatty(2):
@@ -111,24 +135,23 @@ def _load(cfg: Data) -> Any:
         files, kwargs = {"train": "**"}, {"cache_dir": cfg.cache_dir, "split": "train"}
         return datasets.load_dataset("imagefolder", data_dir=str(folder), data_files=files, **kwargs)
     name, flag = cfg.dataset_name, f"--data.dataset-name {cfg.dataset_name}"
+    split, asked = getattr(cfg, setting), f"--data.{setting.replace('_', '-')}"
     folder = Path(name).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
             if isinstance(rows, datasets.DatasetDict):
-                if cfg.split not in rows:
-                    raise BadInput(f"--data.split is {cfg.split!r}; {flag} has: {', '.join(rows)}")
-                rows = rows[cfg.split]
+                if split not in rows:
+                    raise BadInput(f"{asked} is {split!r}; {flag} has: {', '.join(rows)}")
+                rows = rows[split]
             return rows
-        return datasets.load_dataset(name, cfg.dataset_config_name, split=cfg.split, cache_dir=cfg.cache_dir)
+        return datasets.load_dataset(name, cfg.dataset_config_name, split=split, cache_dir=cfg.cache_dir)
     except BadInput:
         raise
     except (FileNotFoundError, ConnectionError) as error:
         raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({error})") from None
     except (ValueError, RuntimeError) as error:  # an unknown split or configuration, or a script: the library says which
-        raise BadInput(
-            f"{flag}, --data.split {cfg.split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}"
-        ) from None
+        raise BadInput(f"{flag}, {asked} {split}, --data.dataset-config-name {cfg.dataset_config_name}: {error}") from None
 
 
 def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool], names: tuple[str, ...]) -> str | None:
@@ -141,10 +164,10 @@ def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool]
     return next((name for name in names if name in fitting), None)
 
 
-def _open_rows(cfg: Data) -> Source:
+def _open_rows(cfg: Data, setting: str = "split") -> Source:
     import datasets
 
-    rows = _load(cfg)
+    rows = _load(cfg, setting)
     images = tuple(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
     usual = tuple(n for n in ("image", "img", "picture", "pixel_values", "jpg", "png", "webp") if n in images)
     image = _column(rows, cfg.image_column, "image-column", lambda f: isinstance(f, datasets.Image), usual + images)
@@ -185,22 +208,43 @@ def _open_rows(cfg: Data) -> Source:
         labels = (values if values.dtype.kind in "iu" else order).tolist()
         numbered = [str(i) for i in range(max(labels) + 1)] if values.dtype.kind in "iu" else [str(kind) for kind in kinds]
         names = getattr(rows.features[label], "names", None) or numbered
-    where = cfg.train_data_dir or f"{cfg.dataset_name} ({cfg.split})"
+    where = cfg.train_data_dir or f"{cfg.dataset_name} ({getattr(cfg, setting)})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
     return Source(len(rows), read, name, captions, labels, found, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
-    """Open what the settings name, without reading pictures.
+    """Open what the settings name, without reading pictures: what is trained on, and in its `held_out` what is not.
 
     Raises:
         BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
             that the task `needs`.
     """
     embedded = cfg.dataset_name == "shapes" and cfg.train_data_dir is None
-    source = _open_shapes(cfg) if embedded else _open_rows(cfg)
+    source = described(_open_shapes(cfg) if embedded else _open_rows(cfg), cfg, needs)
+    given, share, held = cfg.validation_split, fraction(cfg.validation_split), None
+    if share is not None:
+        chosen = [hash64("validation", row) < share * 2**64 for row in range(source.size)]
+        held = select(source, [row for row, out in enumerate(chosen) if out])
+        source = select(source, [row for row, out in enumerate(chosen) if not out])
+    elif given is not None:
+        if embedded or cfg.train_data_dir is not None or given == cfg.split:
+            there = "which is trained on" if given == cfg.split else "and these pictures have no splits"
+            raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
+        held = described(_open_rows(cfg, "validation_split"), cfg, needs)
+    if cfg.max_train_samples is not None and cfg.max_train_samples < source.size:
+        source = select(source, [i * source.size // cfg.max_train_samples for i in range(cfg.max_train_samples)])
+    if held is not None:
+        require(held.size >= 4, "data.validation_split", given, f"at least 4 pictures, one for each quarter, not {held.size}")
+        source = replace(source, held_out=held, found=f"{source.found}; {held.size} held out")
     if source.size < cfg.train_batch_size:
-        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures")
+        beside = f" beside the {held.size} of --data.validation-split {given}" if share else ""
+        raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} pictures{beside}")
+    return source
+
+
+def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
+    """A source with the captions that its trigger makes, and all that the task needs."""
     if cfg.trigger:
         if "{label}" in cfg.trigger and source.labels is None:
             raise BadInput(
@@ -276,38 +320,54 @@ class Examples(torch.utils.data.Dataset):
         self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
         self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
         self.cache: Tensor | list[Tensor] | None = []
-        self.marks: list[str] = []  # a hash of each picture's pixels
+        self.marks = np.zeros((source.size, 16), np.uint8)  # a hash of each picture's pixels
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
-        broken, used, digest = [], 0, hashlib.blake2b(digest_size=16)
+        broken, self.bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, source.size, 256):  # in blocks: a million queued reads would be a heap of their own
-                for row, (x, size, what) in enumerate(pool.map(self._try, range(start, min(start + 256, source.size))), start):
+            for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
+                block = range(start, min(start + 1024, source.size))
+                parts = pool.map(self._try, [block[i : i + 32] for i in range(0, len(block), 32)])
+                for row, (x, size, what, mark) in zip(block, itertools.chain.from_iterable(parts), strict=True):
                     digest.update(what)
                     if x is None:
                         broken.append(f"{source.name(row)} ({size})")
                         continue
-                    self.sizes[row] = torch.tensor(size)
-                    self.marks.append(content_hash(x.shape, x.numpy().data))
-                    used += x.numel()
-                    if used > cfg.memory_budget * 2**30:
-                        self.cache = None
-                    if self.cache is not None:
-                        self.cache.append(x)
-                progress(min(start + 256, source.size), source.size)
+                    self.sizes.numpy()[row], self.marks[row] = size, np.frombuffer(mark, np.uint8)
+                    if not broken:
+                        self._keep(row, x)
+                progress(block.stop, source.size)
         if broken:
             raise BadInput(f"{len(broken)} of {source.size} pictures cannot be read: {'; '.join(broken)}")
-        if self.cache and all(x.shape == self.cache[0].shape for x in self.cache):
-            self.cache = torch.stack(self.cache)
         digest.update(repr((source.captions, source.labels)).encode())
         self.fingerprint = digest.hexdigest()
-        self.bytes = used
 
-    def _try(self, row: int) -> tuple[Tensor | None, Any, bytes]:
-        try:
-            image, raw = self.source.read(row)
-            return *pixels(image, self.cfg), hashlib.blake2b(raw, digest_size=16).digest()
-        except Exception as error:  # whatever a decoder throws at a broken file
-            return None, " ".join(str(error).split()) or type(error).__name__, b""
+    def _try(self, rows: range) -> list[tuple[Tensor | None, Any, bytes, bytes]]:
+        """For each row: its pixels, its sizes, a hash of the file and one of the pixels; or None and what is wrong with it."""
+        found = []
+        for row in rows:
+            try:
+                image, raw = self.source.read(row)
+                x, size = pixels(image, self.cfg)
+                what, mark = hashlib.blake2b(raw, digest_size=16).digest(), content_hash(x.shape, x.numpy().data)
+                found.append((x, size, what, bytes.fromhex(mark)))
+            except Exception as error:  # whatever a decoder throws at a broken file
+                found.append((None, " ".join(str(error).split()) or type(error).__name__, b"", b""))
+        return found
+
+    def _keep(self, row: int, x: Tensor) -> None:
+        """Take a picture into the cache: one tensor while all have one shape, a list where they differ, None once too large."""
+        budget, self.bytes = self.cfg.memory_budget * 2**30, self.bytes + x.numel()
+        if self.cache is None or self.bytes > budget:
+            self.cache = None
+            return
+        if row == 0 and self.size * x.numel() <= budget:
+            self.cache = torch.empty(self.size, *x.shape, dtype=torch.uint8)  # taken from the system as it fills
+        elif isinstance(self.cache, Tensor) and x.shape != self.cache.shape[1:]:
+            self.cache = list(self.cache[:row].clone())
+        if isinstance(self.cache, Tensor):
+            self.cache[row] = x
+        else:
+            self.cache.append(x)
 
     def _pixels(self, row: int) -> Tensor:
         return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]
@@ -321,18 +381,22 @@ class Examples(torch.utils.data.Dataset):
     def __getitem__(self, numbers: range) -> Batch:
         """The batch of these examples of the run; pictures still uint8."""
         n = torch.tensor(numbers)
-        rows = torch.stack([self.order(i // self.size)[i % self.size] for i in numbers])
+        epochs = range(numbers[0] // self.size, numbers[-1] // self.size + 1)
+        rows = torch.cat([self.order(e)[n[n // self.size == e] % self.size] for e in epochs])
         rng = Rng.of(self.seed, numbers, "data")
         flip = rng.uniform("flip") < (0.5 if self.cfg.random_flip else 0.0)
         texts = self._texts(rows, rng.uniform("caption"), rng.uniform("caption dropout") < self.cfg.caption_dropout)
         return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
 
     def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
-        """The data in order, `size` at a time, cut from the middle and never mirrored; or `count` spread evenly over it."""
+        """The data in order, `size` at a time, as `at` has them; or `count` spread evenly over it."""
         count = min(count or self.size, self.size)
-        for rows in (torch.arange(count) * self.size // count).split(size):
-            never = torch.zeros(len(rows), dtype=torch.bool)
-            yield self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
+        yield from map(self.at, (torch.arange(count) * self.size // count).split(size))
+
+    def at(self, rows: Tensor) -> Batch:
+        """These rows, [B]: cut from the middle, never mirrored, with their first captions."""
+        never = torch.zeros(len(rows), dtype=torch.bool)
+        return self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
 
     def _texts(self, rows: Tensor, choice: Tensor, dropped: Tensor) -> list[str] | None:
         """One of each row's captions, or the empty one."""
@@ -370,7 +434,7 @@ class Examples(torch.utils.data.Dataset):
 
     def _mark(self, row: int, flip: bool) -> str:
         """What tells a picture as the model sees it from every other."""
-        return self.marks[row] + ("-mirrored" if flip else "")
+        return self.marks[row].tobytes().hex() + ("-mirrored" if flip else "")
 
     def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
         """Every value of a column that the run may ask for, as its mark -> the function that makes it.

@@ -31,11 +31,8 @@ if __name__ == "__main__":  # before the heavy imports, so that --help and mista
 
 import contextlib
 import functools
-import hashlib
-import itertools
 import json
 import math
-import resource
 import signal
 import threading
 import time
@@ -52,6 +49,8 @@ from torch import Tensor
 import checkpoint
 import data
 import encode
+import look
+import validate
 from configs import BadInput
 from device import at_rest, draw, make_accelerator, make_models, moved, trained, trains
 from report import Report, clock, publish
@@ -82,14 +81,16 @@ class TrainState:
     """Updates left out because they were not finite."""
 
 
-def run(task: Task, cfg: Any) -> TrainState:
-    """Train `task` as `cfg` says, from where its output folder stands; returns the final state.
+def run(task: Task, cfg: Any) -> TrainState | None:
+    """Train `task` as `cfg` says, from where its output folder stands; returns the final state, or None after a mere look.
 
     Raises:
         BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written.
         NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save was refused.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
     """
+    if cfg.base.dry_run:
+        return look.estimate(run, task, cfg)
     started, name = time.perf_counter(), configs.task_group(cfg)
     out = Path(cfg.base.output_dir or f"runs/{name}").expanduser()
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out)))
@@ -124,7 +125,7 @@ def run(task: Task, cfg: Any) -> TrainState:
         peaks = {
             k: [group["lr"] * (update if base.scale_lr else 1) for group in o.param_groups] for k, o in state.optims.items()
         }
-        identity = {"task": name, "models": {k: describe(m) for k, m in models.items()}}
+        identity = {"task": name, "models": {k: look.describe(m) for k, m in models.items()}}
         refuse_changes(facts, identity)
         if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
             several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
@@ -142,6 +143,7 @@ def run(task: Task, cfg: Any) -> TrainState:
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
         examples = data.Examples(source, cfg.data, base.seed)
+        held_out = source.held_out and data.Examples(source.held_out, cfg.data, base.seed)
         refuse_changes(facts, {"data": examples.fingerprint})
 
         # What every number became, said once. From here on there are files.
@@ -155,7 +157,7 @@ def run(task: Task, cfg: Any) -> TrainState:
         idle = encode.encode_once(examples, encodings, models, cfg, accelerator, report.say)
         moved(models, idle, "cpu")
         first = examples[range(size)]
-        report.say(introduce(accelerator, cfg, source.found, models, first, state, total))
+        report.say(look.introduce(accelerator, cfg, source.found, models, first, state, total))
         meter, guard = Meter(accelerator, len(optims) > 1), Guard(accelerator, state, base.max_skipped_updates, source.name)
         ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
         settle_buckets(accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
@@ -171,27 +173,34 @@ def run(task: Task, cfg: Any) -> TrainState:
             now = {"examples": state.examples, "skipped": state.skipped}
             return checkpoint.save(accelerator, out, state.step, facts | now, export, base.checkpoints_total_limit)
 
-        def sample() -> None:
+        def losses(batch: Batch, rng: Rng, models: Models = models) -> Iterator[Loss]:
+            return autocast(accelerator, task.loss_fn(models, ready(batch) | {"step": state.step}, rng, cfg))
+
+        def show() -> None:
             guard.read()
+            moved(models, idle, device)
+            if held_out:
+                averages = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
+                shown = {name: at_rest(models, weights, ema) for name, ema in averages.items()}
+                report.log(validate.measure(held_out, accelerator, losses, shown), state.step)
             if accelerator.is_main_process:
                 rng = Rng.of(base.seed, range(base.num_samples), "samples", device)
-                moved(models, idle, device)
-                shown = data.Fixed(examples, base.num_samples, device)
-                images = draw(task, models, weights, state.ema, shown, rng, accelerator, cfg)
-                moved(models, idle, "cpu")
+                fixed = data.Fixed(examples, base.num_samples, device)
+                images = draw(task, models, weights, state.ema, fixed, rng, accelerator, cfg)
                 report.images(images, state.step)
+            moved(models, idle, "cpu")
 
         # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
         stream = examples.stream(state.examples + accelerator.process_index * size, block)
         signals.armed, seen = True, set()
         while state.step < total and not signals.agreed():
             factor = rate(state.step)
-            for batch in itertools.islice(stream, base.gradient_accumulation_steps):
+            for batch in meter.fetch(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
-                batch, rng = ready(batch) | {"step": state.step}, Rng.of(base.seed, numbers, device=device)
+                rng = Rng.of(base.seed, numbers, device=device)
                 torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
                 with accelerator.accumulate(*wrapped.values()):
-                    for loss in autocast(accelerator, task.loss_fn(models | wrapped, batch, rng, cfg)):
+                    for loss in losses(batch, rng, models | wrapped):
                         accelerator.backward(loss.value)
                         no_leak(loss, params, seen)
                         guard.watch(loss, rows)
@@ -215,8 +224,8 @@ def run(task: Task, cfg: Any) -> TrainState:
                 guard.read()
                 rates = {f"lr/{k}" if len(peaks) > 1 else "lr": peak[0] * factor for k, peak in peaks.items()}
                 report.log(meter.read(update) | rates | {"ema_decay": decay}, state.step)
-            if due or (base.sample_steps and state.step % base.sample_steps == 0):
-                sample()
+            if due or (base.validation_steps and state.step % base.validation_steps == 0):
+                show()
             if due or state.step % base.checkpointing_steps == 0:
                 saved = save()
                 report.say(f"step {state.step}: saved {saved}")
@@ -228,7 +237,7 @@ def run(task: Task, cfg: Any) -> TrainState:
 
         # The end: the last checkpoint's export by itself, with its card.
         loads = checkpoint.on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
-        took = f"{clock(time.perf_counter() - started)}, {peak_memory(device)}"
+        took = f"{clock(time.perf_counter() - started)}, {look.peak_memory(device)}"
         report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
         return state
 
@@ -251,15 +260,6 @@ def schedule(base: configs.Base, total: int) -> Callable[[int], float]:
     return made.lr_lambdas[0]
 
 
-def describe(module: torch.nn.Module) -> str:
-    """A model in a line; two lives of a run must have the same."""
-    config = dict(getattr(module, "config", {}) or {}) if hasattr(getattr(module, "config", None), "items") else {}
-    own = {k: v for k, v in config.items() if not k.startswith("_")}
-    shapes = [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
-    digest = hashlib.sha256(json.dumps([own, shapes], default=str, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} parameters ({digest})"
-
-
 def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterable[str] = ()) -> None:
     """Refuse to continue another run: what the checkpoint's manifest says of it, against what this one is.
 
@@ -269,44 +269,6 @@ def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterabl
     differ = [f"{k} was {facts[k]} and is now {v}" for k, v in now.items() if k in facts and facts[k] != v] + list(settings)
     if differ:
         raise BadInput(f"the output folder holds another run: {'; '.join(differ)}; give another --base.output-dir")
-
-
-def introduce(
-    accelerator: Accelerator, cfg: Any, found: str, models: Models, first: Batch, state: TrainState, total: int
-) -> str:
-    """What every number became, in a few lines."""
-    count = lambda wanted: sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad is wanted)  # noqa: E731
-    size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
-    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    update = size * processes * accumulated
-    shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" if isinstance(v, Tensor) else k for k, v in first.items())
-    return f"""data        {found}
-first batch {shapes}
-models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
-            {count(True):,} trainable parameters, {count(False):,} frozen
-device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
-step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
-length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
-memory      {held(models, state, accelerator.device) / 2**30:.2f} GiB held from step to step; activations come on top
-output      {cfg.base.output_dir}"""
-
-
-def held(models: Models, state: TrainState, device: torch.device) -> int:
-    """Bytes on the device that last from step to step: weights, gradients, averages, and optimizer states, counted as AdamW's
-    two numbers a weight, of one byte each in an 8-bit optimizer."""
-    weights = sum(p.numel() * p.element_size() for m in models.values() for p in m.parameters() if p.device.type == device.type)
-    for optimizer in state.optims.values():
-        each = 2 if "8bit" in type(optimizer).__name__ else 8
-        weights += sum(p.numel() * (p.element_size() + each) for group in optimizer.param_groups for p in group["params"])
-    return weights + sum(x.numel() * x.element_size() for x in state.ema.values())
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory this process had so far: of the GPU where there is one, else of the machine."""
-    if device.type == "cuda":
-        return f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"peak memory {peak / 2**30:.2f} GiB"
 
 
 def settle_buckets(
@@ -376,39 +338,48 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator, several: bool):
         self.accelerator, self.several = accelerator, several
-        self.sums: dict[str, Tensor] = {}  # key -> [sum, count]
-        self.since, self.updates = time.perf_counter(), 0
+        self.values: dict[str, list[Any]] = {}
+        self.since, self.updates, self.waited = time.perf_counter(), 0, 0.0
+
+    def fetch(self, stream: Iterator[Batch], count: int) -> Iterator[Batch]:
+        """The next batches of a stream; the time until each is there was spent waiting for data."""
+        for _ in range(count):
+            began = time.perf_counter()
+            batch = next(stream)
+            self.waited += time.perf_counter() - began
+            yield batch
 
     def add(self, kind: str, name: str, value: Any) -> None:
         """One value of a kind (loss, grad_norm, ...); the optimizer's name is added where there are several."""
         key = f"{kind}/{name}" if self.several and name else kind
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device).detach()
-        pair = torch.stack([value.nan_to_num(0, 0, 0), value.isfinite().float()])
-        self.sums[key] = self.sums[key] + pair if key in self.sums else pair
+        self.values.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
 
     def read(self, examples: int) -> dict[str, float]:
         """The means over processes, and the speed with `examples` an update. This waits for the device."""
-        keys = sorted(self.sums)
-        pairs = self.accelerator.reduce(torch.stack([self.sums[key] for key in keys]), "sum").tolist()
-        values = {key: total / count for key, (total, count) in zip(keys, pairs, strict=True) if count}
+        made = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.accelerator.device)
+        columns = [torch.stack([made(value) for value in self.values[key]]) for key in sorted(self.values)]
+        pairs = torch.stack([torch.stack([x.nan_to_num(0, 0, 0).sum(), x.isfinite().sum()]) for x in columns])
+        totals = self.accelerator.reduce(pairs, "sum").tolist()
+        values = {key: total / count for key, (total, count) in zip(sorted(self.values), totals, strict=True) if count}
         now = time.perf_counter()
-        speed = examples * self.updates / (now - self.since)
-        self.sums, self.since, self.updates = {}, now, 0
-        return values | {"pictures_per_second": speed}
+        speeds = {"pictures_per_second": examples * self.updates, "data_wait": self.waited}
+        speeds = {key: amount / (now - self.since) for key, amount in speeds.items()}
+        self.values, self.since, self.updates, self.waited = {}, now, 0, 0.0
+        return values | speeds
 
 
 class Guard:
     """Watches that every loss and gradient is finite.
 
     Where reading costs nothing (a CPU), or updates may be skipped, it looks before the optimizer steps; elsewhere it keeps the
-    verdicts on the device and reads them before anything is logged, shown or saved.
+    values on the device and reads them before anything is logged, shown or saved.
     """
 
     def __init__(self, accelerator: Accelerator, state: TrainState, most: int, name: Callable[[int], str]):
         self.accelerator, self.state, self.most, self.name = accelerator, state, most, name
         self.now = accelerator.device.type == "cpu" or most > 0
         self.losses: dict[str, list[tuple[Tensor, Tensor]]] = {}  # optimizer -> (loss, rows) of this update's batches
-        self.pending: list[tuple[int, str, Tensor]] = []
+        self.pending: list[tuple[int, str, list[Tensor]]] = []
 
     def watch(self, loss: Loss, rows: Tensor) -> None:
         """See the loss of a batch, made of these rows of the data set."""
@@ -418,12 +389,11 @@ class Guard:
         """Whether the optimizer may step, given the norm of its gradient."""
         seen = self.losses.pop(name)
         scaled = self.accelerator.scaler is not None  # fp16: its scaler finds overflows in gradients, and skips them
-        values = torch.stack([value for value, _ in seen] + ([] if scaled else [norm.to(seen[0][0].device)]))
-        finite = self.accelerator.reduce(values.isfinite().all().float(), "mean") == 1
+        values = [value for value, _ in seen] + ([] if scaled else [norm])
         if not self.now:
-            self.pending.append((self.state.step + 1, name, finite))
+            self.pending.append((self.state.step + 1, name, values))
             return True
-        if finite:
+        if self.finite([values])[0]:
             return True
         self.state.skipped += 1
         if self.state.skipped > self.most:
@@ -434,12 +404,17 @@ class Guard:
             self.refuse(self.state.step + 1, name, what, f" on a batch with {files}")
         return scaled  # the scaler must see the step that it will skip
 
+    def finite(self, updates: list[list[Tensor]]) -> list[bool]:
+        """Whether all values of each update are finite, on every process. This waits for the device."""
+        fine = [torch.stack([v.to(values[0].device) for v in values]).isfinite().all() for values in updates]
+        return [mean == 1 for mean in self.accelerator.reduce(torch.stack(fine).float(), "mean").tolist()]
+
     def read(self) -> None:
-        """Settle what was left on the device. This waits for it."""
-        for step, name, finite in self.pending:
-            if not finite:
+        """Settle what was left on the device."""
+        pending, self.pending = self.pending, []
+        for (step, name, _), fine in zip(pending, self.finite([v for *_, v in pending]) if pending else (), strict=True):
+            if not fine:
                 self.refuse(step, name, "loss or gradient", "")
-        self.pending.clear()
 
     def refuse(self, step: int, name: str, what: str, where: str) -> None:
         skipped = f" after {self.most} skipped updates" if self.most else ""

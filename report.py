@@ -96,7 +96,8 @@ class Report:
         if not self.main:
             return
         self.metrics.write(json.dumps({"step": step} | values) + "\n")
-        shown = {k: f"{v:.4g}" for k, v in values.items() if k.partition("/")[0] in ("loss", "lr", "pictures_per_second")}
+        first = ("loss", "lr", "pictures_per_second", "validation/loss")
+        shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith(first)}
         if self.bar is not None:
             self.bar.set_postfix(shown)
         elif time.perf_counter() - self.spoken > 10 or step == self.total:  # a pipe or a file: a line now and then

@@ -92,7 +92,8 @@ class Rng:
     """Randomness as an argument: every draw for an example is a function of (run seed, its number, purpose) alone.
 
     A purpose names a draw: the same purpose gives the same numbers again, another purpose independent ones, whatever else is
-    drawn, in any order. Batch size, processes and devices do not enter. The generator is Philox4x32-10 (Salmon et al., 2011,
+    drawn, in any order. "timestep" is the one that decides an example's noise level: validation spreads it evenly over the
+    schedule (validate.py). Batch size, processes and devices do not enter. The generator is Philox4x32-10 (Salmon et al., 2011,
     Parallel random numbers: as easy as 1, 2, 3), keyed for each example, in torch's stateless form.
     """
 
@@ -107,8 +108,9 @@ class Rng:
         import torch
 
         keys = torch.tensor([[hash64(seed, stream, int(n)), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
-        on = device if torch.device(device).type == "cuda" else "cpu"  # where torch has the kernels
-        return cls(keys.to(on), device)
+        if torch.device(device).type == "cuda":  # where torch has the kernels; pinned, so that nothing waits for the copy
+            keys = keys.pin_memory().to(device, non_blocking=True)
+        return cls(keys, device)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -2,6 +2,7 @@
 way out. Plain functions; `s` is a task's settings, of which they read the names below.
 
     pretrained_model_name_or_path, revision, variant    which checkpoint
+    pretrained_vae_model_name_or_path                   an autoencoder in the place of its own
     prediction_type, rescale_betas_zero_snr             what to do otherwise than it says
 
 Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models (arXiv:2112.10752); Podell et al. 2023, SDXL
@@ -49,7 +50,9 @@ def read(name: str, revision: str | None, file: str) -> dict[str, Any]:
 
 
 def config(s: Any, part: str) -> dict[str, Any]:
-    """The config of a part of the checkpoint."""
+    """The config of a part of the checkpoint, or of the autoencoder that stands in for its own."""
+    if part == "vae" and s.pretrained_vae_model_name_or_path:
+        return read(s.pretrained_vae_model_name_or_path, None, "config.json")
     files = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
     return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
 
@@ -66,6 +69,7 @@ def check(s: Any, group: str, resolution: int) -> None:
         BadInput: it is no diffusers model, another kind of model, or does not fit the settings.
     """
     name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
+    check_vae(s, group)
     try:
         kind = config(s, "").get("_class_name")
         parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")} if kind in PIPELINES else {}
@@ -77,8 +81,10 @@ def check(s: Any, group: str, resolution: int) -> None:
         raise BadInput(f"{flag} {name} is a {kind}; expected a {' or a '.join(PIPELINES)}")
     channels, given = parts["unet"].get("in_channels", 4), parts["vae"].get("latent_channels", 4)
     if channels != given:
+        other = s.pretrained_vae_model_name_or_path
+        expected = f"another --{group}.pretrained-vae-model-name-or-path" if other else "a text-to-image model"
         raise BadInput(
-            f"{flag} {name}: its UNet takes {channels} channels, its VAE gives {given}; expected a text-to-image model"
+            f"{flag} {name}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}"
         )
     factor = 2 ** (len(parts["vae"].get("block_out_channels", [0])) - 1)
     require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
@@ -95,6 +101,19 @@ def check(s: Any, group: str, resolution: int) -> None:
         )
 
 
+def check_vae(s: Any, group: str) -> None:
+    """Refuse what is no autoencoder, from its config alone."""
+    name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
+    expected = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
+    try:
+        kind = config(s, "vae").get("_class_name") if name else "AutoencoderKL"
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadInput(f"{flag} {name}: not an autoencoder ({reason}); expected {expected}") from None
+    if kind != "AutoencoderKL":
+        raise BadInput(f"{flag} {name}: holds a {kind}; expected {expected}")
+
+
 def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
     """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes."""
     import transformers
@@ -106,12 +125,15 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
         library, kind = index.get(part) or (None, None)
         if kind is None:
             continue
-        where = {"subfolder": part, "revision": s.revision, "variant": s.variant}
+        name, where = s.pretrained_model_name_or_path, {"subfolder": part, "revision": s.revision, "variant": s.variant}
+        flag = f"--{group}.pretrained-model-name-or-path {name}"
+        if part == "vae" and s.pretrained_vae_model_name_or_path:
+            name, where = s.pretrained_vae_model_name_or_path, {}
+            flag = f"--{group}.pretrained-vae-model-name-or-path {name}"
         try:
             made = getattr(importlib.import_module(library), kind)
-            models[part] = made.from_pretrained(s.pretrained_model_name_or_path, **where).requires_grad_(False)
+            models[part] = made.from_pretrained(name, **where).requires_grad_(False)
         except (OSError, ValueError) as error:
-            flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
             variant = f" (--{group}.variant {s.variant})" if s.variant else ""
             raise BadInput(f"{flag}{variant}: {part} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     return models
@@ -283,7 +305,12 @@ def load_lines(s: Any) -> str:
     """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does; for `str.format`."""
     kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
     more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
-    lines = (
+    lines = ""
+    if s.pretrained_vae_model_name_or_path:
+        lines = "from diffusers import AutoencoderKL\n"
+        lines += f"vae = AutoencoderKL.from_pretrained({quoted(s.pretrained_vae_model_name_or_path)})\n"
+        more += ", vae=vae"
+    lines += (
         f"from diffusers import {kind}\npipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n"
     )
     if overrides(s):

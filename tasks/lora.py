@@ -33,6 +33,8 @@ class Settings:
     """Branch, tag or commit of a model on the hub."""
     variant: str | None = None
     """Variant of its weight files, such as fp16."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, or a name on the hub."""
     rank: int = 16
     """Rank of the adapters: how much they can learn, and how large they are."""
     alpha: float | None = None
@@ -103,11 +105,13 @@ class Settings:
 class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for a few photographs."""
 
-    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, sample_steps=200))
+    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200))
     data: Data = field(default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1))
     lora: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
+        if latent.is_local(self.lora.pretrained_vae_model_name_or_path or "."):
+            latent.check_vae(self.lora, "lora")
         if latent.is_local(self.lora.pretrained_model_name_or_path):  # a name on the hub is looked up by make_models
             latent.check(self.lora, "lora", self.data.resolution)
         given, several = self.base.num_samples, len(self.lora.validation_prompts)

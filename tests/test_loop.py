@@ -15,6 +15,7 @@ from warm import ROOT, checkpoints, cli, cli_many, digest, free_port, metrics, t
 import checkpoint
 import loop
 from configs import Base, Data
+from device import trains
 from tasks import Loss, Task, frozen
 
 
@@ -43,7 +44,7 @@ class Scale(torch.nn.Module):
 
 def toy(loss_fn, models=lambda cfg: {"a": Scale()}, lr=1.0, **functions):
     """A task of one or two little models under plain SGD."""
-    sgd = lambda models, cfg: {k: torch.optim.SGD(m.parameters(), lr) for k, m in models.items() if loop.trains(m)}  # noqa: E731
+    sgd = lambda models, cfg: {k: torch.optim.SGD(m.parameters(), lr) for k, m in models.items() if trains(m)}  # noqa: E731
     common = {"sample_fn": lambda *a: {}, "export_fn": lambda models, examples, path, cfg: "load"} | functions
     return Task(config=Config, make_models=models, make_optim=sgd, loss_fn=loss_fn, **common)
 
@@ -208,7 +209,7 @@ def test_bf16_trains_float32_weights(tmp_path):
 def test_samples_trackers_and_card(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = tiny(tmp_path, base__sample_steps=3, base__logging_steps=2, base__num_samples=3, base__logger="tensorboard")
+    flags = tiny(tmp_path, base__validation_steps=3, base__logging_steps=2, base__num_samples=3, base__logger="tensorboard")
     flags.insert(flags.index("tensorboard") + 1, "wandb")
     env = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     result = cli(tmp_path, *flags, env=env, timeout=180)
@@ -233,7 +234,7 @@ def test_samples_trackers_and_card(tmp_path):
 
 def test_samples_use_the_same_seeds(tmp_path):
     """With a learning rate of zero the pictures stay the same."""
-    flags = tiny(tmp_path, base__sample_steps=3, base__use_ema=False, ddpm__learning_rate=0)
+    flags = tiny(tmp_path, base__validation_steps=3, base__use_ema=False, ddpm__learning_rate=0)
     assert cli(tmp_path, *flags).code == 0
     first, last = [(tmp_path / "out" / "samples" / f"{n}.png").read_bytes() for n in (3, 6)]
     assert first == last
@@ -241,7 +242,7 @@ def test_samples_use_the_same_seeds(tmp_path):
 
 def test_sampling_does_not_touch_the_training(tmp_path):
     assert cli(tmp_path, *tiny(tmp_path, "without")).code == 0
-    assert cli(tmp_path, *tiny(tmp_path, "with", base__sample_steps=1, base__logging_steps=1)).code == 0
+    assert cli(tmp_path, *tiny(tmp_path, "with", base__validation_steps=1, base__logging_steps=1)).code == 0
     assert digest(tmp_path / "without") == digest(tmp_path / "with")
 
 
@@ -391,7 +392,7 @@ def test_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     common = {"data__train_batch_size": 2, "base__checkpointing_steps": 3}
-    flags = tiny(tmp_path, steps=6, base__sample_steps=3, **common)
+    flags = tiny(tmp_path, steps=6, base__validation_steps=3, **common)
     done = subprocess.run([*command, ROOT / "loop.py", *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "2 x 1 accumulated x 2 processes" in done.stderr, done.stderr[-2000:]
     out = tmp_path / "out"

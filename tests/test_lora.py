@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
 from diffusers.training_utils import compute_snr
 from peft import LoraConfig  # noqa: F401
 from PIL import Image
@@ -33,8 +33,8 @@ CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small
 def built(tmp_path_factory):
     """kind -> a tiny checkpoint's folder."""
     folder = tmp_path_factory.mktemp("models")
-    made = {kind: tiny_models.build(folder, kind) for kind in ("sd", "sdxl")}
-    made["v"] = tiny_models.build(folder / "v", "sd", prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    made = {kind: tiny_models.build(folder, kind) for kind in ("sd", "sd2", "sdxl")}
+    made["v"] = tiny_models.build(folder / "v", "sd2", rescale_betas_zero_snr=True)
     lora.make_models(config(made["sdxl"], folder))  # so that forks find everything imported
     return made
 
@@ -62,7 +62,7 @@ def command(folder, model, photos, out="out", **more):
         "base.max_train_steps": 4,
         "base.num_samples": 2,
         "base.logger": "none",
-        "base.sample_steps": 0,
+        "base.validation_steps": 0,
         "base.lr_scheduler": "constant",
         "data.train_data_dir": photos,
         "data.resolution": 32,
@@ -106,6 +106,7 @@ def in_fork(folder, function):
         ("sd", {"prediction_type": "v_prediction", "snr_gamma": 5.0}),
         ("v", {"snr_gamma": 5.0, "input_perturbation": 0.1}),
         ("v", {}),
+        ("sd2", {}),
         ("sdxl", {"snr_gamma": 5.0, "noise_offset": 0.05, "input_perturbation": 0.1}),
     ],
 )
@@ -382,6 +383,19 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
     run({"data__center_crop": False, "lora__train_text_encoder": True}, set())
 
 
+def test_validation_encodes_as_the_step_does(tmp_path, built, photos):
+    """With the encoders idle after caching, or at work in every step: the same number."""
+    for i in range(4, 24):
+        shutil.copy(photos / f"{i % 4}.png", tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(CAPTIONS[i % 4])
+    common = {"base__max_train_steps": 1, "data__validation_split": "0.4", "lora__learning_rate": 0}
+    found = []
+    for cache in ("auto", "no"):
+        trained(tmp_path, built["sd"], tmp_path, f"out-{cache}", data__encode_cache=cache, **common)
+        found.append(next(m for m in metrics(tmp_path / f"out-{cache}") if "validation/loss" in m))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and 0.5 < found[0]["validation/loss_ema"] < 2
+
+
 def test_captions_and_sizes(tmp_path, photos):
     """The trigger stands in front, dropout empties a keyed share, and size and corner are those of the upright picture."""
     cfg = Data(train_data_dir=str(photos), resolution=32, train_batch_size=2, trigger="sks", caption_dropout=0.5)
@@ -424,7 +438,7 @@ def picture(pipe, count=2):
     return np.concatenate([np.asarray(image) for image in images], 1) * 255
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd", "sd2", "sdxl"])
 def test_the_export_gives_the_pictures_of_the_run(tmp_path, built, photos, kind):
     """load_lora_weights, from the export, from a checkpoint and from the kohya form: the training-time sample."""
     more = {"lora__train_text_encoder": True, "lora__alpha": 7.0, "lora__use_rslora": True, "lora__kohya": True}
@@ -477,6 +491,34 @@ def test_loading_lines_run(tmp_path, built, photos):
     assert (tmp_path / "sample.png").exists()
 
 
+def test_an_autoencoder_of_ones_own(tmp_path, built, photos):
+    """The export of the task `vae` in the place of the checkpoint's: its latents, its pictures, its line to load."""
+    small = {
+        "vae.pretrained_model_name_or_path": built["sd"] / "vae",
+        "vae.disc_weight": 0.0,
+        "vae.learning_rate": 0.05,
+        "base.logger": "none",
+    }
+    size = {"data.resolution": 32, "data.train_batch_size": 4, "base.num_samples": 1, "base.max_train_steps": 6}
+    place = {"data.train_data_dir": photos, "base.output_dir": tmp_path / "vae"}
+    assert cli(tmp_path, *flags("vae", small | size | place)).code == 0
+    own = tmp_path / "vae" / "export"
+    more = {"lora__pretrained_vae_model_name_or_path": own, "lora__guidance_scale": 3.0, "lora__num_inference_steps": 4}
+    asked = {"lora__validation_prompts": ("a photo of sks dog", "the blue square")}
+    trained(tmp_path, built["sd"], photos, **more, **asked)
+    cfg = config(built["sd"], photos, pretrained_vae_model_name_or_path=str(own))
+    models = lora.make_models(cfg)
+    assert models["vae"].config.scaling_factor == AutoencoderKL.load_config(own)["scaling_factor"] != 0.5
+    wanted = shown(tmp_path / "out" / "samples" / "4.png", 32)
+    for theirs in (True, False):
+        other = {"vae": AutoencoderKL.from_pretrained(own)} if theirs else {}
+        pipe = DiffusionPipeline.from_pretrained(built["sd"], **other)
+        pipe.load_lora_weights(tmp_path / "out" / "export")
+        assert (np.abs(picture(pipe) - wanted).max() <= 1.01) == theirs
+    lines = (tmp_path / "out" / "checkpoint-4" / "load.py").read_text()
+    assert f"vae = AutoencoderKL.from_pretrained('{own}')" in lines and "vae=vae)" in lines
+
+
 @pytest.mark.skipif(not (SHARED / "dog").is_dir(), reason="the photographs of ../shared/data/dog are not here")
 def test_five_photographs(tmp_path, built):
     """Real captioned photographs, captions too long for the tiny encoder: said once."""
@@ -505,6 +547,8 @@ def test_five_photographs(tmp_path, built):
         ({"model": "flux"}, "is a FluxPipeline; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
         ({"model": "inpainting"}, "its UNet takes 9 channels, its VAE gives 4"),
         ({"lora__variant": "fp16"}, "--lora.variant fp16"),
+        ({"lora__pretrained_vae_model_name_or_path": "/dev/null"}, "/dev/null: not an autoencoder"),
+        ({"lora__pretrained_vae_model_name_or_path": "nobody/nothing"}, "nobody/nothing: not an autoencoder"),
         ({"data": "bare"}, "needs a caption for each picture and found none"),
         ({"data__caption_dropout": 1.5}, "--data.caption-dropout is 1.5"),
         ({"data__trigger": "{label}"}, "the pictures have no labels"),

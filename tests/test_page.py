@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 def run(tmp_path_factory):
     """A run of nine steps, continued after six, with grids at 3, 6 and 9."""
     folder = tmp_path_factory.mktemp("run")
-    every = {"base__sample_steps": 3, "base__checkpointing_steps": 3, "base__logging_steps": 1}
+    every = {"base__validation_steps": 3, "base__checkpointing_steps": 3, "base__logging_steps": 1}
     for steps in (6, 9):
         result = cli(folder, *tiny(folder, steps=steps, **every, data__trigger="</script><b>"))
         assert result.code == 0, result.err

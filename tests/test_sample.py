@@ -13,7 +13,7 @@ from warm import cli, tiny
 def run(tmp_path_factory):
     """A run of six steps, with grids and checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("run")
-    every = {"base__sample_steps": 3, "base__checkpointing_steps": 3, "base__num_samples": 4}
+    every = {"base__validation_steps": 3, "base__checkpointing_steps": 3, "base__num_samples": 4}
     result = cli(folder, *tiny(folder, **every))
     assert result.code == 0, result.err
     return folder / "out"

@@ -132,6 +132,8 @@ def test_imports_run_one_way():
         "tasks/diffusion": set(),
         "data": {"configs", "tasks"},
         "encode": {"configs", "data", "tasks"},
+        "validate": {"data", "tasks"},
+        "look": {"checkpoint", "configs", "data", "report", "tasks", "validate"},
         "checkpoint": {"configs", "tasks"},
         "report": {"checkpoint", "configs", "page", "tasks"},
         "device": {"configs", "report", "tasks"},

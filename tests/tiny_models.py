@@ -1,6 +1,6 @@
-"""Tiny Stable Diffusion and SDXL folders in the real format: real classes and a real CLIP tokenizer, random small weights.
+"""Tiny Stable Diffusion 1, 2 and XL folders in the real format: real classes and a real CLIP tokenizer, random small weights.
 
-    python tests/tiny_models.py FOLDER     writes FOLDER/sd and FOLDER/sdxl
+    python tests/tiny_models.py FOLDER     writes FOLDER/sd, FOLDER/sd2 and FOLDER/sdxl
 
 A picture of 32x32 is a latent of 4x8x8; a UNet has some ten thousand weights. Everything is seeded.
 """
@@ -38,8 +38,8 @@ def tokenizer(length: int = LENGTH, pad: str | None = None):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, **more)
 
 
-def text_encoder(words: int, width: int, projected: bool, seed: int):
-    """A CLIP text encoder of two layers; with a projection as SDXL's second one has."""
+def text_encoder(words: int, width: int, projected: bool, seed: int, act: str = "quick_gelu"):
+    """A CLIP text encoder of two layers; with a projection as SDXL's second one has, or with OpenCLIP's `gelu` as SD 2 has."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(seed)
@@ -51,6 +51,7 @@ def text_encoder(words: int, width: int, projected: bool, seed: int):
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
         projection_dim=width,
+        hidden_act=act,
         bos_token_id=words - 2,
         eos_token_id=words - 1,
         pad_token_id=words - 1,
@@ -75,14 +76,13 @@ def vae(seed: int):
     ).eval()
 
 
-def unet(context: int, pooled: int | None, seed: int):
+def unet(context: int, pooled: int | None, seed: int, **more):
     """A conditional UNet of two levels; with `pooled` the text and size conditioning of SDXL."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    more = {}
     if pooled:
-        more = {
+        more |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 4,
             "projection_class_embeddings_input_dim": pooled + 6 * 4,
@@ -95,25 +95,27 @@ def unet(context: int, pooled: int | None, seed: int):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=context,
-        attention_head_dim=4,
         norm_num_groups=4,
-        **more,
+        **{"attention_head_dim": 4} | more,
     ).eval()
 
 
 def build(folder: Path, kind: str = "sd", **scheduler: object) -> Path:
-    """A folder that `from_pretrained` opens: `sd` or `sdxl`. More settings go into its scheduler."""
+    """A folder that `from_pretrained` opens: `sd`, `sd2` or `sdxl`. More settings go into its scheduler."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+    second = kind == "sd2"  # heads by level, linear projections, attention in float32; predicts v
+    scheduler = ({"prediction_type": "v_prediction"} if second else {}) | scheduler
+    heads = {"attention_head_dim": (2, 4), "use_linear_projection": True, "upcast_attention": True} if second else {}
     settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
     ddim = DDIMScheduler(**settings | {"set_alpha_to_one": False, "steps_offset": 1} | scheduler)
     words, path = tokenizer(), folder / kind
-    if kind == "sd":
+    if kind in ("sd", "sd2"):
         StableDiffusionPipeline(
             vae=vae(0),
-            text_encoder=text_encoder(len(words), 16, False, 1),
+            text_encoder=text_encoder(len(words), 16, False, 1, "gelu" if second else "quick_gelu"),
             tokenizer=words,
-            unet=unet(16, None, 2),
+            unet=unet(16, None, 2, **heads),
             scheduler=ddim,
             safety_checker=None,
             feature_extractor=None,
@@ -139,5 +141,5 @@ def edit(path: Path, **values: object) -> None:
 
 
 if __name__ == "__main__":
-    for kind in ("sd", "sdxl"):
+    for kind in ("sd", "sd2", "sdxl"):
         print(build(Path(sys.argv[1]), kind))

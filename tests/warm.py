@@ -184,7 +184,7 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddp
         "base.output_dir": folder / out,
         "base.num_samples": 2,
         "base.logger": "none",
-        "base.sample_steps": 0,
+        "base.validation_steps": 0,
         "base.checkpointing_steps": 1000,
         "data.num_shapes": 24,
         "data.resolution": 8,

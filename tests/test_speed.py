@@ -1,0 +1,103 @@
+"""What makes a step quick changes no result, and nothing in a step waits for the device."""
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from warm import digest, flags, fork, tiny
+
+import configs
+import loop
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::equal"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function._schema.name not in WAITS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def command(folder, task, **more):
+    """A tiny run of any of the tasks, that logs, shows and saves at its end alone."""
+    settings = {"base__logging_steps": 100} | more
+    if task != "lora":
+        return tiny(folder, task=task, **settings)
+    given = tiny(folder, data__resolution=32, **settings)
+    own = given.index("--ddpm.model_config")  # two flags of the other task
+    model = tiny_models.build(folder / "model", "sd")
+    lora = {"lora.pretrained_model_name_or_path": model, "lora.num_inference_steps": 2, "data.encode_cache": "no"}
+    return [*flags("lora", lora), *given[1:own], *given[own + 4 :]]
+
+
+def in_fork(folder, function):
+    result = fork(function, folder).wait()
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("task", ["ddpm", "vae", "lora"])
+def test_nothing_waits(tmp_path, task):
+    """The third update as on a GPU, where verdicts are read late, from its loss to the next one's."""
+    module, cfg = configs.parse(command(tmp_path, task, steps=4))
+
+    def check():
+        guard, seen, mode = loop.Guard.__init__, [], NoWaiting()
+
+        def late(self, *arguments):
+            guard(self, *arguments)
+            self.now = False
+
+        def loss_fn(*arguments):
+            seen.append(arguments)
+            if len(seen) == 3:
+                mode.__enter__()
+            elif len(seen) == 4:
+                mode.__exit__(None, None, None)
+            yield from module.task.loss_fn(*arguments)
+
+        loop.Guard.__init__ = late
+        loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
+        assert len(seen) == 4
+
+    in_fork(tmp_path, check)
+
+
+def test_late_verdicts_name_their_step(tmp_path):
+    """A loss that is not finite is reported with its own step, though it is read at a later one."""
+    module, cfg = configs.parse(tiny(tmp_path, steps=6))
+
+    def check():
+        guard = loop.Guard.__init__
+
+        def late(self, *arguments):
+            guard(self, *arguments)
+            self.now = False
+
+        def loss_fn(models, batch, rng, cfg):
+            for loss in module.task.loss_fn(models, batch, rng, cfg):
+                yield dataclasses.replace(loss, value=loss.value * (torch.inf if batch["step"] == 2 else 1))
+
+        loop.Guard.__init__ = late
+        with pytest.raises(loop.NonFinite, match="at step 3"):
+            loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
+
+    in_fork(tmp_path, check)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_on_a_gpu(tmp_path):
+    """The same, as CUDA sees it."""
+    module, cfg = configs.parse(tiny(tmp_path, steps=4, base__logging_steps=100))
+    seen = []
+
+    def loss_fn(*arguments):
+        seen.append(arguments)
+        torch.cuda.set_sync_debug_mode("error" if len(seen) == 3 else "default")
+        yield from module.task.loss_fn(*arguments)
+
+    loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
+    assert len(seen) == 4 and digest(tmp_path / "out")
