@@ -146,6 +146,7 @@ def _title(chart: str) -> str:
         "lr": "Learning rate",
         "grad_norm": "Gradient norm",
         "pictures_per_second": "Pictures per second",
+        "data_wait": "Share of the time that waits for data",
         "validation": "Validation loss",
         "validation by timestep": "Validation loss by quarter of the timesteps",
         "ema_decay": "Decay of the averages",

@@ -1,0 +1,79 @@
+"""Write settings.md, the reference of every setting, from the dataclasses and the strings under their fields.
+
+python docs/settings.py
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import configs
+
+
+def explained(kind: type) -> dict[str, str]:
+    """Field of a dataclass -> the string under it."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    strings = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            strings[field.target.id] = " ".join(below.value.value.split())
+    return strings
+
+
+def shown(value: Any) -> str:
+    """A default as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def group(name: str, default: Any) -> str:
+    """The settings of one group, as a table."""
+    kind, lines = type(default), ["| setting | default | |", "|---|---|---|"]
+    hints, words = get_type_hints(kind, include_extras=True), explained(kind)
+    for field in fields(kind):
+        live = get_origin(hints[field.name]) is Annotated
+        choices = get_args(get_args(hints[field.name])[0] if live else hints[field.name])
+        named = f" One of {', '.join(choices)}." if choices and all(isinstance(choice, str) for choice in choices) else ""
+        text = words[field.name].replace("|", "\\|").replace("<", "&lt;") + named + ("" if live else " *Fixed for a run.*")
+        lines.append(f"| `{flag(name, field.name)}` | `{shown(getattr(default, field.name))}` | {text} |")
+    return "\n".join(lines)
+
+
+def flag(name: str, field: str) -> str:
+    """A setting as it is typed."""
+    return f"--{name}.{field}".replace("_", "-")
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [
+        "# Settings",
+        "Written by `python docs/settings.py` from the code. A setting marked *fixed for a run* cannot change when a run is\n"
+        "continued; all others may.",
+    ]
+    for name, default in (("base", configs.Base()), ("data", configs.Data())):
+        parts += [f"## {name}: {inspect.getdoc(default)}", group(name, default)]
+    for task, line in configs.task_names().items():
+        cfg = importlib.import_module(f"tasks.{task}").task.config()
+        parts += [f"## {task}: {line}", group(task, getattr(cfg, task))]
+        others = [
+            f"`{flag(name, field.name)}` is `{shown(given)}`"
+            for name, default in (("base", configs.Base()), ("data", configs.Data()))
+            for field in fields(default)
+            if (given := getattr(getattr(cfg, name), field.name)) != getattr(default, field.name)
+        ]
+        parts += [f"Unless told otherwise, {', '.join(others)}."] if others else []
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "settings.md").write_text(reference(), "utf-8")
