@@ -283,5 +283,8 @@ def _fill(path: Path, title: str, lead: str, body: str, data: dict[str, Any]) ->
         plotly=get_plotlyjs() if data["charts"] else "",
     )
     staged = path.with_name(f".{path.name}.writing")
-    staged.write_text(text, "utf-8")
-    os.replace(staged, path)
+    try:
+        staged.write_text(text, "utf-8")
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
