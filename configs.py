@@ -374,11 +374,15 @@ def parse(argv: list[str]) -> tuple[Any, Any]:
     return module, build(config, as_flags(settings, config) + flags, prog)
 
 
-def to_dict(cfg: Any, module: Any = None) -> dict[str, Any]:
-    """Nested plain settings: what run.json holds. A task outside tasks/ is named by its import path."""
-    name = getattr(module, "__name__", "")
-    head = {"task": name} if name and not name.startswith("tasks.") else {}
-    return head | json.loads(json.dumps(asdict(cfg)))
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Nested plain settings."""
+    return json.loads(json.dumps(asdict(cfg)))
+
+
+def run_file(cfg: Any) -> dict[str, Any]:
+    """What run.json holds: the settings, and the import path of a task outside tasks/."""
+    module = type(cfg).__module__
+    return ({} if module.startswith("tasks.") else {"task": module}) | to_dict(cfg)
 
 
 def changes(old: dict[str, Any], cfg: Any) -> list[str]:

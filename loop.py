@@ -157,9 +157,10 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # What every number became, said once. From here on there are files.
         report.open(state.step, total, source.found, identity["models"])
-        facts = identity | {"data": examples.fingerprint, "settings": configs.to_dict(cfg)}
+        settings = configs.to_dict(cfg)
+        facts = identity | {"module": type(cfg).__module__, "data": examples.fingerprint, "settings": settings}
         if accelerator.is_main_process:
-            checkpoint.write(out / "run.json", json.dumps(facts["settings"], indent=2) + "\n")
+            checkpoint.write(out / "run.json", json.dumps(configs.run_file(cfg), indent=2) + "\n")
         encodings = {k: e for k, e in task.encodings.items() if not any(trains(models[m]) for m in e.models if m in models)}
         for text in (*survey.remarks(accelerator, examples, out), *encode.remarks(examples, task.encodings, cfg)):
             report.say(text)

@@ -67,9 +67,8 @@ def main(settings: Settings) -> None:
         saved, facts = (folder, checkpoint.verify(folder)) if is_checkpoint else checkpoint.find(folder, "latest", warn)
     except checkpoint.Damaged as error:
         raise BadInput(f"{settings.folder}: not a valid checkpoint: {error}") from None
-    given = {group: values for group, values in facts["settings"].items() if group != "task"}
-    task = configs.find_task(facts["settings"].get("task", facts["task"])).task
-    cfg = configs.build(task.config, configs.as_flags(given, task.config), source=f"{saved}: ")
+    task = configs.find_task(facts.get("module", facts["task"])).task
+    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config), source=f"{saved}: ")
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
     cfg = replace(cfg, base=replace(cfg.base, logger=("none",)))
