@@ -107,7 +107,7 @@ def parsed(folder, argv):
 
 def test_there_are_commands():
     counts = {page.name: sum(name == page.name for name, _, _ in argument_lists()) for page in PAGES}
-    assert all(counts.values()) and sum(counts.values()) > 25, counts
+    assert all(count or page == "performance.md" for page, count in counts.items()) and sum(counts.values()) > 25, counts
 
 
 def test_links():
