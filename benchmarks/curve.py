@@ -15,6 +15,7 @@ from matplotlib import pyplot
 
 def main(out: str, svg: str) -> None:
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
     axes.semilogy([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="optimizer steps", ylabel="loss", title=Path(out).name)
