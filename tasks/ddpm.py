@@ -94,7 +94,9 @@ def scheduler(cfg: Config) -> Any:
     import diffusers
 
     kinds = {"dpm++": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
-    solver = {"algorithm_type": "sde-dpmsolver++", "thresholding": True}  # keeps the picture in [-1, 1], as the others do
+    # Thresholding keeps the picture in [-1, 1], as the others do. The clip of log SNR clips nothing: diffusers' own, minus
+    # infinity, would make its config invalid JSON.
+    solver = {"algorithm_type": "sde-dpmsolver++", "thresholding": True, "lambda_min_clipped": -20.0}
     return getattr(diffusers, kinds[cfg.ddpm.sampler])(
         num_train_timesteps=cfg.ddpm.ddpm_num_steps,
         beta_schedule=cfg.ddpm.ddpm_beta_schedule,
