@@ -445,6 +445,7 @@ def test_digits(tmp_path):
         "base.max_train_steps=2",
         "data.resolution=8",
         "data.split=test",
+        "data.validation_split=None",
         "vae.disc_start=1",
         "base.logger=none",
         "vae.disc_layers=1",
