@@ -140,7 +140,7 @@ class Data:
     """Where downloads and prepared data sets are kept. None: the library's own place."""
     max_train_samples: Live[int | None] = None
     """Train on as many pictures, spread evenly over the set. None: all."""
-    num_shapes: int = 3072
+    num_shapes: int = 2560
     """Pictures in the embedded `shapes`."""
     image_column: Live[str | None] = None
     """Column of pictures. None: found by its type."""

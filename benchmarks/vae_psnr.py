@@ -1,6 +1,6 @@
 """How well an autoencoder keeps pictures it was not trained on: PSNR, SSIM, and the deviation of its scaled latents.
 
-python benchmarks/vae_psnr.py runs/vae/export     of the embedded shapes, those beyond the first 4096
+python benchmarks/vae_psnr.py runs/vae/export     of the embedded shapes, those beyond the training set
 """
 
 import sys

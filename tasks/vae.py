@@ -60,7 +60,7 @@ class Settings:
     downloaded once; 0 goes without."""
     disc_weight: float = 0.5
     """Weight of the discriminator against the autoencoder; 0: none is trained."""
-    disc_start: Live[int] = 1000
+    disc_start: Live[int] = 600
     """Optimizer steps before the discriminator begins: enough for a fair reconstruction, such as 50000 on photographs."""
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     """The discriminator's loss."""
