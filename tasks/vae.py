@@ -60,7 +60,7 @@ class Settings:
     downloaded once; 0 goes without."""
     disc_weight: float = 0.5
     """Weight of the discriminator against the autoencoder; 0: none is trained."""
-    disc_start: Live[int] = 600
+    disc_start: Live[int] = 1000
     """Optimizer steps before the discriminator begins: enough for a fair reconstruction, such as 50000 on photographs."""
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     """The discriminator's loss."""
@@ -105,7 +105,7 @@ class Settings:
 class Config:
     """Settings of a run of this task."""
 
-    base: Base = field(default_factory=lambda: Base(num_epochs=3.0))
+    base: Base = field(default_factory=lambda: Base(num_epochs=4.0))
     data: Data = field(default_factory=lambda: Data(resolution=64, train_batch_size=8))
     vae: Settings = field(default_factory=Settings)
 
