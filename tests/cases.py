@@ -1219,7 +1219,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {  # what -> settin
     "seed": ({"base__seed": 7}, ("--base.seed was 0 and is now 7",)),
     "resolution": ({"data__resolution": 16}, ("--data.resolution was 8 and is now 16",)),
     "objective": ({"ddpm__prediction_type": "epsilon"}, ("was 'sample' and is now 'epsilon'",)),
-    "loss weight": ({"ddpm__snr_gamma": 5.0}, ("--ddpm.snr-gamma was None and is now 5.0",)),
+    "loss weight": ({"ddpm__snr_gamma": 5.0}, ("--ddpm.snr-gamma was 1.0 and is now 5.0",)),
     "noise schedule": ({"ddpm__ddpm_beta_schedule": "linear"}, ("was 'squaredcos_cap_v2' and is now 'linear'",)),
     "averages": ({"base__use_ema": False}, ("--base.use-ema was True and is now False",)),
     "crop": ({"data__center_crop": True}, ("--data.center-crop was False and is now True",)),

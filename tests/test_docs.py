@@ -71,6 +71,7 @@ def small(folder, cfg):
     }
     if data.train_data_dir is None:
         settings["data.dataset_name"] = "shapes"
+        settings["data.validation_split"] = None
     if task == "lora":
         settings |= {"lora.pretrained_model_name_or_path": "sd", "lora.num_inference_steps": 2, "lora.variant": None}
     elif task == "vae":
