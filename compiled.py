@@ -1,9 +1,8 @@
 """What trains, compiled (`--base.compile`): how, what it costs at the start, and after how many steps that is repaid.
 
 `module.compile()` leaves the names of the weights alone, so checkpoints and exports know nothing of it. Fused kernels sum in
-another order, which AdamW enlarges where gradients are near zero: a run with it ends close to one without, not in the same bits
-(docs/performance.md has the distance), and repeats itself as any other. Samples, validation and exports run plain: their shapes
-would each be compiled anew.
+another order: a run with it ends close to one without, not in the same bits (docs/performance.md has the distance). Samples,
+validation and exports run plain: their shapes would each be compiled anew.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ class Base:
     mixed_precision: Live[Literal["auto", "no", "fp16", "bf16"]] = "auto"
     """auto: bf16 where the hardware computes it, else no."""
     compile: Live[bool] = False
-    """Compile what trains, by torch.compile: quicker steps after a start that says what it cost and when it is repaid. The
-    weights are those of a run without it to rounding."""
+    """Compile what trains, by torch.compile: quicker steps after a start that says what it cost and when it is repaid. Sums
+    have another order: the weights end close to those of a run without it, not equal to them."""
     gradient_checkpointing: Live[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_grad_norm: Live[float] = 1.0

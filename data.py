@@ -41,6 +41,7 @@ class Source:
     name: Callable[[int], str]
     """Row -> what to call it in a message."""
     captions: list[list[str]] | None
+    """Of each row; empty where it has none, which is trained on as the empty one."""
     labels: list[int] | None
     found: str
     """One line: what was found where."""
@@ -195,11 +196,11 @@ def _open_rows(cfg: Data, setting: str = "split") -> Source:
 
     captions, source = None, caption
     if caption is not None:
-        captions = [[c] if isinstance(c, str) else [str(x) for x in c or [""]] for c in rows[caption]]
+        captions = [[c] if isinstance(c, str) else [str(x) for x in c or ()] for c in rows[caption]]
     elif cfg.train_data_dir is not None:
         beside = [Path(name(row)).with_suffix(".txt") for row in range(len(rows))]
         if any(path.is_file() for path in beside):
-            captions = [[path.read_text("utf-8").strip() if path.is_file() else ""] for path in beside]
+            captions = [[path.read_text("utf-8").strip()] if path.is_file() else [] for path in beside]
             source = "the .txt beside each picture"
     labels, names = None, None
     if label is not None:
@@ -250,9 +251,10 @@ def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
             raise BadInput(
                 f"--data.trigger is {cfg.trigger!r}, and the pictures have no labels; --data.label-column names them"
             )
-        captions, labels = source.captions or [[""]] * source.size, source.labels or [0] * source.size
+        captions, labels = source.captions or [[]] * source.size, source.labels or [0] * source.size
         front = [cfg.trigger.replace("{label}", (source.classes or [""])[label]) for label in labels]
-        source = replace(source, captions=[[f"{f} {t}".strip() for t in ts] for f, ts in zip(front, captions, strict=True)])
+        made = [[f"{f} {t}".strip() for t in ts or [""]] for f, ts in zip(front, captions, strict=True)]
+        source = replace(source, captions=made)
     for column, there in (("caption", source.captions), ("label", source.labels)):
         if column in needs and there is None:
             raise BadInput(
@@ -273,7 +275,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: a floating-point picture that is negative or not finite.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
         x = np.asarray(image).astype(np.float64)
         if not np.isfinite(x).all() or x.min() < 0:
@@ -283,7 +285,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -303,6 +305,9 @@ def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set made ready.
+
+RESIDENT = 0.1
+"""Share of a GPU's memory that the decoded set may take, so that only the places of the cuts travel in a step."""
 
 Reader = Callable[[Iterable[str]], dict[str, Tensor]]
 """The marks of B values -> the columns that stand in their place, [B, ...] each."""
@@ -329,6 +334,7 @@ class Examples(torch.utils.data.Dataset):
         self.cache: Tensor | list[Tensor] | None = []
         self.marks = np.zeros((source.size, 16), np.uint8)  # a hash of each picture's pixels
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
+        self.resident: Tensor | None = None  # the decoded set on the device
         self.facts: list[Any] = []
         self.broken: list[str] = []
         kept, self.bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
@@ -420,7 +426,7 @@ class Examples(torch.utils.data.Dataset):
         """One of each row's captions, or the empty one."""
         if self.source.captions is None:
             return None
-        texts = (self.source.captions[row] for row in rows.tolist())
+        texts = (self.source.captions[row] or [""] for row in rows.tolist())
         return ["" if d else t[int(u * len(t))] for t, u, d in zip(texts, choice.tolist(), dropped.tolist(), strict=True)]
 
     def _batch(
@@ -431,6 +437,9 @@ class Examples(torch.utils.data.Dataset):
         corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
         if "pixel_values" in encoded:
             x = encoded["pixel_values"]([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
+        elif self.resident is not None and crop is not None:
+            whole = self.resident.shape[-2:] == (self.cfg.resolution,) * 2  # cut when it was decoded
+            x = {"window": torch.cat([rows[:, None], corner * (not whole), flip[:, None]], 1)}  # [B, 4], for `ready`
         else:
             x = {"pixel_values": torch.where(flip[:, None, None, None], (cut := self._cut(rows, corner)).flip(-1), cut)}
         # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
@@ -460,7 +469,7 @@ class Examples(torch.utils.data.Dataset):
         None where they cannot be listed: pictures that are cut at random.
         """
         if column == "caption" and self.source.captions is not None:
-            texts = {text for several in self.source.captions for text in several}
+            texts = {text for several in self.source.captions for text in several or [""]}
             if self.cfg.caption_dropout:
                 texts.add("")
             return {content_hash(text): functools.partial(str, text) for text in texts}
@@ -480,6 +489,21 @@ class Examples(torch.utils.data.Dataset):
         self.encoded[column] = read
         if column == "pixel_values":
             self.cache = None  # `fixed` reads the few that it shows
+
+    def reside(self, device: torch.device, share: float = RESIDENT) -> bool:
+        """Keep the decoded set on a GPU too, where it takes at most this share of its memory; returns whether it is there."""
+        room = torch.cuda.get_device_properties(device).total_memory * share if device.type == "cuda" else 0
+        if isinstance(self.cache, Tensor) and self.cache.nbytes <= room:
+            self.resident = self.cache.to(device)
+        return self.resident is not None
+
+    def ready(self, batch: Batch, device: Any) -> Batch:
+        """The batch on the device, its pictures float32 in [-1, 1]."""
+        batch = to_device(batch, device)
+        if "window" in batch:
+            cut = cut_out(self.resident, batch.pop("window"), self.cfg.resolution)
+            batch = to_device({"pixel_values": cut}, device) | batch
+        return batch
 
     def stream(self, first: int, stride: int) -> Iterator[Batch]:
         """The endless stream of one process: a batch from example `first` on, then one every `stride` examples."""
@@ -509,6 +533,14 @@ class Fixed:
 
     def __iter__(self) -> Iterator[Batch]:
         return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count))
+
+
+def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:
+    """Squares [B, C, side, side] of pictures [N, C, H, W]; window [B, 4] has row, top, left, and whether to mirror."""
+    row, top, left, flip = (x[:, None, None, None] for x in window.unbind(1))
+    across = torch.arange(side, device=pictures.device)
+    channel = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
+    return pictures[row, channel, top + across[:, None], left + torch.where(flip > 0, side - 1 - across, across)]
 
 
 def content_hash(*parts: Any) -> str:

@@ -103,7 +103,9 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     accelerator = make_accelerator(base, out)
     device, report = accelerator.device, Report(accelerator, out, cfg)
     memory = look.Memory(cfg, device)
-    with checkpoint.lock(out, accelerator), closing(report), memory, Signals(accelerator) as signals:
+    stands = lambda saved: report.say(f"saved {saved}; {saved}/load.py loads it")  # noqa: E731
+    saves = checkpoint.Saves(accelerator, out, base.checkpoints_total_limit, stands)
+    with checkpoint.lock(out, accelerator), closing(report), saves, memory, Signals(accelerator) as signals:
         # The data set, the checkpoint to continue from, and how far there is to go.
         source = data.open_source(cfg.data, task.needs)
         found = checkpoint.on_main(accelerator, lambda: checkpoint.find(out, base.resume_from_checkpoint, report.say))
@@ -168,9 +170,11 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         moved(models, idle, "cpu")
         first = examples[range(size)]
         report.say(look.introduce(accelerator, cfg, source.found, models, first, state, total))
+        if examples.reside(device):
+            report.say(f"the decoded pictures stay on {device}")
         meter = Meter(accelerator, len(optims) > 1)
         guard = Guard(accelerator, state, base.max_skipped_updates, examples.source.name)
-        ready = lambda batch: encode.encode(encodings, models, data.to_device(batch, device), cfg)  # noqa: E731
+        ready = lambda batch: encode.encode(encodings, models, examples.ready(batch, device), cfg)  # noqa: E731
         once = functools.partial(rehearse, accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
         # DDP orders its gradient buckets anew after its first backward pass, and the order of a sum of three or more changes
         # its last bits: after this pass every life of a run sums alike.
@@ -188,7 +192,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         def save() -> Path:
             guard.read()
             now = {"examples": state.examples, "skipped": state.skipped}
-            return checkpoint.save(accelerator, out, state.step, facts | now, export, base.checkpoints_total_limit)
+            return saves.save(state.step, facts | now, export)
 
         def losses(batch: Batch, rng: Rng, models: Models = models) -> Iterator[Loss]:
             return autocast(accelerator, task.loss_fn(models, ready(batch) | {"step": state.step}, rng, cfg))
@@ -245,10 +249,11 @@ def run(task: Task, cfg: Any) -> TrainState | None:
                 show()
             if due or state.step % base.checkpointing_steps == 0:
                 saved = save()
-                report.say(f"step {state.step}: saved {saved}")
+        saves.settle()
         if code := signals.agreed():
             if saved is None or saved.name != f"checkpoint-{state.step}":
                 saved = save()
+                saves.settle()
             report.say(f"stopped by a signal after step {state.step}; saved {saved}; the same command continues")
             raise SystemExit(code)
 

@@ -108,7 +108,8 @@ class Report:
     def images(self, images: Images, step: int) -> None:
         """Each set of pictures as a PNG grid in samples/, and to the trackers."""
         paths = save_grids(images, self.out / "samples" / str(step))
-        self.say(f"step {step}: drew {', '.join(map(str, paths))}")
+        if paths:
+            self.say(f"step {step}: drew {', '.join(map(str, paths))}")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
     cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config), source=f"{saved}: ")
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
-    cfg = replace(cfg, base=replace(cfg.base, logger=("none",)))
+    cfg = replace(cfg, base=replace(cfg.base, logger=("none",), push_to_hub=False, compile=False))
     out = folder.parent if is_checkpoint else folder
     name = f"{facts['step']}-seed-{seed}-num-{num}.png"
     to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name

@@ -50,7 +50,9 @@ class Survey:
     cropped: list[float]
     """Mean and largest share of a picture's area that is outside the square."""
     captions: list[int] | None
-    """Different ones, and pictures whose caption is missing or empty."""
+    """Different ones, and pictures that have none."""
+    empty: int
+    """Pictures whose caption is empty."""
     labels: dict[str, int] | None
     """Class -> pictures."""
     exact: list[list[str]]
@@ -126,7 +128,7 @@ def survey(examples: data.Examples) -> Survey:
     named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
     captions = labels = None
     if source.captions is not None:
-        captions = [len({t for texts in source.captions for t in texts}), sum(not any(texts) for texts in source.captions)]
+        captions = [len({t for texts in source.captions for t in texts if t}), source.captions.count([])]
     if source.labels is not None:
         names = source.classes or []
         labels = {names[label]: count for label, count in sorted(Counter(source.labels).items())}
@@ -142,6 +144,7 @@ def survey(examples: data.Examples) -> Survey:
         small=int((size.amin(1) < side).sum()),
         cropped=[lost.mean().item(), lost.max().item()],
         captions=captions,
+        empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
         exact=named(exact),
         near=named((i, j) for j, i in sorted(near.items())),
@@ -158,8 +161,8 @@ def whole(found: Survey) -> Iterator[str]:
     yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in found.modes.items())}"
     yield f"too small   {found.small:,} are enlarged to {found.resolution}"
     yield f"cropped     {found.cropped[0]:.0%} of a picture on average, {found.cropped[1]:.0%} at most"
-    captions = "{:,} different, {:,} pictures without one".format(*found.captions) if found.captions else "none"
-    yield f"captions    {captions}"
+    captions = "{:,} different; {:,} pictures have none".format(*found.captions) if found.captions else "none"
+    yield f"captions    {captions}{f', of {found.empty:,} it is empty' if found.empty else ''}"
     labels = [f"{name} {count:,}" for name, count in (found.labels or {}).items()]
     more = f", and {len(labels) - 20:,} more" if len(labels) > 20 else ""
     yield f"labels      {', '.join(labels[:20]) + more or 'none'}"
@@ -182,6 +185,8 @@ def notable(found: Survey) -> Iterator[str]:
         yield f"{found.cropped[0]:.0%} of the pictures' area is cropped away"
     if found.captions and found.captions[1]:
         yield f"{found.captions[1]:,} of {found.pictures:,} pictures have no caption"
+    if found.empty:
+        yield f"{found.empty:,} of {found.pictures:,} pictures have an empty caption"
     for kind, pairs in (("the same as", found.exact), ("much like", found.near)):
         if 0 < len(pairs) < found.pictures / 4:  # where most are alike, as drawn shapes are, that is what the set is
             yield f"{len(pairs):,} of {found.pictures:,} pictures are {kind} an earlier one{examples_of(pairs)}"

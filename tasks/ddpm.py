@@ -30,7 +30,7 @@ class Settings:
     """The model and its objective."""
 
     model_config: Live[str | None] = None
-    """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 32x32 on a CPU."""
+    """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 16x16 on a CPU."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
     """What the model predicts: the noise, the clean picture (best where training is short), or v."""
     snr_gamma: float | None = 1.0

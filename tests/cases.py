@@ -841,7 +841,7 @@ def resign(folder: Path, name: str) -> None:
     """Have the manifest agree with a file as it is now, as somebody who means harm would."""
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "manifest.json").read_text())
-    sign(folder, files=manifest["files"] | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+    sign(folder, files=manifest["files"] | {name: {"size": len(content), "xxh3": checkpoint._xxh3(folder / name)}})
 
 
 def forget(folder: Path, name: str) -> None:

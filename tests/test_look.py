@@ -139,7 +139,7 @@ def test_a_check_says_it_all(tmp_path, pictures):
         "modes       RGB 16, L 1, RGBA 1",
         "1 are enlarged to 32",
         "cropped     3% of a picture on average, 50% at most",
-        "captions    3 different, 11 pictures without one",
+        "captions    2 different; 7 pictures have none, of 4 it is empty",
         "labels      none",
         "exact twins 1 (such as ",
         "near twins  1 (such as ",
@@ -167,7 +167,8 @@ def test_broken_pictures(tmp_path, pictures):
 def test_a_run_says_what_is_worth_it_and_keeps_it(tmp_path, pictures):
     flags = looking(tmp_path, pictures, steps=2)
     said = ran(tmp_path, *flags).err
-    assert "warning: 1 of 18 pictures are smaller than 32" in said and "warning: 11 of 18 pictures have no caption" in said
+    assert "warning: 1 of 18 pictures are smaller than 32" in said and "warning: 7 of 18 pictures have no caption" in said
+    assert "warning: 4 of 18 pictures have an empty caption" in said
     assert said.count("an earlier one") == 2
     kept = tmp_path / "out" / "check.json"
     found = json.loads(kept.read_text())

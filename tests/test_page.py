@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     for steps in (6, 9):
         result = cli(folder, *tiny(folder, steps=steps, **every, data__trigger="</script><b>"))
         assert result.code == 0, result.err
-    assert "step 9: saved" in result.err and "step 9: drew" in result.err
+    assert "checkpoint-9; " in result.err and "step 9: drew" in result.err
     with open(folder / "out" / "metrics.jsonl", "a") as file:
         for key in ("loss", "loss_ema", "q1", "q2", "q3", "q4"):
             file.write(json.dumps({"step": 9, f"validation/{key}": 0.5}) + "\n")

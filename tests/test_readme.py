@@ -1,6 +1,7 @@
 """What the README shows works as it stands there."""
 
 import re
+import tomllib
 
 from warm import ROOT, checkpoints, cli, tiny
 
@@ -28,6 +29,14 @@ def test_a_task_of_your_own(tmp_path):
     assert drawn.code == 0 and (tmp_path / "two.png").exists(), drawn.err
     listed = cli(tmp_path, "flow", "--help")
     assert listed.code == 0 and "--flow.learning-rate" in listed.out
+
+
+def test_everything_is_installed():
+    """What `pip install -e .` makes importable from any folder is every module and package at the top."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert sorted(listed["py-modules"]) == sorted(path.stem for path in ROOT.glob("*.py"))
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"benchmarks", "tests"}
+    assert set(listed["packages"]) == packages
 
 
 def test_its_size():

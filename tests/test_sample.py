@@ -1,9 +1,11 @@
 """`python loop.py sample`: the pictures of a run, drawn again from what it saved."""
 
+import json
 import shutil
 
 import pytest
 import tiny_models
+from cases import sign
 from test_lora import command, draw_photos
 from test_settings import refused
 from warm import cli, tiny
@@ -32,6 +34,17 @@ def test_the_same_bits(tmp_path, run):
     shutil.copytree(run / "checkpoint-3", tmp_path / "alone")
     drawn = cli(tmp_path, "sample", "alone", "--to", "alone.png", "--seed", "1")
     assert drawn.code == 0 and (tmp_path / "alone.png").read_bytes() not in (before, last), drawn.err
+
+
+def test_what_the_run_did_beside_drawing_is_not_asked_for(tmp_path, run):
+    """A run that compiled, uploaded and had a tracker is drawn from without compiler, login and tracker."""
+    shutil.copytree(run, tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoint-6"
+    settings = json.loads((saved / "manifest.json").read_text())["settings"]
+    settings["base"] |= {"compile": True, "push_to_hub": True, "logger": ["wandb"]}
+    sign(saved, settings=settings)
+    drawn = cli(tmp_path, "sample", "run", "--to", "drawn.png", env={"CXX": "no-such-compiler", "HF_TOKEN": ""})
+    assert drawn.code == 0 and (tmp_path / "drawn.png").read_bytes() == (run / "samples/6.png").read_bytes(), drawn.err
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, run):
