@@ -80,31 +80,32 @@ def difference_hash(thumbs: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(thumbs: np.ndarray) -> np.ndarray:
-    """Pairs (i, j), i < j, of pictures that look alike, [P, 2]: hashes within NEAR_BITS bits, and colours within NEAR_LEVELS
-    levels on average. thumbs [N, 8, 9, 3].
+    """For each picture that looks like an earlier one such a pair (earlier, this), [P, 2]: hashes within NEAR_BITS bits, and
+    colours within NEAR_LEVELS levels on average. thumbs [N, 8, 9, 3].
 
     Of hashes at most 3 bits apart, at least one of four 16-bit bands is equal: only pictures that share a band are compared,
-    and of those that do, each with the NEIGHBOURS that come next in the order of hash and brightness. So it takes time
-    proportional to N log N, and of a thousand pictures that look all alike the chain is found rather than every pair.
+    and of those that do, each with the NEIGHBOURS that come next in the order of hash and brightness. A picture that was
+    found to be like an earlier one is compared no more, so where all look alike it takes neither longer nor more memory.
     """
-    hashes, brightness = difference_hash(thumbs), thumbs.reshape(len(thumbs), -1).mean(1)
-    found = [np.zeros(0, np.int64)]
+    hashes, brightness = difference_hash(thumbs), thumbs.reshape(len(thumbs), -1).mean(1, dtype=np.float32)
+    earlier = np.full(len(thumbs), -1)
     for band in range(NEAR_BITS + 1):
-        key = hashes >> np.uint64(16 * band) & np.uint64(0xFFFF)
+        key = (hashes >> np.uint64(16 * band) & np.uint64(0xFFFF)).astype(np.uint16)
         order = np.lexsort((brightness, hashes, key))
         for apart in range(1, min(NEIGHBOURS + 1, len(order))):
-            i, j = order[:-apart], order[apart:]
-            shares = key[i] == key[j]
-            if not shares.any():
+            shares = np.flatnonzero(key[order[:-apart]] == key[order[apart:]])
+            if not len(shares):
                 break
-            i, j = i[shares], j[shares]
-            close = np.bitwise_count(hashes[i] ^ hashes[j]) <= NEAR_BITS
+            i, j = np.sort([order[shares], order[shares + apart]], 0)
+            close = (earlier[j] < 0) & (np.bitwise_count(hashes[i] ^ hashes[j]) <= NEAR_BITS)
             close &= np.abs(brightness[i] - brightness[j]) <= NEAR_LEVELS
-            found.append(np.minimum(i, j)[close] * len(thumbs) + np.maximum(i, j)[close])
-    pairs = np.stack(np.divmod(np.unique(np.concatenate(found)), len(thumbs)), 1)  # [P, 2]
-    blocks = (pairs[k : k + 4096] for k in range(0, len(pairs), 4096))  # so that no block fills the memory
-    apart = [np.abs(thumbs[i].astype(np.int16) - thumbs[j]).mean((1, 2, 3)) for i, j in (part.T for part in blocks)]
-    return pairs[np.concatenate([np.zeros(0), *apart]) <= NEAR_LEVELS]
+            close = np.flatnonzero(close)
+            for some in np.split(close, range(4096, len(close), 4096)):  # so that no block fills the memory
+                x, y = thumbs[i[some]].astype(np.int16), thumbs[j[some]]
+                some = some[np.abs(x - y).mean((1, 2, 3)) <= NEAR_LEVELS]
+                earlier[j[some]] = i[some]
+    found = np.flatnonzero(earlier >= 0)
+    return np.stack([earlier[found], found], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,14 +118,12 @@ def survey(examples: data.Examples) -> Survey:
     size, room = (x.double() for x in examples.sizes.unbind(1))  # [N, 2] each, height and width
     spread = lambda x: [x.min().item(), x.median().item(), x.max().item()]  # noqa: E731
     lost = 1 - side**2 / (room + side).prod(1)  # [N]
-    first: dict[bytes, int] = {}  # a hash of the pixels -> the row that had it first
-    exact = [(i, row) for row, mark in enumerate(examples.marks) if (i := first.setdefault(mark.tobytes(), row)) != row]
-    again = {row for _, row in exact}
+    _, first, same = np.unique(examples.marks.view("V16")[:, 0], return_index=True, return_inverse=True)
+    first = first[same]  # row -> the first one with its pixels
+    exact = [(int(first[row]), int(row)) for row in np.flatnonzero(first != np.arange(len(first)))]
+    unique = np.flatnonzero(first == np.arange(len(first)))
     modes, thumbs = zip(*examples.facts, strict=True)
-    near: dict[int, int] = {}  # row -> the first one that it looks like
-    for i, j in near_pairs(np.stack(thumbs)).tolist():
-        if i not in again and j not in again:
-            near.setdefault(j, i)
+    near = unique[near_pairs(np.stack([thumbs[row] for row in unique]))].tolist()
     named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
     captions = labels = None
     if source.captions is not None:
@@ -147,7 +146,7 @@ def survey(examples: data.Examples) -> Survey:
         empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
         exact=named(exact),
-        near=named((i, j) for j, i in sorted(near.items())),
+        near=named(near),
     )
 
 
