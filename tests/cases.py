@@ -281,8 +281,8 @@ def killed_at_random(seed: int, folder: Path) -> str:
     return "ended before" if ended else "inside a save" if inside else "elsewhere"
 
 
-def power_cut(out: Path, point: int, record: Path) -> Callable[[], None]:
-    """Patch: the power fails at event number `point` after the first save began.
+def power_cut(out: Path, point: int, record: Path, power: bool = True) -> Callable[[], None]:
+    """Patch: the power fails at event number `point` after the first save began; without `power`, the process is killed there.
 
     An event is an open for writing, a flush, a rename, a new or a removed file or folder. At the cut, the worst that a file
     system may do is done: what was not flushed is cut to half, a rename whose folder was not flushed has not happened.
@@ -297,10 +297,10 @@ def power_cut(out: Path, point: int, record: Path) -> Callable[[], None]:
 
         def cut() -> None:
             state["over"] = True
-            for source, target in renames:
+            for source, target in renames if power else ():
                 if source.endswith(".saving"):
                     os.rename(target, source)
-            for path in out.glob("*checkpoint-*/**/*"):
+            for path in out.glob("*checkpoint-*/**/*") if power else ():
                 if path.is_file() and identity(path) not in flushed:
                     os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -361,7 +361,7 @@ def before(folder: Path, kept: int | None, steps: int) -> list[str]:
     return saving(folder, limit=kept or None, steps=steps)
 
 
-@row("kill at every point", sample=10)
+@row("kill at every point", sample=11)
 def kill_at_every_point() -> Iterator[tuple[str, Case]]:
     for kept, steps in ((0, 1), (1, 3), (2, 4), (None, 4)):
         folder = Path(tempfile.mkdtemp(dir=STORE))
@@ -369,15 +369,16 @@ def kill_at_every_point() -> Iterator[tuple[str, Case]]:
         record.touch()
         ends([start(folder, *before(folder, kept, steps), patch=power_cut(folder / "out", -1, record))], 0)
         for point, event in enumerate(record.read_text().splitlines()):
-            name = f"{'all' if kept is None else kept} kept, {point}: {event}"
-            yield name, functools.partial(killed_at_point, kept, steps, point)
+            for power in (True, False):
+                name = f"{'all' if kept is None else kept} kept, {point}: {event}, {'power cut' if power else 'killed'}"
+                yield name, functools.partial(killed_at_point, kept, steps, point, power)
 
 
-def killed_at_point(kept: int | None, steps: int, point: int, folder: Path) -> str:
-    """The power fails at one point of a save, a prune or the publishing."""
+def killed_at_point(kept: int | None, steps: int, point: int, power: bool, folder: Path) -> str:
+    """The power fails, or the process alone, at one point of a save, a prune or the publishing."""
     flags, out, record = before(folder, kept, steps), folder / "out", folder / "events"
     record.touch()
-    process = start(folder, *flags, patch=power_cut(out, point, record))
+    process = start(folder, *flags, patch=power_cut(out, point, record, power))
     result = process.wait()
     assert result.code == -signal.SIGKILL, f"{result.code}: {result.err}"
     stood = valid(out)
