@@ -371,9 +371,10 @@ class Examples(torch.utils.data.Dataset):
         for row in rows:
             try:
                 image, raw = self.source.read(row)
+                fact = inspect(image)  # first: it may have the file decoded at a smaller scale
                 x, size = pixels(image, self.cfg)
                 what, mark = hashlib.blake2b(raw, digest_size=16).digest(), content_hash(x.shape, x.numpy().data)
-                found.append((x, size, what, bytes.fromhex(mark), inspect(image)))
+                found.append((x, size, what, bytes.fromhex(mark), fact))
             except Exception as error:  # whatever a decoder throws at a broken file
                 found.append((None, " ".join(str(error).split()) or type(error).__name__, b"", b"", None))
         return found

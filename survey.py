@@ -7,6 +7,7 @@ Every run looks at each picture while it decodes them all, and says at its start
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import checkpoint
@@ -65,10 +66,18 @@ class Survey:
 # One picture, and pairs of them.
 
 
-def inspect(image: Image.Image) -> tuple[str, np.ndarray]:
-    """A decoded picture's mode, and itself as 8 x 9 pixels, [8, 9, 3] uint8."""
-    rgb = image if image.mode in ("RGB", "L") else data.to_rgb(image)
-    return image.mode, np.asarray(rgb.resize((9, 8), Image.Resampling.BOX).convert("RGB"))
+def inspect(image: Image.Image, side: int | None = None) -> tuple[str, tuple[int, int], np.ndarray]:
+    """A picture's mode, its height and width upright, and itself as 8 x 9 pixels, [8, 9, 3] uint8.
+
+    With `side`, where nothing is trained on what is decoded, a JPEG is decoded at half, a quarter or an eighth of its size, as
+    long as `side` pixels are left.
+    """
+    mode, size = image.mode, image.size[::-1]
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    if side is not None:
+        image.draft(mode, (side, side))
+    rgb = data.to_rgb(image)
+    return mode, size[::-1] if turned else size, np.asarray(rgb.resize((9, 8), Image.Resampling.BOX))
 
 
 def difference_hash(thumbs: np.ndarray) -> np.ndarray:
@@ -115,14 +124,14 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
 def survey(examples: data.Examples) -> Survey:
     """The numbers of a set whose pictures were inspected when they were decoded."""
     source, side = examples.source, examples.cfg.resolution
-    size, room = (x.double() for x in examples.sizes.unbind(1))  # [N, 2] each, height and width
-    spread = lambda x: [x.min().item(), x.median().item(), x.max().item()]  # noqa: E731
-    lost = 1 - side**2 / (room + side).prod(1)  # [N]
+    modes, sizes, thumbs = zip(*examples.facts, strict=True)
+    size = np.array(sizes)  # [N, 2], height and width
+    spread = lambda x: [float(x.min()), float(np.median(x)), float(x.max())]  # noqa: E731
+    lost = 1 - size.min(1) / size.max(1)  # [N]
     _, first, same = np.unique(examples.marks.view("V16")[:, 0], return_index=True, return_inverse=True)
     first = first[same]  # row -> the first one with its pixels
     exact = [(int(first[row]), int(row)) for row in np.flatnonzero(first != np.arange(len(first)))]
     unique = np.flatnonzero(first == np.arange(len(first)))
-    modes, thumbs = zip(*examples.facts, strict=True)
     near = unique[near_pairs(np.stack([thumbs[row] for row in unique]))].tolist()
     named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
     captions = labels = None
@@ -140,8 +149,8 @@ def survey(examples: data.Examples) -> Survey:
         height=spread(size[:, 0]),
         aspect=spread(size[:, 1] / size[:, 0]),
         modes=dict(Counter(modes).most_common()),
-        small=int((size.amin(1) < side).sum()),
-        cropped=[lost.mean().item(), lost.max().item()],
+        small=int((size.min(1) < side).sum()),
+        cropped=[float(lost.mean()), float(lost.max())],
         captions=captions,
         empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
@@ -227,7 +236,8 @@ def check(task: Task, cfg: Any) -> None:
             continue
         opened = replace(cfg.data, skip_broken=True, memory_budget=0)
         with tqdm(total=part.size, desc=title, unit="picture", disable=None) as bar:
-            examples = data.Examples(part, opened, cfg.base.seed, bar.update, inspect)
+            look = functools.partial(inspect, side=cfg.data.resolution)
+            examples = data.Examples(part, opened, cfg.base.seed, bar.update, look)
         print(f"{title}: {part.found}", *whole(survey(examples)), *encode.remarks(examples, task.encodings, cfg), sep="\n")
         broken += examples.broken
     if broken and not cfg.data.skip_broken:

@@ -1,5 +1,6 @@
 """What is said of a run before it is one, and that saying it leaves nothing behind."""
 
+import functools
 import io
 import json
 import re
@@ -9,15 +10,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from test_loop import settings
 from test_settings import refused
 from test_validate import ran
 from warm import cli, cli_many, digest, metrics, tiny
 
+import data
 import look
 import loop
 import survey
+from configs import Data
 
 
 def number(pattern, text):
@@ -178,6 +181,29 @@ def test_a_run_says_what_is_worth_it_and_keeps_it(tmp_path, pictures):
     assert "warning: 1 of 18 pictures are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
 
 
+def test_a_check_decodes_large_jpegs_smaller(tmp_path):
+    """Their sizes are those of the file, upright, and a file that ends early is found as ever."""
+    place = tmp_path / "large"
+    place.mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for i in range(6):
+        photograph(i, 400).resize((640, 400)).save(place / f"{i}.jpg", exif=exif if i == 0 else b"")
+    found = data.Examples(
+        data.open_source(Data(train_data_dir=str(place), resolution=100, train_batch_size=2)),
+        Data(resolution=100),
+        0,
+        inspect=functools.partial(survey.inspect, side=100),
+    )
+    whole = data.Examples(found.source, found.cfg, 0, inspect=survey.inspect)
+    assert [fact[1] for fact in found.facts] == [fact[1] for fact in whole.facts] == [(640, 400)] + 5 * [(400, 640)]
+    assert found.sizes[0, 0].tolist() == [160, 100] and whole.sizes[0, 0].tolist() == [640, 400]
+    apart = [np.abs(a[2].astype(int) - b[2]).mean() for a, b in zip(found.facts, whole.facts, strict=True)]
+    assert max(apart) < 2
+    (place / "3.jpg").write_bytes((place / "3.jpg").read_bytes()[:-3000])
+    refused(cli(tmp_path, *looking(tmp_path, place, base__check=True)), "1 pictures cannot be read", "3.jpg")
+
+
 def test_near_twins():
     """Saved again at any size and quality: found. Other pictures, and the same in other colours: not."""
     originals = [photograph(seed, 200) for seed in range(100)]
@@ -187,7 +213,7 @@ def test_near_twins():
         image.resize((side, side)).save(buffer, "JPEG", quality=quality)
         copies.append(Image.open(buffer))
     turned = [Image.merge("RGB", image.split()[::-1]) for image in originals]
-    thumbs = np.stack([survey.inspect(image)[1] for image in (*originals, *copies, *turned)])
+    thumbs = np.stack([survey.inspect(image)[-1] for image in (*originals, *copies, *turned)])
     pairs = {tuple(pair) for pair in survey.near_pairs(thumbs).tolist()}
     true = {(i, i + 100) for i in range(100)}
     assert len(pairs & true) > 92 and not pairs - true, (len(pairs & true), pairs - true)
