@@ -7,10 +7,11 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
-from warm import cli, digest, flags, fork, tiny
+from warm import cli, digest, flags, fork, start, tiny
 
 import compiled
 import configs
+import device
 import loop
 from device import at_rest
 
@@ -33,7 +34,7 @@ def command(folder, task, **more):
     given = tiny(folder, data__resolution=32, **settings)
     own = given.index("--ddpm.model_config")  # two flags of the other task
     model = tiny_models.build(folder / "model", "sd")
-    lora = {"lora.pretrained_model_name_or_path": model, "lora.num_inference_steps": 2, "data.encode_cache": "no"}
+    lora = {"lora.pretrained_model_name_or_path": model, "lora.num_inference_steps": 2, "data.example_cache": "no"}
     return [*flags("lora", lora), *given[1:own], *given[own + 4 :]]
 
 
@@ -67,6 +68,17 @@ def test_nothing_waits(tmp_path, task):
         assert len(seen) == 4
 
     in_fork(tmp_path, check)
+
+
+@pytest.mark.parametrize("computes, chosen", [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_where_the_hardware_computes_it(tmp_path, computes, chosen):
+    """And what it became is said."""
+
+    def patch():
+        device.computes_bf16 = lambda: computes
+
+    result = start(tmp_path, *tiny(tmp_path, steps=1), patch=patch).wait()
+    assert result.code == 0 and f"mixed precision {chosen}\n" in result.err, result.err
 
 
 def test_late_verdicts_name_their_step(tmp_path):
