@@ -119,7 +119,8 @@ def _take(folder: Path, held: contextlib.ExitStack) -> None:
 
 def tidy(folder: Path) -> None:
     """Remove what a killed save, prune or writing left behind. For the holder of the lock."""
-    for left in (*folder.glob(".checkpoint-*"), *folder.glob(".*.removed"), *folder.glob(".*.writing")):
+    forms = (".checkpoint-*", ".*.removed", ".*.writing", "examples/.*.writing")
+    for left in (path for form in forms for path in folder.glob(form)):
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 

@@ -167,11 +167,13 @@ class Data:
     skip_broken: Live[bool] = False
     """Leave out pictures that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
     memory_budget: Live[float] = 2.0
-    """GiB of memory for decoded pictures. A set that fits is decoded once, before the first step."""
-    encode_cache: Live[str] = "auto"
-    """Where what frozen encoders make of pictures and captions is kept, so that each is encoded once: a folder, which several
-    runs may share; auto: `encoded` in cache_dir, or else in the output folder; no: encode in every step. Pictures are encoded
-    anew in every step where they are cut at random (center_crop cuts from the middle)."""
+    """GiB for decoded pictures, and as much for encoded ones. A set that fits is decoded once and kept; of a larger one every
+    batch is read from the disk."""
+    example_cache: Live[str] = "auto"
+    """Where what is made of the examples once is kept for the next start: decoded pictures, and what frozen encoders make of
+    pictures and captions. A folder, which several runs may share; auto: `examples` in cache_dir, or else in the output folder;
+    no: pictures are decoded at each start and encoded in every step. Pictures that are cut at random are encoded in every step
+    anyway (center_crop cuts from the middle)."""
 
     def __post_init__(self):
         for name in ("resolution", "train_batch_size", "num_shapes"):
@@ -274,7 +276,7 @@ def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
     return config
 
 
-RENAMED = {"sample_steps": "validation_steps"}
+RENAMED = {"sample_steps": "validation_steps", "encode_cache": "example_cache"}
 """Names that older settings files have -> today's."""
 
 
@@ -383,6 +385,14 @@ def run_file(cfg: Any) -> dict[str, Any]:
     """What run.json holds: the settings, and the import path of a task outside tasks/."""
     module = type(cfg).__module__
     return ({} if module.startswith("tasks.") else {"task": module}) | to_dict(cfg)
+
+
+def example_cache(cfg: Any) -> Path | None:
+    """The folder for what is made of the examples once; None: nothing is kept."""
+    given = cfg.data.example_cache
+    if given == "no":
+        return None
+    return (Path(cfg.data.cache_dir or cfg.base.output_dir) / "examples" if given == "auto" else Path(given)).expanduser()
 
 
 def changes(old: dict[str, Any], cfg: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The examples: open a data set, check and decode it, and deal it out as an endless keyed stream.
+"""The examples: open a data set, and deal it out as an endless keyed stream of what decode.py made of it.
 
 Example number n of a run (which picture, which crop, which flip) is a function of (seed, n) alone: each pass over the data is
 a permutation keyed by its epoch, and batches are cut from the numbers by arithmetic. So nothing has to be skipped to
@@ -7,24 +7,24 @@ continue, and processes, batch sizes and loader workers change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from configs import BadInput, Data, fraction, require
+from decode import Pictures, content_hash, decode, keep, kept, pixels, place, to_rgb
 from tasks import Batch, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +45,8 @@ class Source:
     labels: list[int] | None
     found: str
     """One line: what was found where."""
+    identity: Callable[[], Any]
+    """What tells its pictures from all others without reading them."""
     classes: list[str] | None = None
     """Label -> its name."""
     held_out: Source | None = None
@@ -55,7 +57,8 @@ def select(source: Source, rows: list[int]) -> Source:
     """These rows of a source, by themselves."""
     captions, labels = (values and [values[row] for row in rows] for values in (source.captions, source.labels))
     read, name = (lambda i: source.read(rows[i])), (lambda i: source.name(rows[i]))
-    return replace(source, size=len(rows), read=read, name=name, captions=captions, labels=labels)
+    identity = lambda: content_hash(source.identity(), np.array(rows).data)  # noqa: E731
+    return replace(source, size=len(rows), read=read, name=name, captions=captions, labels=labels, identity=identity)
 
 
 COLOURS = {
@@ -109,7 +112,8 @@ def _open_shapes(cfg: Data) -> Source:
         captions.append(lists.setdefault(text, [text]))
         labels.append(numbers[looks[0]])
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    return Source(cfg.num_shapes, read, "shape {}".format, captions, labels, found, list(SHAPES))
+    identity = lambda: ("shapes", cfg.num_shapes)  # noqa: E731
+    return Source(cfg.num_shapes, read, "shape {}".format, captions, labels, found, identity, list(SHAPES))
 
 
 @functools.cache
@@ -165,6 +169,19 @@ def _column(rows: Any, given: str | None, flag: str, fits: Callable[[Any], bool]
     return next((name for name in names if name in fitting), None)
 
 
+def _outside(chunk: Any) -> list[str]:
+    """The files that a part of an arrow column of pictures names, rather than holds."""
+    return [path for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist() if path]
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    """What changes when a file is written: its size, and when that was in nanoseconds. None: it is not there."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    return None
+
+
 def _open_rows(cfg: Data, setting: str = "split") -> Source:
     import datasets
 
@@ -194,6 +211,10 @@ def _open_rows(cfg: Data, setting: str = "split") -> Source:
     def name(row: int) -> str:
         return (encoded[row][image] or {}).get("path") or f"row {row}"
 
+    def identity() -> str:
+        outside = [path for chunk in encoded.data.column(image).chunks for path in _outside(chunk)]
+        return content_hash(encoded._fingerprint, outside, [_stamp(path) for path in outside])
+
     captions, source = None, caption
     if caption is not None:
         captions = [[c] if isinstance(c, str) else [str(x) for x in c or ()] for c in rows[caption]]
@@ -211,7 +232,7 @@ def _open_rows(cfg: Data, setting: str = "split") -> Source:
         names = getattr(rows.features[label], "names", None) or numbered
     where = cfg.train_data_dir or f"{cfg.dataset_name} ({getattr(cfg, setting)})"
     found = f"{len(rows)} pictures of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
-    return Source(len(rows), read, name, captions, labels, found, names)
+    return Source(len(rows), read, name, captions, labels, found, identity, names)
 
 
 def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
@@ -264,46 +285,6 @@ def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a file to pixels.
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB, upright: EXIF orientation applied, deep ranges scaled, transparency laid on white.
-
-    Floating-point pictures are read as [0, 1], or as [0, 255] or [0, 65535] where their values exceed the smaller range.
-
-    Raises:
-        ValueError: a floating-point picture that is negative or not finite.
-    """
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F" or image.mode.startswith("I"):
-        x = np.asarray(image).astype(np.float64)
-        if not np.isfinite(x).all() or x.min() < 0:
-            raise ValueError("its values are negative or not finite")
-        top = 65535.0 if image.mode != "F" else next((t for t in (1.0, 255.0, 65535.0) if x.max() <= t), x.max())
-        image = Image.fromarray((x / max(top, x.max()) * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, list[tuple[int, int]]]:
-    """A picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is central.
-
-    And two pairs of height and width: of the upright picture before resizing, and of the room that a crop has after it.
-    """
-    image = to_rgb(image)
-    size, side = image.size[::-1], cfg.resolution
-    image = F.resize(image, [side])  # bilinear with antialiasing, as PIL does it
-    room = (image.height - side, image.width - side)
-    if cfg.center_crop:
-        top, left = room[0] // 2, room[1] // 2
-        image = image.crop((left, top, left + side, top + side))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), [size, room]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The data set made ready.
 
 RESIDENT = 0.1
@@ -314,88 +295,32 @@ Reader = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
 class Examples(torch.utils.data.Dataset):
-    """The training set: numbers of the run in, a batch out. Pictures that fit the memory budget are decoded once, here."""
+    """The training set: numbers of the run in, a batch out."""
 
-    def __init__(
-        self,
-        source: Source,
-        cfg: Data,
-        seed: int,
-        progress: Callable[[int], Any] = lambda pictures: None,
-        inspect: Callable[[Image.Image], Any] = lambda image: None,
-    ):
-        """Decode and check everything. What `inspect` makes of each picture is in `facts`; those left out are in `broken`.
+    def __init__(self, source: Source, cfg: Data, seed: int, pictures: Pictures | None = None):
+        """The examples of a source whose `pictures` were decoded and checked; None: they are here.
 
         Raises:
             BadInput: pictures that cannot be read, every one of them named.
         """
-        self.source, self.cfg, self.seed, self.size = source, cfg, seed, source.size
-        self.sizes = torch.zeros(source.size, 2, 2, dtype=torch.int64)  # (before resizing, room to crop) x (height, width)
-        self.cache: Tensor | list[Tensor] | None = []
-        self.marks = np.zeros((source.size, 16), np.uint8)  # a hash of each picture's pixels
+        pictures = decode(source, cfg) if pictures is None else pictures
+        if pictures.broken:
+            if not cfg.skip_broken:
+                there = f"{len(pictures.broken)} of {source.size} pictures cannot be read: {'; '.join(pictures.broken)}"
+                raise BadInput(f"{there}; --data.skip-broken leaves them out")
+            source = select(source, pictures.columns["row"].tolist())
+            size = cfg.train_batch_size
+            require(source.size >= size, "data.train_batch_size", size, f"at most {source.size}")
+        self.source, self.cfg, self.seed, self.size, self.pictures = source, cfg, seed, source.size, pictures
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
+        self.unheld = {"pixel_values"} if pictures.pixels is None else set()  # columns that every batch reads from the disk
         self.resident: Tensor | None = None  # the decoded set on the device
-        self.facts: list[Any] = []
-        self.broken: list[str] = []
-        kept, self.bytes, digest = [], 0, hashlib.blake2b(digest_size=16)
-        look = functools.partial(self._try, inspect=inspect)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
-                block = range(start, min(start + 1024, source.size))
-                parts = pool.map(look, [block[i : i + 32] for i in range(0, len(block), 32)])
-                for row, (x, size, what, mark, fact) in zip(block, itertools.chain.from_iterable(parts), strict=True):
-                    digest.update(what)
-                    if x is None:
-                        self.broken.append(f"{source.name(row)} ({size})")
-                    elif cfg.skip_broken or not self.broken:
-                        self.sizes.numpy()[len(kept)], self.marks[len(kept)] = size, np.frombuffer(mark, np.uint8)
-                        self._keep(len(kept), x)
-                        self.facts.append(fact)
-                        kept.append(row)
-                    progress(1)
-        if self.broken and not cfg.skip_broken:
-            there = f"{len(self.broken)} of {source.size} pictures cannot be read: {'; '.join(self.broken)}"
-            raise BadInput(f"{there}; --data.skip-broken leaves them out")
-        if self.broken:
-            self.source, self.size = select(source, kept), len(kept)
-            require(self.size >= cfg.train_batch_size, "data.train_batch_size", cfg.train_batch_size, f"at most {self.size}")
-            self.sizes, self.marks = self.sizes[: self.size], self.marks[: self.size]
-            if isinstance(self.cache, Tensor):
-                self.cache = self.cache[: self.size]
-        digest.update(repr((self.source.captions, self.source.labels)).encode())
-        self.fingerprint = digest.hexdigest()
-
-    def _try(self, rows: range, inspect: Callable[[Image.Image], Any]) -> list[tuple[Tensor | None, Any, bytes, bytes, Any]]:
-        """For each row: pixels, sizes, a hash of the file, one of the pixels, what `inspect` makes of it; or None and why."""
-        found = []
-        for row in rows:
-            try:
-                image, raw = self.source.read(row)
-                fact = inspect(image)  # first: it may have the file decoded at a smaller scale
-                x, size = pixels(image, self.cfg)
-                what, mark = hashlib.blake2b(raw, digest_size=16).digest(), content_hash(x.shape, x.numpy().data)
-                found.append((x, size, what, bytes.fromhex(mark), fact))
-            except Exception as error:  # whatever a decoder throws at a broken file
-                found.append((None, " ".join(str(error).split()) or type(error).__name__, b"", b"", None))
-        return found
-
-    def _keep(self, row: int, x: Tensor) -> None:
-        """Take a picture into the cache: one tensor while all have one shape, a list where they differ, None once too large."""
-        budget, self.bytes = self.cfg.memory_budget * 2**30, self.bytes + x.numel()
-        if self.cache is None or self.bytes > budget:
-            self.cache = None
-            return
-        if row == 0 and self.size * x.numel() <= budget:
-            self.cache = torch.empty(self.size, *x.shape, dtype=torch.uint8)  # taken from the system as it fills
-        elif isinstance(self.cache, Tensor) and x.shape != self.cache.shape[1:]:
-            self.cache = list(self.cache[:row].clone())
-        if isinstance(self.cache, Tensor):
-            self.cache[row] = x
-        else:
-            self.cache.append(x)
+        files = pictures.columns["file"].contiguous().numpy().tobytes()
+        self.fingerprint = hashlib.blake2b(files + repr((source.captions, source.labels)).encode(), digest_size=16).hexdigest()
 
     def _pixels(self, row: int) -> Tensor:
-        return self.cache[row] if self.cache is not None else pixels(self.source.read(row)[0], self.cfg)[0]
+        held = self.pictures.pixels
+        return held[row] if held is not None else pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
     def order(self, epoch: int) -> Tensor:
@@ -433,7 +358,7 @@ class Examples(torch.utils.data.Dataset):
     def _batch(
         self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, texts: list[str] | None, encoded: dict[str, Reader]
     ) -> Batch:
-        size, room = self.sizes[rows].unbind(1)  # [B, 2] each
+        size, room = (self.pictures.columns[name][rows] for name in ("size", "room"))  # [B, 2] each
         central = crop is None or self.cfg.center_crop
         corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
         if "pixel_values" in encoded:
@@ -455,14 +380,15 @@ class Examples(torch.utils.data.Dataset):
     def _cut(self, rows: Tensor, corner: Tensor) -> Tensor:
         """The squares at these corners, [B, 3, H, W] uint8; a central cut was made when the picture was decoded."""
         side = self.cfg.resolution
-        if isinstance(self.cache, Tensor) and self.cache.shape[-2:] == (side, side):
-            return self.cache[rows]
+        held = self.pictures.pixels
+        if isinstance(held, Tensor) and held.shape[-2:] == (side, side):
+            return held[rows]
         whole = zip(map(self._pixels, rows.tolist()), corner.tolist(), strict=True)
         return torch.stack([x if self.cfg.center_crop else x[:, t : t + side, i : i + side] for x, (t, i) in whole])
 
     def _mark(self, row: int, flip: bool) -> str:
         """What tells a picture as the model sees it from every other."""
-        return self.marks[row].tobytes().hex() + ("-mirrored" if flip else "")
+        return self.pictures.columns["mark"][row].numpy().tobytes().hex() + ("-mirrored" if flip else "")
 
     def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
         """Every value of a column that the run may ask for, as its mark -> the function that makes it.
@@ -474,7 +400,7 @@ class Examples(torch.utils.data.Dataset):
             if self.cfg.caption_dropout:
                 texts.add("")
             return {content_hash(text): functools.partial(str, text) for text in texts}
-        if column != "pixel_values" or (self.sizes[:, 1].any() and not self.cfg.center_crop):
+        if column != "pixel_values" or (self.pictures.columns["room"].any() and not self.cfg.center_crop):
             return None
 
         def square(row: int, flip: bool) -> Tensor:
@@ -485,17 +411,19 @@ class Examples(torch.utils.data.Dataset):
         every = ((row, flip) for row in range(self.size) for flip in flips)
         return {self._mark(row, flip): functools.partial(square, row, flip) for row, flip in every}
 
-    def replace(self, column: str, read: Reader) -> None:
-        """From now on the stream has what `read` gives in place of this column."""
+    def replace(self, column: str, read: Reader, held: bool) -> None:
+        """From now on the stream has what `read` gives in place of this column, from memory or from the disk."""
         self.encoded[column] = read
+        (self.unheld.discard if held else self.unheld.add)(column)
         if column == "pixel_values":
-            self.cache = None  # `fixed` reads the few that it shows
+            self.pictures = replace(self.pictures, pixels=None)  # `fixed` reads the few that it shows
 
     def reside(self, device: torch.device, share: float = RESIDENT) -> bool:
         """Keep the decoded set on a GPU too, where it takes at most this share of its memory; returns whether it is there."""
         room = torch.cuda.get_device_properties(device).total_memory * share if device.type == "cuda" else 0
-        if isinstance(self.cache, Tensor) and self.cache.nbytes <= room:
-            self.resident = self.cache.to(device)
+        held = self.pictures.pixels
+        if isinstance(held, Tensor) and held.nbytes <= room:
+            self.resident = held.to(device)
         return self.resident is not None
 
     def ready(self, batch: Batch, device: Any) -> Batch:
@@ -510,7 +438,7 @@ class Examples(torch.utils.data.Dataset):
         """The endless stream of one process: a batch from example `first` on, then one every `stride` examples."""
         size = self.cfg.train_batch_size
         numbers = (range(n, n + size) for n in itertools.count(first, stride))
-        processes = self.cfg.dataloader_num_workers if self.cache is None else 0
+        processes = self.cfg.dataloader_num_workers if self.unheld else 0
         loader = torch.utils.data.DataLoader(
             self,
             sampler=numbers,
@@ -520,6 +448,20 @@ class Examples(torch.utils.data.Dataset):
             generator=torch.Generator(),
         )
         return iter(loader)
+
+
+def prepared(
+    source: Source, cfg: Data, seed: int, shelf: Path | None, accept: Callable[[str], Any], say: Callable[[str], Any]
+) -> Examples:
+    """The examples of a source, with the pictures that are kept on the shelf, or decoded and put there once `accept` has taken
+    their fingerprint."""
+    path = shelf and place(shelf, source, cfg)
+    found = path and kept(path, cfg)
+    examples = Examples(source, cfg, seed, found)
+    accept(examples.fingerprint)
+    if path and not found:
+        examples.pictures = keep(examples.pictures, path, cfg, say)
+    return examples
 
 
 @dataclass(frozen=True)
@@ -542,14 +484,6 @@ def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:
     across = torch.arange(side, device=pictures.device)
     channel = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
     return pictures[row, channel, top + across[:, None], left + torch.where(flip > 0, side - 1 - across, across)]
-
-
-def content_hash(*parts: Any) -> str:
-    """Texts, numbers and buffers as 32 hexadecimal digits."""
-    h = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        h.update(part if isinstance(part, memoryview) else repr(part).encode())
-    return h.hexdigest()
 
 
 def to_device(batch: Batch, device: Any) -> Batch:

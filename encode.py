@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import configs
 from configs import BadInput
-from data import Examples, content_hash, to_device
+from data import Examples, Reader, to_device
+from decode import content_hash
 from tasks import Batch, Encoding, Models
 
 
@@ -52,7 +54,8 @@ def encode_once(
     accelerator: Any,
     say: Callable[[str], None],
 ) -> set[str]:
-    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it from disk.
+    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it: from memory,
+    where all of it fits the memory budget, else from disk.
 
     Processes share the work. Entries that stand from an earlier run are kept if they are what was written, and made anew if
     not. Returns the names of the models that nothing calls any more.
@@ -60,15 +63,14 @@ def encode_once(
     Raises:
         BadInput: the folder cannot be written.
     """
-    given, size = cfg.data.encode_cache, cfg.data.train_batch_size
-    if given == "no":
+    folder, size, budget = configs.example_cache(cfg), cfg.data.train_batch_size, cfg.data.memory_budget * 2**30
+    if folder is None:
         return set()
-    folder = Path(cfg.data.cache_dir or cfg.base.output_dir) / "encoded" if given == "auto" else Path(given)
     for column, encoding in encodings.items():
         wanted = examples.distinct(column)
         if wanted is None:
             continue
-        cache = Encoded(folder.expanduser() / f"{column}-{encoder_identity(encoding, models, cfg)}")
+        cache = Encoded(folder / f"{column}-{encoder_identity(encoding, models, cfg)}")
         missing = cache.missing(sorted(wanted))
         if missing:
             say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
@@ -86,7 +88,9 @@ def encode_once(
         accelerator.wait_for_everyone()
         cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
         accelerator.wait_for_everyone()
-        examples.replace(column, cache.read)
+        held, taken = cache.held(sorted(wanted), budget)
+        examples.replace(column, held or cache.read, held is not None)
+        budget -= taken
     called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
     return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
 
@@ -127,6 +131,27 @@ class Encoded:
         entries = [load_file(self.path(mark)) for mark in marks]
         return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
+    def held(self, marks: list[str], budget: float) -> tuple[Reader | None, int]:
+        """These values in memory, and the bytes that they take there; None and 0 where that is more than the budget."""
+        first = load_file(self.path(marks[0]))
+        taken = len(marks) * sum(x.nbytes for x in first.values())
+        if taken > budget:
+            return None, 0
+        columns = {name: torch.empty(len(marks), *x.shape, dtype=x.dtype) for name, x in first.items()}
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, len(marks), 1024):  # in blocks: every file that is open is a mapping of its own
+                entries = pool.map(load_file, map(self.path, marks[start : start + 1024]))
+                for i, entry in enumerate(entries, start):
+                    for name, x in entry.items():
+                        columns[name][i] = x
+        places = {mark: i for i, mark in enumerate(marks)}
+
+        def read(wanted: Iterable[str]) -> dict[str, Tensor]:
+            rows = torch.tensor([places[mark] for mark in wanted])
+            return {name: x[rows] for name, x in columns.items()}
+
+        return read, taken
+
     def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
         """Write the entries of these marks, `size` at a time."""
         for some in (marks[start : start + size] for start in range(0, len(marks), size)):
@@ -136,7 +161,7 @@ class Encoded:
                     self.write(mark, {name: x[i] for name, x in made.items()})
                 except (OSError, SafetensorError) as error:
                     reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
-                    raise BadInput(f"--data.encode-cache: {reason}; another folder, or `no` for none") from None
+                    raise BadInput(f"--data.example-cache: {reason}; another folder, or `no` for none") from None
 
     def write(self, mark: str, columns: dict[str, Tensor]) -> None:
         """One entry, there whole or not at all."""
@@ -145,6 +170,7 @@ class Encoded:
         staged = path.with_name(f".{mark}.{os.getpid()}.writing")
         columns = {name: x.cpu().contiguous() for name, x in columns.items()}
         save_file(columns, staged, {"hash": self.hash(columns)})
+        staged.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         os.replace(staged, path)
 
     @staticmethod

@@ -167,8 +167,8 @@ def shortened(cfg: Any, out: Path, steps: int, pictures: int) -> Any:
         resume_from_checkpoint="latest",
         push_to_hub=False,
     )
-    cache = cfg.data.encode_cache if cfg.data.encode_cache == "no" else str(out / "encoded")
-    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=pictures, encode_cache=cache))
+    cache = cfg.data.example_cache if cfg.data.example_cache == "no" else str(out / "examples")
+    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=pictures, example_cache=cache))
 
 
 def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
@@ -200,7 +200,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
             print(f"a short run of {steps} of {total:,} steps, with samples and a checkpoint; it is removed", file=sys.stderr)
         short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
         examples = watch.timed("read", data.Examples)(data.open_source(short.data, task.needs), short.data, base.seed)
-        grows, examples = (source.size / pictures - 1) * examples.bytes, None
+        grows, examples = (source.size / pictures - 1) * examples.pictures.nbytes(short.data), None
         with contextlib.redirect_stderr(io.StringIO()):
             watch.timed("run", run)(watch.over(task), short)
         if here.is_main_process:
@@ -233,7 +233,7 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
         f"{saves} checkpoints": saves * (ended - last),
     }
     one, kept = checkpoint.size(out / "out" / f"checkpoint-{watch.steps}"), min(saves, base.checkpoints_total_limit or saves)
-    cache = checkpoint.size(out / "encoded") * more
+    cache = checkpoint.size(out / "examples") * more
     disk = kept * one + checkpoint.size(out / "out" / "export") + cache
     device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU, " if torch.cuda.is_available() else ""
     return f"""parameters  {watch.counts[0]:,} trainable, {watch.counts[1]:,} frozen

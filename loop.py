@@ -38,6 +38,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,12 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             return state
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
-        examples = data.Examples(source, cfg.data, base.seed, inspect=survey.inspect)
-        held_out = source.held_out and data.Examples(source.held_out, cfg.data, base.seed)
-        refuse_changes(facts, {"data": examples.fingerprint})
+        def prepared(source: data.Source, accept: Callable[[str], Any]) -> data.Examples:
+            shelf = configs.example_cache(cfg)
+            return in_turns(accelerator, lambda: data.prepared(source, cfg.data, base.seed, shelf, accept, report.say))
+
+        examples = prepared(source, lambda found: refuse_changes(facts, {"data": found}))
+        held_out = source.held_out and prepared(source.held_out, lambda found: None)
 
         # What every number became, said once. From here on there are files.
         report.open(state.step, total, source.found, identity["models"])
@@ -291,6 +295,23 @@ def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterabl
     differ = [f"{k} was {facts[k]} and is now {v}" for k, v in now.items() if k in facts and facts[k] != v] + list(settings)
     if differ:
         raise BadInput(f"the output folder holds another run: {'; '.join(differ)}; give another --base.output-dir")
+
+
+def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """Call on one process of each machine, then on the others, which find what it left on the disk. What one raises, all do."""
+    result, raised = None, [None] * accelerator.num_processes
+    for first in (True, False):
+        error = None
+        if accelerator.is_local_main_process is first:
+            try:
+                result = function()
+            except Exception as trouble:
+                error = trouble
+        if accelerator.num_processes > 1:
+            torch.distributed.all_gather_object(raised, error, group=_host_group())
+        if error := next(filter(None, (error, *raised)), None):
+            raise error
+    return result
 
 
 def rehearse(
@@ -480,8 +501,8 @@ class Signals(contextlib.AbstractContextManager):
 
 @functools.cache
 def _host_group() -> Any:
-    """Processes talking from host to host, so that no GPU is waited for."""
-    return torch.distributed.new_group(backend="gloo")
+    """Processes talking from host to host, so that no GPU is waited for; for as long as it takes to decode a large set."""
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 @contextlib.contextmanager

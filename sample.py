@@ -107,6 +107,9 @@ class Unopened:
 
     def fixed(self, size: int, count: int | None) -> Iterator[Any]:
         import data
+        import decode
 
-        source = data.open_source(self.cfg.data, self.task.needs)
-        return data.Examples(source, self.cfg.data, self.cfg.base.seed).fixed(size, count)
+        cfg, shelf = self.cfg.data, configs.example_cache(self.cfg)
+        source = data.open_source(cfg, self.task.needs)
+        pictures = shelf and decode.kept(decode.place(shelf, source, cfg), cfg)
+        return data.Examples(source, cfg, self.cfg.base.seed, pictures).fixed(size, count)

@@ -2,12 +2,11 @@
 
     python loop.py ddpm --data.train-data-dir pictures --base.check
 
-Every run looks at each picture while it decodes them all, and says at its start what somebody would want to know.
+A run decodes every picture once, and says at its start what somebody would want to know of them.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 import checkpoint
 import data
+import decode
 import encode
 from configs import BadInput
 from tasks import Task
@@ -63,21 +62,7 @@ class Survey:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One picture, and pairs of them.
-
-
-def inspect(image: Image.Image, side: int | None = None) -> tuple[str, tuple[int, int], np.ndarray]:
-    """A picture's mode, its height and width upright, and itself as 8 x 9 pixels, [8, 9, 3] uint8.
-
-    With `side`, where nothing is trained on what is decoded, a JPEG is decoded at half, a quarter or an eighth of its size, as
-    long as `side` pixels are left.
-    """
-    mode, size = image.mode, image.size[::-1]
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    if side is not None:
-        image.draft(mode, (side, side))
-    rgb = data.to_rgb(image)
-    return mode, size[::-1] if turned else size, np.asarray(rgb.resize((9, 8), Image.Resampling.BOX))
+# Pairs of pictures.
 
 
 def difference_hash(thumbs: np.ndarray) -> np.ndarray:
@@ -123,16 +108,15 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
 
 def survey(examples: data.Examples) -> Survey:
     """The numbers of a set whose pictures were inspected when they were decoded."""
-    source, side = examples.source, examples.cfg.resolution
-    modes, sizes, thumbs = zip(*examples.facts, strict=True)
-    size = np.array(sizes)  # [N, 2], height and width
+    source, side, pictures = examples.source, examples.cfg.resolution, examples.pictures
+    size, marks, thumbs = (pictures.columns[name].numpy() for name in ("size", "mark", "thumb"))
     spread = lambda x: [float(x.min()), float(np.median(x)), float(x.max())]  # noqa: E731
     lost = 1 - size.min(1) / size.max(1)  # [N]
-    _, first, same = np.unique(examples.marks.view("V16")[:, 0], return_index=True, return_inverse=True)
+    _, first, same = np.unique(marks.view("V16")[:, 0], return_index=True, return_inverse=True)
     first = first[same]  # row -> the first one with its pixels
     exact = [(int(first[row]), int(row)) for row in np.flatnonzero(first != np.arange(len(first)))]
     unique = np.flatnonzero(first == np.arange(len(first)))
-    near = unique[near_pairs(np.stack([thumbs[row] for row in unique]))].tolist()
+    near = unique[near_pairs(thumbs[unique])].tolist()
     named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
     captions = labels = None
     if source.captions is not None:
@@ -144,11 +128,11 @@ def survey(examples: data.Examples) -> Survey:
         fingerprint=examples.fingerprint,
         resolution=side,
         pictures=examples.size,
-        broken=examples.broken,
+        broken=pictures.broken,
         width=spread(size[:, 1]),
         height=spread(size[:, 0]),
         aspect=spread(size[:, 1] / size[:, 0]),
-        modes=dict(Counter(modes).most_common()),
+        modes=dict(Counter(pictures.modes).most_common()),
         small=int((size.min(1) < side).sum()),
         cropped=[float(lost.mean()), float(lost.max())],
         captions=captions,
@@ -202,9 +186,7 @@ def notable(found: Survey) -> Iterator[str]:
 
 def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
     """What a run says of its pictures at its start; kept in check.json for its next life, with broken.txt beside it."""
-    said = checkpoint.on_main(accelerator, lambda: _remarks(examples, out))
-    examples.facts.clear()  # a quarter of a kilobyte for each picture
-    return said
+    return checkpoint.on_main(accelerator, lambda: _remarks(examples, out))
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
@@ -218,9 +200,9 @@ def _remarks(examples: data.Examples, out: Path) -> list[str]:
         found = survey(examples)
         checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
     said = [f"warning: {text}" for text in notable(found)]
-    if examples.broken:
-        checkpoint.write(out / "broken.txt", "\n".join(examples.broken) + "\n")
-        said.append(f"warning: {len(examples.broken):,} pictures cannot be read and are left out; {out}/broken.txt names them")
+    if broken := examples.pictures.broken:
+        checkpoint.write(out / "broken.txt", "\n".join(broken) + "\n")
+        said.append(f"warning: {len(broken):,} pictures cannot be read and are left out; {out}/broken.txt names them")
     return said
 
 
@@ -236,9 +218,8 @@ def check(task: Task, cfg: Any) -> None:
             continue
         opened = replace(cfg.data, skip_broken=True, memory_budget=0)
         with tqdm(total=part.size, desc=title, unit="picture", disable=None) as bar:
-            look = functools.partial(inspect, side=cfg.data.resolution)
-            examples = data.Examples(part, opened, cfg.base.seed, bar.update, look)
+            examples = data.Examples(part, opened, cfg.base.seed, decode.decode(part, opened, bar.update, skim=True))
         print(f"{title}: {part.found}", *whole(survey(examples)), *encode.remarks(examples, task.encodings, cfg), sep="\n")
-        broken += examples.broken
+        broken += examples.pictures.broken
     if broken and not cfg.data.skip_broken:
         raise BadInput(f"{len(broken)} pictures cannot be read: {'; '.join(broken)}; --data.skip-broken leaves them out")

@@ -647,7 +647,7 @@ def signals() -> Iterator[tuple[str, Case]]:
 def signalled(name: str, count: int, seed: int, folder: Path) -> str:
     """The last finished update is saved, the code says which signal it was, and the end is Equal."""
     whole, out, rng = reference(count, signalling), folder / "out", random.Random(f"{name} {count} {seed}")
-    processes = launch(folder, count, *signalling(folder))
+    processes = launch(folder, count, *signalling(folder), patch=slow(0.02))  # on a quick machine too, most are still running
     update = rng.randrange(1, 20)
     until(lambda: lines(out) >= update, processes[0])
     time.sleep(rng.uniform(0, 0.2))
@@ -659,7 +659,7 @@ def signalled(name: str, count: int, seed: int, folder: Path) -> str:
             os.kill(process.pid, getattr(signal, name))
     results = [process.wait() for process in processes]
     took = time.monotonic() - asked
-    if all(result.code == 0 for result in results):
+    if all(result.code == 0 for result in results) or "done in" in results[0].err:  # it may reach an interpreter that ends
         equal(out, whole)
         return "done before"
     for result in results:

@@ -1,5 +1,6 @@
 """Pictures of every kind come out right, from every source, each once an epoch, in an order that is a function of the seed."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_settings import refused
 from warm import SHARED, cli, tiny
 
 import data
+import decode
 from configs import BadInput, Data
 
 
@@ -38,7 +40,7 @@ def test_every_kind_of_picture(tmp_path, kind):
     image, ending = KINDS[kind]
     image.save(tmp_path / f"x.{ending}")
     with Image.open(tmp_path / f"x.{ending}") as opened:
-        x = np.asarray(data.to_rgb(opened)).astype(float)  # [16, 16, 3]
+        x = np.asarray(decode.to_rgb(opened)).astype(float)  # [16, 16, 3]
     assert x.shape == (16, 16, 3)
     assert np.abs(x - gradient()[..., None] * 255).max() <= 1.0
 
@@ -46,12 +48,12 @@ def test_every_kind_of_picture(tmp_path, kind):
 def test_transparency_lies_on_white(tmp_path):
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((0, 0), (0, 0, 255, 255))
-    x = np.asarray(data.to_rgb(image))
+    x = np.asarray(decode.to_rgb(image))
     assert x[0, 0].tolist() == [0, 0, 255] and x[1, 1].tolist() == [255, 255, 255]
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.save(tmp_path / "p.png", transparency=1)
-    assert np.asarray(data.to_rgb(Image.open(tmp_path / "p.png"))).min() == 255
+    assert np.asarray(decode.to_rgb(Image.open(tmp_path / "p.png"))).min() == 255
 
 
 def test_exif_orientation(tmp_path):
@@ -60,7 +62,7 @@ def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     image.save(tmp_path / "x.png", exif=exif)
-    turned = data.to_rgb(Image.open(tmp_path / "x.png"))
+    turned = decode.to_rgb(Image.open(tmp_path / "x.png"))
     assert turned.size == (4, 8) and turned.getpixel((3, 0)) == (255, 255, 255)
 
 
@@ -69,7 +71,7 @@ def test_float_pictures_that_are_not_pictures(bad):
     x = gradient().astype(np.float32)
     x[3, 3] = bad
     with pytest.raises(ValueError, match="negative or not finite"):
-        data.to_rgb(Image.fromarray(x))
+        decode.to_rgb(Image.fromarray(x))
 
 
 def folder(tmp_path, count=6, size=(20, 12)):
@@ -151,7 +153,7 @@ def test_geometry(tmp_path, size, resolution):
         Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.png")
     cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=resolution, random_flip=True)
     examples = data.Examples(data.open_source(cfg), cfg, seed=1)
-    whole = data.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
+    whole = decode.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
     assert min(whole.shape[1:]) == resolution
     corners = set()
     for start in range(0, 64, 4):
@@ -192,7 +194,7 @@ def test_workers_and_memory_change_nothing(tmp_path):
     read = Data(**common, memory_budget=0, dataloader_num_workers=2)
     a = data.Examples(data.open_source(held), held, 3)
     b = data.Examples(data.open_source(read), read, 3)
-    assert a.cache is not None and b.cache is None and a.fingerprint == b.fingerprint
+    assert a.pictures.pixels is not None and b.pictures.pixels is None and a.fingerprint == b.fingerprint
     x, y = a.stream(0, 2), b.stream(0, 2)
     for _ in range(5):
         p, q = next(x), next(y)
@@ -219,7 +221,8 @@ def test_a_set_on_the_device_gives_the_same_bits(tmp_path, shape, center_crop):
     cfg = Data(train_data_dir=str(tmp_path), resolution=16, train_batch_size=4, random_flip=True, center_crop=center_crop)
     host, there = (data.Examples(data.open_source(cfg), cfg, 0) for _ in range(2))
     assert not there.reside(torch.device("cpu"))
-    there.resident, there.cache = there.cache, None  # as after `reside`, and nothing else may be read
+    there.resident = there.pictures.pixels  # as after `reside`, and nothing else may be read
+    there.pictures = dataclasses.replace(there.pictures, pixels=None)
     for expected, found, _ in zip(host.stream(0, 4), there.stream(0, 4), range(6), strict=False):
         assert "window" in found
         expected, found = host.ready(expected, "cpu"), there.ready(found, "cpu")

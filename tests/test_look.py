@@ -1,6 +1,5 @@
 """What is said of a run before it is one, and that saying it leaves nothing behind."""
 
-import functools
 import io
 import json
 import re
@@ -17,6 +16,7 @@ from test_validate import ran
 from warm import cli, cli_many, digest, metrics, tiny
 
 import data
+import decode
 import look
 import loop
 import survey
@@ -189,17 +189,11 @@ def test_a_check_decodes_large_jpegs_smaller(tmp_path):
     exif[ExifTags.Base.Orientation] = 6
     for i in range(6):
         photograph(i, 400).resize((640, 400)).save(place / f"{i}.jpg", exif=exif if i == 0 else b"")
-    found = data.Examples(
-        data.open_source(Data(train_data_dir=str(place), resolution=100, train_batch_size=2)),
-        Data(resolution=100),
-        0,
-        inspect=functools.partial(survey.inspect, side=100),
-    )
-    whole = data.Examples(found.source, found.cfg, 0, inspect=survey.inspect)
-    assert [fact[1] for fact in found.facts] == [fact[1] for fact in whole.facts] == [(640, 400)] + 5 * [(400, 640)]
-    assert found.sizes[0, 0].tolist() == [160, 100] and whole.sizes[0, 0].tolist() == [640, 400]
-    apart = [np.abs(a[2].astype(int) - b[2]).mean() for a, b in zip(found.facts, whole.facts, strict=True)]
-    assert max(apart) < 2
+    cfg = Data(train_data_dir=str(place), resolution=100, train_batch_size=2)
+    found, whole = (decode.decode(data.open_source(cfg), cfg, skim=skim).columns for skim in (True, False))
+    assert found["size"].tolist() == whole["size"].tolist() == [[640, 400]] + 5 * [[400, 640]]
+    assert not torch.equal(found["mark"], whole["mark"]) and torch.equal(found["room"], whole["room"])
+    assert (found["thumb"].int() - whole["thumb"].int()).abs().float().mean((1, 2, 3)).max() < 2
     (place / "3.jpg").write_bytes((place / "3.jpg").read_bytes()[:-3000])
     refused(cli(tmp_path, *looking(tmp_path, place, base__check=True)), "1 pictures cannot be read", "3.jpg")
 
@@ -213,7 +207,7 @@ def test_near_twins():
         image.resize((side, side)).save(buffer, "JPEG", quality=quality)
         copies.append(Image.open(buffer))
     turned = [Image.merge("RGB", image.split()[::-1]) for image in originals]
-    thumbs = np.stack([survey.inspect(image)[-1] for image in (*originals, *copies, *turned)])
+    thumbs = np.stack([decode.thumb(image) for image in (*originals, *copies, *turned)])
     pairs = {tuple(pair) for pair in survey.near_pairs(thumbs).tolist()}
     true = {(i, i + 100) for i in range(100)}
     assert len(pairs & true) > 92 and not pairs - true, (len(pairs & true), pairs - true)

@@ -1,0 +1,272 @@
+"""Pictures, from files to pixels, once: every file of a set is read, checked and resized, and what was found may be kept.
+
+What one pass over the files found can lie on disk (`keep`, `kept`), where the run's next life, its other processes and other
+runs find it. The pixels are then mapped from there, so that processes of a machine share them, and a start reads no picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+import torch
+import xxhash
+from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from configs import Data
+
+if TYPE_CHECKING:
+    from data import Source
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture.
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture as 8-bit RGB, upright: EXIF orientation applied, deep ranges scaled, transparency laid on white.
+
+    Floating-point pictures are read as [0, 1], or as [0, 255] or [0, 65535] where their values exceed the smaller range.
+
+    Raises:
+        ValueError: a floating-point picture that is negative or not finite.
+    """
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode.startswith("I"):
+        x = np.asarray(image).astype(np.float64)
+        if not np.isfinite(x).all() or x.min() < 0:
+            raise ValueError("its values are negative or not finite")
+        top = 65535.0 if image.mode != "F" else next((t for t in (1.0, 255.0, 65535.0) if x.max() <= t), x.max())
+        image = Image.fromarray((x / max(top, x.max()) * 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, tuple[int, int]]:
+    """An upright RGB picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is
+    central. And the room that a crop has after resizing, in height and width."""
+    side = cfg.resolution
+    image = F.resize(image, [side])  # bilinear with antialiasing, as PIL does it
+    room = (image.height - side, image.width - side)
+    if cfg.center_crop:
+        top, left = room[0] // 2, room[1] // 2
+        image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), room
+
+
+def thumb(image: Image.Image) -> np.ndarray:
+    """An RGB picture as 8 x 9 pixels, [8, 9, 3] uint8."""
+    return np.asarray(image.resize((9, 8), Image.Resampling.BOX))
+
+
+def content_hash(*parts: Any) -> str:
+    """Texts, numbers and buffers as 32 hexadecimal digits."""
+    h = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        h.update(part if isinstance(part, memoryview) else repr(part).encode())
+    return h.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of a set.
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What one pass over a set found: N pictures that can be read, and those that cannot."""
+
+    columns: dict[str, Tensor]
+    """For each picture, [N, ...]: `row` of the source, int64; `size` before resizing and `room` for a crop after it, [2] int64
+    each, height and width; `file`, a hash of its bytes, and `mark`, one of its pixels, [16] uint8 each; `thumb`, itself as
+    8 x 9 pixels, [8, 9, 3] uint8."""
+    modes: dict[str, int]
+    """PIL's mode -> pictures."""
+    broken: list[str]
+    """Name and reason of each that cannot be read."""
+    pixels: Tensor | list[Tensor] | None
+    """[3, h, w] uint8 of each: one tensor where all have one shape; None where they exceed the memory budget."""
+
+    def __len__(self) -> int:
+        return len(self.columns["row"])
+
+    def shapes(self, cfg: Data) -> Tensor:
+        """Height and width of each after resizing, [N, 2]."""
+        return cfg.resolution + self.columns["room"] * (not cfg.center_crop)
+
+    def nbytes(self, cfg: Data) -> int:
+        """What their pixels take, held or not."""
+        return 3 * int(self.shapes(cfg).prod(1).sum())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One picture of the pass."""
+
+    values: dict[str, Any]
+    mode: str
+    pixels: Tensor
+
+
+def _find(source: Source, cfg: Data, skim: bool, rows: range) -> list[_Found | str]:
+    """What there is at each row, or what is wrong with it."""
+    found: list[_Found | str] = []
+    for row in rows:
+        try:
+            image, raw = source.read(row)
+            mode, size = image.mode, image.size[::-1]
+            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+                size = size[::-1]
+            if skim:
+                image.draft(mode, (cfg.resolution, cfg.resolution))
+            image = to_rgb(image)
+            x, room = pixels(image, cfg)
+            file = hashlib.blake2b(raw, digest_size=16).digest()
+            mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
+            file, mark = (np.frombuffer(digest, np.uint8) for digest in (file, mark))
+            values = {"row": row, "size": size, "room": room, "file": file, "mark": mark, "thumb": thumb(image)}
+            found.append(_Found(values, mode, x))
+        except Exception as error:  # whatever a decoder throws at a broken file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            found.append(f"{source.name(row)} ({reason})")
+    return found
+
+
+def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pictures: None, skim: bool = False) -> Pictures:
+    """Read every picture of a source. With `skim`, where nothing is trained on them, JPEGs are decoded at half, a quarter or an
+    eighth of their size, as long as the resolution is left."""
+    shapes = {"row": (), "size": (2,), "room": (2,), "file": (16,), "mark": (16,), "thumb": (8, 9, 3)}
+    kinds = {name: torch.int64 if name in ("row", "size", "room") else torch.uint8 for name in shapes}
+    columns = {name: torch.empty(source.size, *shape, dtype=kinds[name]) for name, shape in shapes.items()}
+    arrays = {name: column.numpy() for name, column in columns.items()}
+    held, count, modes, broken = _Held(source.size, cfg.memory_budget * 2**30), 0, Counter(), []
+    find = functools.partial(_find, source, cfg, skim)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
+            block = range(start, min(start + 1024, source.size))
+            parts = pool.map(find, [block[i : i + 32] for i in range(0, len(block), 32)])
+            for found in itertools.chain.from_iterable(parts):
+                if isinstance(found, str):
+                    broken.append(found)
+                else:
+                    for name, value in found.values.items():
+                        arrays[name][count] = value
+                    modes[found.mode] += 1
+                    held.add(count, found.pixels)
+                    count += 1
+                progress(1)
+    columns = {name: column[:count] for name, column in columns.items()}
+    return Pictures(columns, dict(modes), broken, None if held.pixels is None else held.pixels[:count])
+
+
+class _Held:
+    """Decoded pictures in memory: one tensor while all have one shape, a list where they differ, None once too large."""
+
+    def __init__(self, size: int, budget: float):
+        self.size, self.budget, self.taken = size, budget, 0
+        self.pixels: Tensor | list[Tensor] | None = []
+
+    def add(self, i: int, x: Tensor) -> None:
+        """Take the i-th picture, [3, h, w]."""
+        self.taken += x.numel()
+        if self.pixels is None or self.taken > self.budget:
+            self.pixels = None
+            return
+        if i == 0 and self.size * x.numel() <= self.budget:
+            self.pixels = torch.empty(self.size, *x.shape, dtype=torch.uint8)  # taken from the system as it fills
+        elif isinstance(self.pixels, Tensor) and x.shape != self.pixels.shape[1:]:
+            self.pixels = list(self.pixels[:i].clone())
+        if isinstance(self.pixels, Tensor):
+            self.pixels[i] = x
+        else:
+            self.pixels.append(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept on disk: a folder with the pixels, one picture after the other, and a safetensors file with everything else.
+
+
+def place(folder: Path, source: Source, cfg: Data) -> Path:
+    """Where in a folder the pictures of a source are kept: named by all that decides them, without reading one."""
+    return folder / f"pictures-{content_hash(source.identity(), cfg.resolution, cfg.center_crop, PIL.__version__)[:16]}"
+
+
+def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -> Pictures:
+    """Write them, there whole or not at all, and have the pixels mapped from there. A disk that refuses ends nothing: it is
+    said, and the pictures stay as they are."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        staged.mkdir(parents=True)
+        check = xxhash.xxh3_128()
+        with open(staged / "pixels", "wb") as file:
+            for x in () if pictures.pixels is None else pictures.pixels:
+                check.update(x.numpy().data)
+                file.write(x.numpy().data)
+        facts = {"modes": pictures.modes, "broken": pictures.broken, "decoded": pictures.pixels is not None}
+        facts |= {"pixels": check.hexdigest(), "columns": _hash(pictures.columns)}
+        save_file(pictures.columns, staged / "columns.safetensors", {"facts": json.dumps(facts)})
+        (staged / "columns.safetensors").chmod((staged / "pixels").stat().st_mode)  # safetensors writes for the owner alone
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        os.rename(staged, path)
+        return _mapped(pictures, path, cfg)
+    except (OSError, SafetensorError) as error:
+        say(f"warning: the decoded pictures are not kept in {path.parent}: {getattr(error, 'strerror', None) or error}")
+        return pictures
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def kept(path: Path, cfg: Data) -> Pictures | None:
+    """The pictures that are kept there, if they are what was written and what these settings ask for."""
+    with contextlib.suppress(OSError, SafetensorError, RuntimeError, ValueError, KeyError):
+        with safe_open(path / "columns.safetensors", "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = Pictures(columns, facts["modes"], facts["broken"], None)
+        fits = found.nbytes(cfg) <= cfg.memory_budget * 2**30
+        if _hash(columns) != facts["columns"] or fits > facts["decoded"] or (found.broken and not cfg.skip_broken):
+            return None
+        if not fits:
+            return found
+        with open(path / "pixels", "rb") as file:
+            whole = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == facts["pixels"]
+        return _mapped(found, path, cfg) if whole else None
+    return None
+
+
+def _mapped(pictures: Pictures, path: Path, cfg: Data) -> Pictures:
+    """The same, with the pixels in the file in place of those in memory."""
+    if pictures.pixels is None and not (path / "pixels").stat().st_size:
+        return pictures
+    shapes = pictures.shapes(cfg)
+    sizes = 3 * shapes.prod(1)
+    flat = torch.from_file(str(path / "pixels"), shared=False, size=int(sizes.sum()), dtype=torch.uint8)
+    if (shapes == shapes[0]).all():
+        return replace(pictures, pixels=flat.view(len(pictures), 3, *shapes[0].tolist()))
+    parts = zip(flat.split(sizes.tolist()), shapes.tolist(), strict=True)
+    return replace(pictures, pixels=[x.view(3, *shape) for x, shape in parts])
+
+
+def _hash(columns: dict[str, Tensor]) -> str:
+    check = xxhash.xxh3_128()
+    for name in sorted(columns):
+        check.update(repr((name, columns[name].shape)).encode())
+        check.update(columns[name].contiguous().numpy().data)
+    return check.hexdigest()
