@@ -178,6 +178,8 @@ def test_left_out_pictures_are_kept_so(tmp_path):
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     again = start(tmp_path, *flags, patch=refuse_decoding).wait()
     assert again.code == 0 and "1 pictures cannot be read and are left out" in again.err, again.err
+    (path,) = (tmp_path / "out" / "examples").iterdir()
+    assert decode.kept(path, Data(resolution=8)) is None  # it may have been the disk that was broken: they are read again
     longer = tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, steps=7)
     refused(cli(tmp_path, *longer), "1 of 6 pictures cannot be read")
 

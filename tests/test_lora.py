@@ -365,6 +365,17 @@ def test_the_cache_heals_and_notices(tmp_path, built, photos):
     assert "encoding pixel_values once: 4 of 4" in moved.err and "encoding caption" not in moved.err
 
 
+def test_what_is_held_fits_the_budget(tmp_path):
+    cache, marks = encode.Encoded(tmp_path), ["aa", "ab", "b"]
+    for i, mark in enumerate(marks):
+        cache.write(mark, {"x": torch.full((2, 3), float(i)), "y": torch.tensor(i)})
+    assert cache.held(marks, 3 * (24 + 8) - 1) == (None, 0)
+    read, taken = cache.held(marks, 3 * (24 + 8))
+    assert taken == 96
+    shutil.rmtree(tmp_path / "aa")  # from memory
+    assert read(iter(["b", "aa"]))["x"].tolist() == [[[2.0] * 3] * 2, [[0.0] * 3] * 2] and read(["ab"])["y"].tolist() == [1]
+
+
 def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
     """Without a central crop only the captions are cached, and only the models that nothing else calls become idle."""
 
