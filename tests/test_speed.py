@@ -1,6 +1,7 @@
 """What makes a step quick changes no result, and nothing in a step waits for the device."""
 
 import dataclasses
+import math
 
 import pytest
 import tiny_models
@@ -11,9 +12,11 @@ from warm import cli, digest, flags, fork, start, tiny
 
 import compiled
 import configs
+import data
 import device
 import loop
 from device import at_rest
+from tasks import Rng, hash64
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::equal"}
 
@@ -66,6 +69,52 @@ def test_nothing_waits(tmp_path, task):
         loop.Guard.__init__ = late
         loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
         assert len(seen) == 4
+
+    in_fork(tmp_path, check)
+
+
+def plain_loop(task, cfg, fused):
+    """The weights and averages after as many steps written out: nothing kept, no accelerate, no operation over many tensors."""
+    examples = data.Examples(data.open_source(cfg.data), cfg.data, cfg.base.seed)
+    torch.manual_seed(hash64(cfg.base.seed, "models"))
+    unet = task.make_models(cfg)["unet"].train()
+    given = {"lr": cfg.ddpm.learning_rate, "betas": (cfg.ddpm.adam_beta1, cfg.ddpm.adam_beta2), "eps": cfg.ddpm.adam_epsilon}
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), weight_decay=cfg.ddpm.adam_weight_decay, fused=fused, foreach=False, **given
+    )
+    averages = [p.detach().clone() for p in unet.parameters()]
+    size, total = cfg.data.train_batch_size, cfg.base.max_train_steps
+    warmup = total // 20
+    for step in range(total):
+        numbers = range(step * size, (step + 1) * size)
+        x = examples[numbers]["pixel_values"].float() / 127.5 - 1
+        rng = Rng.of(cfg.base.seed, numbers)
+        torch.manual_seed(hash64(cfg.base.seed, "layers", numbers[0]))
+        for loss in task.loss_fn({"unet": unet}, {"pixel_values": x}, rng, cfg):
+            loss.value.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        optimizer.param_groups[0]["lr"] = cfg.ddpm.learning_rate * (step / warmup if step < warmup else cosine)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.9999, 1 - (step + 1) ** -0.75)
+        for average, p in zip(averages, unet.parameters(), strict=True):
+            average.lerp_(p.detach(), 1 - decay)
+    return [p.detach() for p in unet.parameters()], averages
+
+
+@pytest.mark.parametrize("fused, rate, bound", [(True, 2e-3, 0.0), (False, 5e-5, 1e-5)])
+def test_fifty_steps_of_a_plain_loop(tmp_path, fused, rate, bound):
+    """The same bits where the operations are the same. With AdamW in other operations it is near: as its steps are as large for
+    a small gradient as for a large one, 50 of them make of a rounding about a tenth of the learning rate, whatever that is."""
+    module, cfg = configs.parse(tiny(tmp_path, steps=50, data__random_flip=True, ddpm__learning_rate=rate))
+
+    def check():
+        state = loop.run(module.task, cfg)
+        found = [p.detach() for p in state.models["unet"].parameters()], list(state.ema.values())
+        for own, plain in zip(found, plain_loop(module.task, cfg, fused), strict=True):
+            apart = max((a - b).abs().max().item() for a, b in zip(own, plain, strict=True))
+            assert apart <= bound, apart
 
     in_fork(tmp_path, check)
 
