@@ -55,7 +55,7 @@ import look
 import survey
 import validate
 from configs import BadInput
-from device import at_rest, draw, make_accelerator, make_models, moved, trained, trains
+from device import at_rest, draw, make_accelerator, make_models, moved, seed_layers, trained, trains
 from report import Report, clock, publish
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
 
@@ -176,7 +176,6 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         report.say(look.introduce(accelerator, cfg, source.found, models, first, state, total))
         if examples.reside(device):
             report.say(f"the decoded pictures stay on {device}")
-        meter = Meter(accelerator, len(optims) > 1)
         guard = Guard(accelerator, state, base.max_skipped_updates, examples.source.name)
         ready = lambda batch: encode.encode(encodings, models, examples.ready(batch, device), cfg)  # noqa: E731
         once = functools.partial(rehearse, accelerator, task, models | wrapped, first | {"step": total}, ready, cfg)
@@ -217,13 +216,13 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # The loop. Example n is the same whatever the layout: processes take turns, a batch each.
         stream = examples.stream(state.examples + accelerator.process_index * size, block)
-        signals.armed, seen = True, set()
+        meter, seen, signals.armed = Meter(accelerator, len(optims) > 1), set(), True
         while state.step < total and not signals.agreed():
             factor = rate(state.step)
             for batch in meter.fetch(stream, base.gradient_accumulation_steps):
                 numbers, rows = batch["n"].tolist(), batch["index"]
                 rng = Rng.of(base.seed, numbers, device=device)
-                torch.manual_seed(hash64(base.seed, "layers", numbers[0]))  # for dropout and its like
+                seed_layers(device, hash64(base.seed, "layers", numbers[0]))
                 with accelerator.accumulate(*wrapped.values()):
                     for loss in losses(batch, rng, models | wrapped):
                         accelerator.backward(loss.value)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import time
 
 import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
-from warm import cli, digest, flags, fork, start, tiny
+from warm import cli, digest, flags, fork, metrics, start, tiny
 
 import compiled
 import configs
@@ -186,6 +187,18 @@ def test_what_is_compiled(monkeypatch):
     assert len(graphs) == 1 and said.startswith("compiled in")
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_compiling_is_no_part_of_the_speed(tmp_path):
+    """The first line of metrics counts from the first step."""
+
+    def patch():
+        compiled.compile_models = lambda *_: None
+        compiled.price = lambda *_: time.sleep(4) or "compiled"
+
+    result = start(tmp_path, *tiny(tmp_path, steps=4, base__compile=True, base__logging_steps=2), patch=patch).wait()
+    assert result.code == 0, result.err
+    assert metrics(tmp_path / "out")[0]["pictures_per_second"] > 2 * 4 / 4
 
 
 def test_compiling_needs_a_compiler(tmp_path):
