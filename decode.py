@@ -214,12 +214,13 @@ def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -
     staged = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         staged.mkdir(parents=True)
-        check = xxhash.xxh3_128()
+        check, held = xxhash.xxh3_128(), pictures.pixels
+        parts = () if held is None else held.split(1024) if isinstance(held, Tensor) else held
         with open(staged / "pixels", "wb") as file:
-            for x in () if pictures.pixels is None else pictures.pixels:
+            for x in parts:
                 check.update(x.numpy().data)
                 file.write(x.numpy().data)
-        facts = {"modes": pictures.modes, "broken": pictures.broken, "decoded": pictures.pixels is not None}
+        facts = {"modes": pictures.modes, "broken": pictures.broken, "decoded": held is not None}
         facts |= {"pixels": check.hexdigest(), "columns": _hash(pictures.columns)}
         save_file(pictures.columns, staged / "columns.safetensors", {"facts": json.dumps(facts)})
         (staged / "columns.safetensors").chmod((staged / "pixels").stat().st_mode)  # safetensors writes for the owner alone

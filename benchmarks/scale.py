@@ -4,8 +4,8 @@
     python benchmarks/scale.py 1000 1000000 --steps 100
 
 Whole processes, watched from outside: a run of `--steps` steps of the smallest model, and the same command made as long again,
-which resumes. Every start decodes all pictures, to check them and to keep them; 'a picture' is what one more of them adds to
-the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory is the machine's, of the
+which resumes. The first start decodes all pictures, checks them and keeps them; the resumed one finds them. 'A picture' is what
+one more of them adds to the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory is the machine's, of the
 first run; the time of a step is the median of the run's own metrics.
 """
 
