@@ -5,8 +5,8 @@
 
 Whole processes, watched from outside: a run of `--steps` steps of the smallest model, and the same command made as long again,
 which resumes. The first start decodes all pictures, checks them and keeps them; the resumed one finds them. 'A picture' is what
-one more of them adds to the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory is the machine's, of the
-first run; the time of a step is the median of the run's own metrics.
+one more of them adds to the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory
+is the machine's, of the first run; the time of a step is the median of the run's own metrics.
 """
 
 from __future__ import annotations
