@@ -26,6 +26,7 @@ from configs import BadInput
 from tasks import Task
 
 NEAR_BITS, NEAR_LEVELS, NEIGHBOURS = 3, 8.0, 64
+LISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,14 @@ class Survey:
     """Pictures whose caption is empty."""
     labels: dict[str, int] | None
     """Class -> pictures."""
-    exact: list[list[str]]
-    """Pictures whose pixels are those of an earlier one: (earlier, this)."""
-    near: list[list[str]]
-    """Pictures that look like an earlier one: (earlier, this)."""
+    exact: int
+    """Pictures whose pixels are those of an earlier one."""
+    exact_pairs: list[list[str]]
+    """The first LISTED of them, by name: (earlier, this)."""
+    near: int
+    """Pictures that look like an earlier one."""
+    near_pairs: list[list[str]]
+    """The first LISTED of them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +119,11 @@ def survey(examples: data.Examples) -> Survey:
     lost = 1 - size.min(1) / size.max(1)  # [N]
     _, first, same = np.unique(marks.view("V16")[:, 0], return_index=True, return_inverse=True)
     first = first[same]  # row -> the first one with its pixels
-    exact = [(int(first[row]), int(row)) for row in np.flatnonzero(first != np.arange(len(first)))]
+    again = np.flatnonzero(first != np.arange(len(first)))
+    exact = np.stack([first[again], again], 1)  # [P, 2]
     unique = np.flatnonzero(first == np.arange(len(first)))
-    near = unique[near_pairs(thumbs[unique])].tolist()
-    named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs]  # noqa: E731
+    near = unique[near_pairs(thumbs[unique])]  # [Q, 2]
+    named = lambda pairs: [[source.name(i), source.name(j)] for i, j in pairs[:LISTED].tolist()]  # noqa: E731
     captions = labels = None
     if source.captions is not None:
         captions = [len({t for texts in source.captions for t in texts if t}), source.captions.count([])]
@@ -138,8 +144,10 @@ def survey(examples: data.Examples) -> Survey:
         captions=captions,
         empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
-        exact=named(exact),
-        near=named(near),
+        exact=len(exact),
+        exact_pairs=named(exact),
+        near=len(near),
+        near_pairs=named(near),
     )
 
 
@@ -158,8 +166,8 @@ def whole(found: Survey) -> Iterator[str]:
     labels = [f"{name} {count:,}" for name, count in (found.labels or {}).items()]
     more = f", and {len(labels) - 20:,} more" if len(labels) > 20 else ""
     yield f"labels      {', '.join(labels[:20]) + more or 'none'}"
-    for title, pairs in (("exact twins", found.exact), ("near twins", found.near)):
-        yield f"{title:<11} {len(pairs):,}{examples_of(pairs)}"
+    yield f"exact twins {found.exact:,}{examples_of(found.exact_pairs)}"
+    yield f"near twins  {found.near:,}{examples_of(found.near_pairs)}"
     for name in found.broken:
         yield f"broken      {name}"
 
@@ -179,9 +187,10 @@ def notable(found: Survey) -> Iterator[str]:
         yield f"{found.captions[1]:,} of {found.pictures:,} pictures have no caption"
     if found.empty:
         yield f"{found.empty:,} of {found.pictures:,} pictures have an empty caption"
-    for kind, pairs in (("the same as", found.exact), ("much like", found.near)):
-        if 0 < len(pairs) < found.pictures / 4:  # where most are alike, as drawn shapes are, that is what the set is
-            yield f"{len(pairs):,} of {found.pictures:,} pictures are {kind} an earlier one{examples_of(pairs)}"
+    twins = (("the same as", found.exact, found.exact_pairs), ("much like", found.near, found.near_pairs))
+    for kind, count, pairs in twins:
+        if 0 < count < found.pictures / 4:  # where most are alike, as drawn shapes are, that is what the set is
+            yield f"{count:,} of {found.pictures:,} pictures are {kind} an earlier one{examples_of(pairs)}"
 
 
 def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
