@@ -100,7 +100,9 @@ CASES = {
     "smallest": Case("ddpm", times=10),
     "mnist_unet": Case(f"{UNET} --data.resolution 32", limit=62_700, times=10),
     "unet64": Case(f"{UNET} --data.resolution 64", gpu=True, times=10),
-    "lora": Case("lora --lora.pretrained-model-name-or-path {tiny} --data.num-shapes 64 --data.train-batch-size 4", times=10),
+    "lora": Case(
+        f"lora --lora.pretrained-model-name-or-path {{tiny}} {LORA} --data.resolution 32 --data.train-batch-size 4", times=10
+    ),
     "sd15_lora": Case(
         f"lora --lora.pretrained-model-name-or-path {{sd15}} {LORA} --data.resolution 512 --data.train-batch-size 8", 461, True
     ),
