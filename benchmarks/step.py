@@ -82,6 +82,7 @@ def measure(task: Any, cfg: Any) -> dict[str, Any]:
             return task.loss_fn(*arguments)
 
         loop.run(dataclasses.replace(task, loss_fn=loss_fn), cfg)
+        others.clear()  # they hold a model each
         again = bare_loop(cfg, task, total, update=False)
         next(again)  # what is made once, such as encodings, is no part of a step
         with FlopCounterMode(display=False) as counter:
