@@ -112,7 +112,11 @@ def _open_shapes(cfg: Data) -> Source:
         captions.append(lists.setdefault(text, [text]))
         labels.append(numbers[looks[0]])
     found = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels"
-    identity = lambda: ("shapes", cfg.num_shapes)  # noqa: E731
+
+    def identity() -> str:
+        drawn = (draw_shape(row, cfg.resolution)[0].tobytes() for row in range(8))  # numpy's streams may change
+        return content_hash("shapes", cfg.num_shapes, *drawn)
+
     return Source(cfg.num_shapes, read, "shape {}".format, captions, labels, found, identity, list(SHAPES))
 
 
@@ -174,11 +178,11 @@ def _outside(chunk: Any) -> list[str]:
     return [path for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist() if path]
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
-    """What changes when a file is written: its size, and when that was in nanoseconds. None: it is not there."""
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """What changes when a file is written or another takes its place: its size, and its times in nanoseconds. None: no file."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return None
 
 
@@ -211,9 +215,13 @@ def _open_rows(cfg: Data, setting: str = "split") -> Source:
     def name(row: int) -> str:
         return (encoded[row][image] or {}).get("path") or f"row {row}"
 
+    @functools.cache
     def identity() -> str:
         outside = [path for chunk in encoded.data.column(image).chunks for path in _outside(chunk)]
-        return content_hash(encoded._fingerprint, outside, [_stamp(path) for path in outside])
+        if len(outside) == len(rows) and encoded._indices is None:  # a folder: whatever else is in it, these are the pictures
+            return content_hash([(os.path.abspath(path), _stamp(path)) for path in outside])
+        outside += [file["filename"] for file in encoded.cache_files]
+        return content_hash(encoded._fingerprint, [(path, _stamp(path)) for path in outside])
 
     captions, source = None, caption
     if caption is not None:
@@ -315,6 +323,7 @@ class Examples(torch.utils.data.Dataset):
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
         self.unheld = {"pixel_values"} if pictures.pixels is None else set()  # columns that every batch reads from the disk
         self.resident: Tensor | None = None  # the decoded set on the device
+        self.place, self.kept = None, False  # where the pictures may be kept, and whether they came from there
         files = pictures.columns["file"].contiguous().numpy().tobytes()
         self.fingerprint = hashlib.blake2b(files + repr((source.captions, source.labels)).encode(), digest_size=16).hexdigest()
 
@@ -418,6 +427,11 @@ class Examples(torch.utils.data.Dataset):
         if column == "pixel_values":
             self.pictures = replace(self.pictures, pixels=None)  # `fixed` reads the few that it shows
 
+    def keep(self, say: Callable[[str], Any]) -> None:
+        """Keep the pictures in their place, unless they are there."""
+        if self.place and not self.kept:
+            self.pictures = keep(self.pictures, self.place, self.cfg, say)
+
     def reside(self, device: torch.device, share: float = RESIDENT) -> bool:
         """Keep the decoded set on a GPU too, where it takes at most this share of its memory; returns whether it is there."""
         room = torch.cuda.get_device_properties(device).total_memory * share if device.type == "cuda" else 0
@@ -451,17 +465,12 @@ class Examples(torch.utils.data.Dataset):
         return iter(loader)
 
 
-def prepared(
-    source: Source, cfg: Data, seed: int, shelf: Path | None, accept: Callable[[str], Any], say: Callable[[str], Any]
-) -> Examples:
-    """The examples of a source, with the pictures that are kept on the shelf, or decoded and put there once `accept` has taken
-    their fingerprint."""
+def opened(source: Source, cfg: Data, seed: int, shelf: Path | None) -> Examples:
+    """The examples of a source, with the pictures that are kept on the shelf, or decoded here."""
     path = shelf and place(shelf, source, cfg)
     found = path and kept(path, cfg)
     examples = Examples(source, cfg, seed, found)
-    accept(examples.fingerprint)
-    if path and not found:
-        examples.pictures = keep(examples.pictures, path, cfg, say)
+    examples.place, examples.kept = path, found is not None
     return examples
 
 

@@ -7,12 +7,15 @@ runs find it. The pixels are then mapped from there, so that processes of a mach
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +27,7 @@ import numpy as np
 import PIL
 import torch
 import xxhash
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -131,12 +134,12 @@ def _find(source: Source, cfg: Data, skim: bool, rows: range) -> list[_Found | s
     for row in rows:
         try:
             image, raw = source.read(row)
-            mode, size = image.mode, image.size[::-1]
-            if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-                size = size[::-1]
+            mode, whole = image.mode, image.size
             if skim:
                 image.draft(mode, (cfg.resolution, cfg.resolution))
+            smaller, turned = image.size != whole, 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
             image = to_rgb(image)
+            size = (whole if turned else whole[::-1]) if smaller else image.size[::-1]
             x, room = pixels(image, cfg)
             file = hashlib.blake2b(raw, digest_size=16).digest()
             mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
@@ -202,53 +205,83 @@ class _Held:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kept on disk: a folder with the pixels, one picture after the other, and a safetensors file with everything else.
 
+FORMAT = 1
+"""To be raised with every change to what is made of a picture, or to how it is kept."""
+DAY = 86_400  # seconds
+
 
 def place(folder: Path, source: Source, cfg: Data) -> Path:
     """Where in a folder the pictures of a source are kept: named by all that decides them, without reading one."""
-    return folder / f"pictures-{content_hash(source.identity(), cfg.resolution, cfg.center_crop, PIL.__version__)[:16]}"
+    decoder = (FORMAT, PIL.__version__, features.version("libjpeg_turbo"))
+    return folder / f"pictures-{content_hash(source.identity(), cfg.resolution, cfg.center_crop, decoder)[:16]}"
 
 
 def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -> Pictures:
-    """Write them, there whole or not at all, and have the pixels mapped from there. A disk that refuses ends nothing: it is
-    said, and the pictures stay as they are."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    """Write them, there whole or not at all, and have the pixels mapped from there.
+
+    Of a set with broken pictures nothing is kept: it may have been the disk that was broken. Nor where less space would be
+    left than it takes: checkpoints come first. A disk that refuses ends nothing: that is said, and the pictures stay in memory.
+    """
+    if pictures.broken:
+        return pictures
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
     try:
-        staged.mkdir(parents=True)
-        check, held = xxhash.xxh3_128(), pictures.pixels
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.writing"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left, ignore_errors=True)
+        held = pictures.pixels
         parts = () if held is None else held.split(1024) if isinstance(held, Tensor) else held
+        needed = sum(x.nbytes for x in (*parts, *pictures.columns.values()))
+        free = shutil.disk_usage(path.parent).free
+        if free < 2 * needed:
+            raise OSError(errno.ENOSPC, f"they take {needed:,} bytes, and {free:,} are free")
+        staged.mkdir()
+        check = xxhash.xxh3_128()
         with open(staged / "pixels", "wb") as file:
             for x in parts:
                 check.update(x.numpy().data)
                 file.write(x.numpy().data)
-        facts = {"modes": pictures.modes, "broken": pictures.broken, "decoded": held is not None}
-        facts |= {"pixels": check.hexdigest(), "columns": _hash(pictures.columns)}
-        save_file(pictures.columns, staged / "columns.safetensors", {"facts": json.dumps(facts)})
-        (staged / "columns.safetensors").chmod((staged / "pixels").stat().st_mode)  # safetensors writes for the owner alone
+        facts = json.dumps({"modes": pictures.modes, "decoded": held is not None, "pixels": check.hexdigest()})
+        file = staged / "columns.safetensors"
+        save_file(pictures.columns, file, {"facts": facts, "hash": _hash(pictures.columns, facts)})
+        file.chmod((staged / "pixels").stat().st_mode)  # safetensors writes for the owner alone
+        mapped = _mapped(pictures, staged, cfg)
+        if (there := kept(path, cfg)) is not None:  # another process was quicker, and may have them mapped
+            return there
         shutil.rmtree(path, ignore_errors=True)  # a damaged one
         os.rename(staged, path)
-        return _mapped(pictures, path, cfg)
-    except (OSError, SafetensorError) as error:
+        return mapped
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (there := kept(path, cfg)) is not None:
+            return there
         say(f"warning: the decoded pictures are not kept in {path.parent}: {getattr(error, 'strerror', None) or error}")
         return pictures
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def tidy(folder: Path, used: set[Path]) -> None:
+    """Remove what is kept in a run's own folder of sets that it no longer uses."""
+    for path in set(folder.glob("pictures-*")) - used:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def kept(path: Path, cfg: Data) -> Pictures | None:
     """The pictures that are kept there, if they are what was written and what these settings ask for."""
-    with contextlib.suppress(OSError, SafetensorError, RuntimeError, ValueError, KeyError):
+    with contextlib.suppress(OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
         with safe_open(path / "columns.safetensors", "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
+            told = file.metadata()
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = Pictures(columns, facts["modes"], facts["broken"], None)
-        fits = found.nbytes(cfg) <= cfg.memory_budget * 2**30
-        if _hash(columns) != facts["columns"] or fits > facts["decoded"] or (found.broken and not cfg.skip_broken):
+        if _hash(columns, told["facts"]) != told["hash"]:
             return None
-        if not fits:
+        facts = json.loads(told["facts"])
+        found = Pictures(columns, facts["modes"], [], None)
+        if found.nbytes(cfg) > cfg.memory_budget * 2**30:
             return found
         with open(path / "pixels", "rb") as file:
             whole = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == facts["pixels"]
-        return _mapped(found, path, cfg) if whole else None
+        return _mapped(found, path, cfg) if whole and facts["decoded"] else None
     return None
 
 
@@ -265,9 +298,9 @@ def _mapped(pictures: Pictures, path: Path, cfg: Data) -> Pictures:
     return replace(pictures, pixels=[x.view(3, *shape) for x, shape in parts])
 
 
-def _hash(columns: dict[str, Tensor]) -> str:
-    check = xxhash.xxh3_128()
+def _hash(columns: dict[str, Tensor], facts: str) -> str:
+    check = xxhash.xxh3_128(facts.encode())
     for name in sorted(columns):
-        check.update(repr((name, columns[name].shape)).encode())
+        check.update(repr((name, columns[name].shape, columns[name].dtype)).encode())
         check.update(columns[name].contiguous().numpy().data)
     return check.hexdigest()

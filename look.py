@@ -233,7 +233,8 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
         f"{saves} checkpoints": saves * (ended - last),
     }
     one, kept = checkpoint.size(out / "out" / f"checkpoint-{watch.steps}"), min(saves, base.checkpoints_total_limit or saves)
-    cache = checkpoint.size(out / "examples") * more
+    pixels = sum(path.stat().st_size for path in out.glob("examples/*/pixels")) * more
+    cache = checkpoint.size(out / "examples") * more - (pixels if pixels > cfg.data.memory_budget * 2**30 else 0)
     disk = kept * one + checkpoint.size(out / "out" / "export") + cache
     device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU, " if torch.cuda.is_available() else ""
     return f"""parameters  {watch.counts[0]:,} trainable, {watch.counts[1]:,} frozen
@@ -241,7 +242,7 @@ memory      {device}{host:.2f} GiB of the machine, at the peak of each process
 step        {step:.3f} s, {update / step:.1f} pictures/s, {waiting:.0%} of it waiting for data
 time        {sum(parts.values()) / 3600:.2f} hours: {", ".join(f"{name} {clock(s)}" for name, s in parts.items())}
 disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: {kept} checkpoints of {one / 2**30:.3f}, \
-the cache of encodings {cache / 2**30:.3f}"""
+what is made of the examples once {cache / 2**30:.3f}"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

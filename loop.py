@@ -52,6 +52,7 @@ from torch import Tensor
 import checkpoint
 import compiled
 import data
+import decode
 import encode
 import look
 import survey
@@ -156,12 +157,18 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             return state
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
-        def prepared(source: data.Source, accept: Callable[[str], Any]) -> data.Examples:
-            shelf = configs.example_cache(cfg)
-            return in_turns(accelerator, lambda: data.prepared(source, cfg.data, base.seed, shelf, accept, report.say))
+        def pictures() -> list[data.Examples]:
+            sets = [data.opened(s, cfg.data, base.seed, shelf) for s in (source, source.held_out) if s]
+            refuse_changes(facts, {"data": sets[0].fingerprint})
+            for examples in sets if accelerator.is_local_main_process else ():
+                examples.keep(report.say)
+            if accelerator.is_main_process and shelf == out / "examples":
+                decode.tidy(shelf, {examples.place for examples in sets})
+            return sets
 
-        examples = prepared(source, lambda found: refuse_changes(facts, {"data": found}))
-        held_out = source.held_out and prepared(source.held_out, lambda found: None)
+        shelf = configs.example_cache(cfg)
+        examples, *rest = in_turns(accelerator, pictures) if shelf else pictures()
+        held_out = rest[0] if rest else None
 
         # What every number became, said once. From here on there are files.
         report.open(state.step, total, source.found, identity["models"])
@@ -301,6 +308,7 @@ def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterabl
 def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Call on one process of each machine, then on the others, which find what it left on the disk. What one raises, all do."""
     result, raised = None, [None] * accelerator.num_processes
+    patient = timedelta(days=7)  # the first may have a large set to decode
     for first in (True, False):
         error = None
         if accelerator.is_local_main_process is first:
@@ -309,7 +317,7 @@ def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
             except Exception as trouble:
                 error = trouble
         if accelerator.num_processes > 1:
-            torch.distributed.all_gather_object(raised, error, group=_host_group())
+            torch.distributed.all_gather_object(raised, error, group=_host_group(patient))
         if error := next(filter(None, (error, *raised)), None):
             raise error
     return result
@@ -501,9 +509,9 @@ class Signals(contextlib.AbstractContextManager):
 
 
 @functools.cache
-def _host_group() -> Any:
-    """Processes talking from host to host, so that no GPU is waited for; for as long as it takes to decode a large set."""
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+def _host_group(timeout: timedelta | None = None) -> Any:
+    """Processes talking from host to host, so that no GPU is waited for."""
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ def main(settings: Settings) -> None:
     cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config), source=f"{saved}: ")
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
-    cfg = replace(cfg, base=replace(cfg.base, logger=("none",), push_to_hub=False, compile=False))
     out = folder.parent if is_checkpoint else folder
+    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), logger=("none",), push_to_hub=False, compile=False))
     name = f"{facts['step']}-seed-{seed}-num-{num}.png"
     to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name
     try:
@@ -107,9 +107,6 @@ class Unopened:
 
     def fixed(self, size: int, count: int | None) -> Iterator[Any]:
         import data
-        import decode
 
-        cfg, shelf = self.cfg.data, configs.example_cache(self.cfg)
-        source = data.open_source(cfg, self.task.needs)
-        pictures = shelf and decode.kept(decode.place(shelf, source, cfg), cfg)
-        return data.Examples(source, cfg, self.cfg.base.seed, pictures).fixed(size, count)
+        cfg, source = self.cfg, data.open_source(self.cfg.data, self.task.needs)
+        return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count)

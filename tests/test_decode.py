@@ -1,14 +1,17 @@
 """Pictures are decoded once: for a run's next life, its other processes, and other runs on the same pictures."""
 
+import dataclasses
 import os
 import shutil
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_settings import refused
-from warm import cli, cli_many, digest, start, start_many, tiny
+from warm import cli, cli_many, digest, fork, start, start_many, tiny
 
 import data
 import decode
@@ -63,22 +66,88 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
         cfg = Data(**{"train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2} | more)
         return decode.place(tmp_path, data.open_source(cfg), cfg)
 
-    places = [place(), place(resolution=12), place(center_crop=True), place(max_train_samples=4), place(validation_split="0.5")]
-    assert place() == places[0] == place(random_flip=True) == place(train_batch_size=1)
-    status = os.stat(folder / "0.png")
-    os.utime(folder / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    shapes = [place(train_data_dir=None), place(train_data_dir=None, num_shapes=99)]
+    places = [
+        *shapes,
+        place(),
+        place(resolution=12),
+        place(center_crop=True),
+        place(max_train_samples=4),
+        place(validation_split="0.5"),
+    ]
+    whole = places[2]
+    assert place() == whole == place(random_flip=True) == place(train_batch_size=1)
+    (folder / "0.txt").write_text("a caption is no picture")
+    assert place() == whole
+    shutil.copy2(folder / "1.png", folder / "0.png")
     places.append(place())
-    os.utime(folder / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert place() == places[0]
-    content = (folder / "0.png").read_bytes()
-    (folder / "0.png").write_bytes(content + b"more")
-    os.utime(folder / "0.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(folder / "0.png")
+    places.append(place())
+    status = [os.stat(folder / name) for name in ("0.png", "1.png")]
+    assert status[0].st_size == status[1].st_size
+    for name in ("0.png", "1.png"):
+        os.utime(folder / name, (1, 1))
+    places.append(place())
+    (folder / "0.png").rename(tmp_path / "kept")  # the same sizes and times of writing
+    (folder / "1.png").rename(folder / "0.png")
+    (tmp_path / "kept").rename(folder / "1.png")
     places.append(place())
     (folder / "0.png").unlink()
     places.append(place())
-    monkeypatch.setattr(decode.PIL, "__version__", "another")
+    monkeypatch.setitem(data.SIZES, "small", 0.3)
+    places.append(place(train_data_dir=None))
+    for module, name in ((decode.PIL, "__version__"), (decode, "FORMAT")):
+        monkeypatch.setattr(module, name, "another")
+        places.append(place())
+    monkeypatch.setattr(decode.features, "version", lambda name: "another")
     places.append(place())
-    assert len(set(places)) == len(places) == 9
+    assert len(set(places)) == len(places) == 16
+
+
+def test_a_saved_set_that_was_saved_anew_is_another(tmp_path):
+    """Though it was made by the same steps, which is all that its fingerprint knows."""
+    import datasets
+
+    def saved(shade):
+        Image.new("RGB", (16, 16), (shade, 0, 0)).save(tmp_path / "x.png")
+        rows = datasets.Dataset.from_dict({"path": 4 * [str(tmp_path / "x.png")]})
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        kinds = datasets.Features(path=datasets.Value("string"), image=datasets.Image())
+        rows.map(with_picture, features=kinds, load_from_cache_file=False).save_to_disk(tmp_path / "set")
+        cfg = Data(dataset_name=str(tmp_path / "set"), resolution=16, train_batch_size=2)
+        source = data.open_source(cfg)
+        return decode.place(tmp_path, source, cfg), data.Examples(source, cfg, 0).fingerprint
+
+    (first, one), (second, two) = saved(10), saved(200)
+    assert one != two and first != second
+
+
+def with_picture(row):
+    with open(row["path"], "rb") as file:
+        return {"image": {"bytes": file.read(), "path": None}}
+
+
+def test_sizes_are_those_of_the_upright_picture(tmp_path):
+    """Some formats turn it themselves, and there are orientations that mean nothing."""
+    for name, orientation in (("0.tiff", 6), ("1.jpg", 6), ("2.jpg", 9), ("3.jpg", 1)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (640, 320)).save(tmp_path / name, exif=exif)
+    cfg, source = pictures_of(tmp_path)
+    for skim in (False, True):
+        assert decode.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
+
+
+def test_the_format_has_a_number():
+    """What is made of these pictures is pinned: whoever changes it raises decode.FORMAT, and writes the new marks here."""
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    clear = Image.new("RGBA", (16, 20), (200, 30, 40, 128))
+    plain = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(20, 20, 3).astype(np.uint8))
+    pictures = [plain.crop((0, 0, 16, 20)), deep, clear]
+    source = dataclasses.replace(data.open_source(Data(num_shapes=3, train_batch_size=1)), read=lambda i: (pictures[i], b""))
+    columns = decode.decode(source, Data(resolution=16)).columns
+    marks = [decode.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
+    assert (decode.FORMAT, [mark[:8] for mark in marks]) == (1, ["ce64e1f9", "652b7830", "49bd9559"])
 
 
 @pytest.mark.parametrize("part", ["pixels", "columns.safetensors"])
@@ -93,8 +162,28 @@ def test_damage_is_noticed_and_mended(tmp_path, part, how):
     if how != "removed":
         (path / part).write_bytes(content if how == "changed" else content[:-1])
     assert decode.kept(path, cfg) is None
-    examples = data.prepared(source, cfg, 0, tmp_path / "shelf", lambda fingerprint: None, pytest.fail)
+    examples = data.opened(source, cfg, 0, tmp_path / "shelf")
+    examples.keep(pytest.fail)
     assert equal(examples.pictures, found) and equal(decode.kept(path, cfg), found)
+
+
+def test_facts_are_part_of_what_is_checked(tmp_path):
+    """No bit of the file's header can be turned without notice, and no header is a reason to end."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    decode.keep(decode.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
+    file = path / "columns.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    for i in range(8 + size):
+        for bit in (0, 1, 5):
+            turned = content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :]
+            file.write_bytes(turned)
+            if (found := decode.kept(path, cfg)) is not None:  # only what JSON reads alike
+                assert equal(found, decode.decode(source, cfg)), (i, turned[:size])
+    columns = decode.decode(source, cfg).columns
+    for facts in ({}, {"facts": "[]", "hash": decode._hash(columns, "[]")}, {"facts": "1", "hash": decode._hash(columns, "1")}):
+        decode.save_file(columns, file, facts or None)
+        assert decode.kept(path, cfg) is None
 
 
 def test_the_budget_may_change(tmp_path):
@@ -170,31 +259,98 @@ def test_a_mistake_of_one_is_one_of_all(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_left_out_pictures_are_kept_so(tmp_path):
+def test_nothing_is_kept_of_a_set_with_broken_pictures(tmp_path):
+    """It may have been the disk that was broken: they are read again, by this run and by others."""
     folder = draw(tmp_path / "pictures", SQUARES["several shapes"])
     (folder / "3.png").write_bytes(b"no picture")
     flags = tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, data__skip_broken=True)
-    assert cli(tmp_path, *flags).code == 0
-    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
-    again = start(tmp_path, *flags, patch=refuse_decoding).wait()
-    assert again.code == 0 and "1 pictures cannot be read and are left out" in again.err, again.err
-    (path,) = (tmp_path / "out" / "examples").iterdir()
-    assert decode.kept(path, Data(resolution=8)) is None  # it may have been the disk that was broken: they are read again
-    longer = tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, steps=7)
-    refused(cli(tmp_path, *longer), "1 of 6 pictures cannot be read")
+    result = cli(tmp_path, *flags)
+    assert result.code == 0 and "1 pictures cannot be read and are left out" in result.err, result.err
+    assert not (tmp_path / "out" / "examples").exists()
+    refused(cli(tmp_path, *tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, steps=7)), "1 of 6 pictures")
 
 
-@pytest.mark.parametrize("refusal", ["no folder", "full"])
+def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
+    """One that is held out too: a mistake in it leaves no folder behind."""
+    folder = draw(tmp_path / "pictures", 3 * SQUARES["one shape"])
+    common = {"data__train_data_dir": folder, "data__train_batch_size": 1}
+    assert cli(tmp_path, *tiny(tmp_path, **common)).code == 0
+    (kept,) = (tmp_path / "out" / "examples").iterdir()
+    Image.new("RGB", (24, 24)).save(folder / "0.png")
+    refused(cli(tmp_path, *tiny(tmp_path, steps=7, **common)), "data was", "is now")
+    assert list((tmp_path / "out" / "examples").iterdir()) == [kept]
+    held_out = [row for row in range(18) if data.hash64("validation", row) < 2**63]
+    source = data.open_source(Data(train_data_dir=str(folder), train_batch_size=1))
+    (tmp_path / "pictures" / source.name(held_out[0])).write_bytes(b"no picture")
+    refused(cli(tmp_path, *tiny(tmp_path, "new", data__validation_split="0.5", **common)), "1 of 4 pictures cannot be read")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_keeps_one_copy(tmp_path):
+    """In its own folder; in one that is shared it removes nothing."""
+    folder, common = draw(tmp_path / "pictures", SQUARES["one shape"]), {"data__train_batch_size": 2}
+    for shelf, count in ((tmp_path / "shared", 2), ("auto", 1)):
+        for steps in (6, 7):
+            os.utime(folder / "0.png")
+            flags = tiny(tmp_path, f"out-{count}", steps, data__train_data_dir=folder, data__example_cache=shelf, **common)
+            assert (result := cli(tmp_path, *flags)).code == 0, result.err
+        place = tmp_path / "shared" if count == 2 else tmp_path / "out-1" / "examples"
+        assert len(list(place.iterdir())) == count
+
+
+def test_writers_of_one_place(tmp_path):
+    """The second finds what the first wrote, and leaves it: another process may have it mapped. What a killed one left goes."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    found, path = decode.decode(source, cfg), tmp_path / "shelf" / "kept"
+    for name, age in (("old", 2 * decode.DAY), ("new", 0)):
+        (left := path.with_name(f".kept.{name}.writing")).mkdir(parents=True)
+        os.utime(left, (time.time() - age,) * 2)
+    decode.keep(found, path, cfg, pytest.fail)
+    status = os.stat(path / "pixels")
+    assert equal(decode.keep(found, path, cfg, pytest.fail), found) and os.stat(path / "pixels") == status
+    assert sorted(p.name for p in path.parent.iterdir()) == [".kept.new.writing", "kept"]
+
+
+def test_processes_that_keep_at_once(tmp_path):
+    """All end with the pictures, and nobody is told of trouble."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    found, began = decode.decode(source, cfg), time.time() + 0.5
+
+    def check():
+        for i in range(40):
+            time.sleep(max(0, began + 0.02 * i - time.time()))
+            assert equal(decode.keep(found, tmp_path / "shelf" / str(i), cfg, pytest.fail), found)
+
+    for process in [fork(check, tmp_path) for _ in range(4)]:
+        assert (result := process.wait()).code == 0, result.err
+    assert sorted(path.name for path in (tmp_path / "shelf").iterdir()) == sorted(map(str, range(40)))
+
+
+def test_checkpoints_come_first(tmp_path, monkeypatch):
+    """Pictures are kept where as much space is left after them as they take."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    found, said = decode.decode(source, cfg), []
+    needed = found.nbytes(cfg) + sum(x.nbytes for x in found.columns.values())
+    monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
+    assert decode.keep(found, tmp_path / "shelf" / "kept", cfg, said.append) is found
+    assert "not kept" in said[0] and f"they take {needed:,} bytes, and {2 * needed - 1:,} are free" in said[0]
+    assert not list((tmp_path / "shelf").iterdir())
+    monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
+    assert decode.keep(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
+
+
+@pytest.mark.parametrize("refusal", ["no folder", "full", "no mapping"])
 def test_a_disk_that_refuses_ends_nothing(tmp_path, refusal):
     def full():
-        def save(*_):
-            raise OSError(28, "No space left on device")
+        def save(*_, **__):
+            raise OSError(28, "No space left on device") if refusal == "full" else RuntimeError("unable to mmap")
 
         decode.save_file = save
+        decode.torch.from_file = save
 
     plain = cli(tmp_path, *tiny(tmp_path, "plain", data__example_cache="no"))
     shelf = tmp_path / "unet.json" / "cache" if refusal == "no folder" else "auto"
-    patch = full if refusal == "full" else lambda: None
+    patch = full if refusal != "no folder" else lambda: None
     result = start(tmp_path, *tiny(tmp_path, data__example_cache=shelf), patch=patch).wait()
     assert plain.code == result.code == 0, result.err
     assert "warning: the decoded pictures are not kept" in result.err and "warning" not in plain.err
