@@ -391,7 +391,7 @@ def test_torchrun(tmp_path):
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    common = {"data__train_batch_size": 2, "base__checkpointing_steps": 3}
+    common = {"data__train_batch_size": 2, "base__checkpointing_steps": 3, "base__mixed_precision": "no"}
     flags = tiny(tmp_path, steps=6, base__validation_steps=3, **common)
     done = subprocess.run([*command, ROOT / "loop.py", *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "2 x 1 accumulated x 2 processes" in done.stderr, done.stderr[-2000:]
