@@ -157,18 +157,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             return state
 
         # The pictures, decoded and checked; after the models, whose mistakes take seconds to find.
-        def pictures() -> list[data.Examples]:
-            sets = [data.opened(s, cfg.data, base.seed, shelf) for s in (source, source.held_out) if s]
-            refuse_changes(facts, {"data": sets[0].fingerprint})
-            for examples in sets if accelerator.is_local_main_process else ():
-                examples.keep(report.say)
-            if accelerator.is_main_process and shelf == out / "examples":
-                decode.tidy(shelf, {examples.place for examples in sets})
-            return sets
-
-        shelf = configs.example_cache(cfg)
-        examples, *rest = in_turns(accelerator, pictures) if shelf else pictures()
-        held_out = rest[0] if rest else None
+        examples, held_out = open_examples(accelerator, cfg, source, facts, report.say)
 
         # What every number became, said once. From here on there are files.
         report.open(state.step, total, source.found, identity["models"])
@@ -303,6 +292,25 @@ def refuse_changes(facts: dict[str, Any], now: dict[str, Any], settings: Iterabl
     differ = [f"{k} was {facts[k]} and is now {v}" for k, v in now.items() if k in facts and facts[k] != v] + list(settings)
     if differ:
         raise BadInput(f"the output folder holds another run: {'; '.join(differ)}; give another --base.output-dir")
+
+
+def open_examples(
+    accelerator: Accelerator, cfg: Any, source: data.Source, facts: dict[str, Any], say: Callable[[str], None]
+) -> tuple[data.Examples, data.Examples | None]:
+    """What is trained on and what is held out, decoded once on each machine, and kept unless `facts` are of other pictures."""
+    shelf = configs.example_cache(cfg)
+
+    def opened() -> list[data.Examples]:
+        sets = [data.opened(s, cfg.data, cfg.base.seed, shelf) for s in (source, source.held_out) if s]
+        refuse_changes(facts, {"data": sets[0].fingerprint})
+        for examples in sets if accelerator.is_local_main_process else ():
+            examples.keep(say)
+        if accelerator.is_main_process and shelf == Path(cfg.base.output_dir) / "examples":
+            decode.tidy(shelf, {examples.place for examples in sets})
+        return sets
+
+    examples, *rest = in_turns(accelerator, opened) if shelf else opened()
+    return examples, (rest[0] if rest else None)
 
 
 def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
