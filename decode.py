@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -152,6 +153,14 @@ def _find(source: Source, cfg: Data, skim: bool, rows: range) -> list[_Found | s
     return found
 
 
+def threads(first: _Found | str) -> int:
+    """How many threads decode pictures like the first. Work in Python, which one thread does at a time, is the same for every
+    picture, that in C grows with its area; at 64 x 64 they are about equal. Where Python's is the larger, threads only fight
+    for its lock."""
+    most = os.cpu_count() or 1
+    return most if isinstance(first, str) else min(max(math.prod(first.values["size"]) // 64**2, 1), most)
+
+
 def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pictures: None, skim: bool = False) -> Pictures:
     """Read every picture of a source. With `skim`, where nothing is trained on them, JPEGs are decoded at half, a quarter or an
     eighth of their size, as long as the resolution is left."""
@@ -161,20 +170,21 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pi
     arrays = {name: column.numpy() for name, column in columns.items()}
     held, count, modes, broken = _Held(source.size, cfg.memory_budget * 2**30), 0, Counter(), []
     find = functools.partial(_find, source, cfg, skim)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, source.size, 1024):  # in blocks: a million queued reads would be a heap of their own
-            block = range(start, min(start + 1024, source.size))
-            parts = pool.map(find, [block[i : i + 32] for i in range(0, len(block), 32)])
-            for found in itertools.chain.from_iterable(parts):
-                if isinstance(found, str):
-                    broken.append(found)
-                else:
-                    for name, value in found.values.items():
-                        arrays[name][count] = value
-                    modes[found.mode] += 1
-                    held.add(count, found.pixels)
-                    count += 1
-                progress(1)
+    first, chunks = find(range(1)), [range(i, min(i + 32, source.size)) for i in range(1, source.size, 32)]
+    with ThreadPoolExecutor(threads(first[0])) as pool:
+        # In blocks: a million queued reads would be a heap of their own.
+        blocks = (pool.map(find, chunks[i : i + 32]) for i in range(0, len(chunks), 32))
+        lists = itertools.chain([first], itertools.chain.from_iterable(blocks))
+        for found in itertools.chain.from_iterable(lists):
+            if isinstance(found, str):
+                broken.append(found)
+            else:
+                for name, value in found.values.items():
+                    arrays[name][count] = value
+                modes[found.mode] += 1
+                held.add(count, found.pixels)
+                count += 1
+            progress(1)
     columns = {name: column[:count] for name, column in columns.items()}
     return Pictures(columns, dict(modes), broken, None if held.pixels is None else held.pixels[:count])
 

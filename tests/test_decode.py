@@ -138,6 +138,12 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
         assert decode.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
 
 
+def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
+    monkeypatch.setattr(decode.os, "cpu_count", lambda: 16)
+    found = [decode._Found({"size": (side, side)}, "RGB", None) for side in (8, 64, 130, 512)]
+    assert [decode.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
+
+
 def test_the_format_has_a_number():
     """What is made of these pictures is pinned: whoever changes it raises decode.FORMAT, and writes the new marks here."""
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
