@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import shutil
 import time
 import types
@@ -343,6 +344,34 @@ def test_checkpoints_come_first(tmp_path, monkeypatch):
     assert not list((tmp_path / "shelf").iterdir())
     monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
     assert decode.keep(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "save_file", "from_file", "rename", "after"])
+def test_killed_while_it_keeps(tmp_path, moment):
+    """The next start finds nothing, or all of it; it ends Equal, and nothing of the first is left."""
+
+    def patch():
+        def dies(*_, **__):
+            os._exit(9)
+
+        if moment == "mkdir":
+            make = pathlib.Path.mkdir
+            pathlib.Path.mkdir = lambda path, *a, **k: make(path, *a, **k) or (path.name.endswith(".writing") and dies())
+        elif moment == "after":
+            keep = data.keep
+            data.keep = lambda *given: dies(keep(*given))
+        else:
+            setattr({"save_file": decode, "from_file": decode.torch, "rename": decode.os}[moment], moment, dies)
+
+    whole = cli(tmp_path, *tiny(tmp_path, "whole"))
+    killed = start(tmp_path, *tiny(tmp_path), patch=patch).wait()
+    place = tmp_path / "out" / "examples"
+    assert killed.code == 9 and len(list(place.iterdir())) == 1, killed.err
+    patch = refuse_decoding if moment == "after" else lambda: None
+    again = start(tmp_path, *tiny(tmp_path), patch=patch).wait()
+    assert whole.code == again.code == 0, again.err
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert [path.name[:9] for path in place.iterdir()] == ["pictures-"]
 
 
 @pytest.mark.parametrize("refusal", ["no folder", "full", "no mapping"])
