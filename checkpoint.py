@@ -27,12 +27,13 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configs import BadInput
+from processes import on_main
 from tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
@@ -45,21 +46,6 @@ class Damaged(Exception):
 
 class StorageError(Exception):
     """A save that the storage refused; earlier checkpoints stand as they were. Exit code 4."""
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Call on the main process; every process gets the result, or the exception."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import checkpoint
 import configs
 import data
 from configs import BadInput
+from processes import on_main
 from report import clock
 from tasks import Batch, Models, Task
 from validate import Stratified
@@ -194,7 +195,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
         except OSError as error:
             raise BadInput(f"--base.output-dir: {place} cannot be written: {error.strerror}") from None
 
-    out = checkpoint.on_main(here, temporary)
+    out = on_main(here, temporary)
     try:
         if here.is_main_process:
             print(f"a short run of {steps} of {total:,} steps, with samples and a checkpoint; it is removed", file=sys.stderr)

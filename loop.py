@@ -40,7 +40,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,7 @@ import survey
 import validate
 from configs import BadInput
 from device import at_rest, draw, make_accelerator, make_models, moved, seed_layers, trained, trains
+from processes import in_turns, largest, on_main
 from report import Report, clock, publish
 from tasks import Batch, Loss, Models, Optims, Rng, Task, hash64
 
@@ -112,7 +112,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     with checkpoint.lock(out, accelerator), closing(report), saves, memory, Signals(accelerator) as signals:
         # The data set, the checkpoint to continue from, and how far there is to go.
         source = data.open_source(cfg.data, task.needs)
-        found = checkpoint.on_main(accelerator, lambda: checkpoint.find(out, base.resume_from_checkpoint, report.say))
+        found = on_main(accelerator, lambda: checkpoint.find(out, base.resume_from_checkpoint, report.say))
         saved, facts = found or (None, {"step": 0, "examples": 0, "skipped": 0})
         if found:
             refuse_changes(facts, {"task": name}, configs.changes(facts["settings"], cfg))
@@ -121,7 +121,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         left = math.ceil(round(base.num_epochs * source.size - facts["examples"], 6) / update)
         total = base.max_train_steps or facts["step"] + max(left, 0)
         rate = schedule(base, total)
-        finished = facts["step"] >= total and checkpoint.on_main(accelerator, lambda: checkpoint.holds(out / "export", facts))
+        finished = facts["step"] >= total and on_main(accelerator, lambda: checkpoint.holds(out / "export", facts))
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {facts['step']} of {total} steps; {longer}")
@@ -259,7 +259,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             raise SystemExit(code)
 
         # The end: the last checkpoint's export by itself, with its card.
-        loads = checkpoint.on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
+        loads = on_main(accelerator, lambda: publish(saved, out, cfg, source.found, state.step))
         took = f"{clock(time.perf_counter() - started)}, {look.peak_memory(device)}"
         report.say(f"done in {took}; pictures are in {out}/samples, the result in {out}/export:\n\n{loads}")
         return state
@@ -311,24 +311,6 @@ def open_examples(
 
     examples, *rest = in_turns(accelerator, opened) if shelf else opened()
     return examples, (rest[0] if rest else None)
-
-
-def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Call on one process of each machine, then on the others, which find what it left on the disk. What one raises, all do."""
-    result, raised = None, [None] * accelerator.num_processes
-    patient = timedelta(days=7)  # the first may have a large set to decode
-    for first in (True, False):
-        error = None
-        if accelerator.is_local_main_process is first:
-            try:
-                result = function()
-            except Exception as trouble:
-                error = trouble
-        if accelerator.num_processes > 1:
-            torch.distributed.all_gather_object(raised, error, group=_host_group(patient))
-        if error := next(filter(None, (error, *raised)), None):
-            raise error
-    return result
 
 
 def rehearse(
@@ -509,17 +491,7 @@ class Signals(contextlib.AbstractContextManager):
 
     def agreed(self) -> int:
         """The exit code that some process was asked for, on all processes; 0 for none."""
-        if self.accelerator.num_processes == 1:
-            return self.code
-        code = torch.tensor(self.code)
-        torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX, group=_host_group())
-        return int(code)
-
-
-@functools.cache
-def _host_group(timeout: timedelta | None = None) -> Any:
-    """Processes talking from host to host, so that no GPU is waited for."""
-    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+        return largest(self.accelerator, self.code)
 
 
 @contextlib.contextmanager

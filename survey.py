@@ -23,6 +23,7 @@ import data
 import decode
 import encode
 from configs import BadInput
+from processes import on_main
 from tasks import Task
 
 NEAR_BITS, NEAR_LEVELS, NEIGHBOURS = 3, 8.0, 64
@@ -195,7 +196,7 @@ def notable(found: Survey) -> Iterator[str]:
 
 def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
     """What a run says of its pictures at its start; kept in check.json for its next life, with broken.txt beside it."""
-    return checkpoint.on_main(accelerator, lambda: _remarks(examples, out))
+    return on_main(accelerator, lambda: _remarks(examples, out))
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
