@@ -47,7 +47,7 @@ class Loss:
 class Encoding(Generic[C]):
     """What frozen models make of a column before the loss: a function of each value alone, the same whenever it is called.
 
-    The loop puts the new columns in the old one's place: in the step, or read from a cache on disk that holds every value.
+    The loop puts the new columns in the old one's place: in the step, or read from a cache that holds every value.
     """
 
     fn: Callable[[Models, Any, C], Mapping[str, Tensor]]

@@ -231,7 +231,8 @@ def test_the_next_life_decodes_nothing(tmp_path):
 def test_a_sample_decodes_nothing_that_is_kept(tmp_path):
     vae = tiny(tmp_path, task="vae", steps=2)
     assert cli(tmp_path, *vae).code == 0
-    drawn = start(tmp_path, "sample", tmp_path / "out", patch=refuse_decoding).wait()
+    (tmp_path / "out").rename(tmp_path / "moved")  # its pictures go with it
+    drawn = start(tmp_path, "sample", tmp_path / "moved", patch=refuse_decoding).wait()
     assert drawn.code == 0, drawn.err
 
 

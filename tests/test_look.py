@@ -59,6 +59,15 @@ def test_a_dry_run_of_a_run_that_stands(tmp_path):
     assert not list(tmp_path.glob(".dry-run*"))
 
 
+@pytest.mark.parametrize("budget, kept", [(1.0, 0.047), (0.02, 0.001)])
+def test_the_estimate_knows_the_memory_budget(tmp_path, budget, kept):
+    """Pixels are on the disk where all of them fit it, not where those of the short run do."""
+    large = {"data__num_shapes": 4000, "data__resolution": 64, "data__memory_budget": budget}
+    result = cli(tmp_path, *tiny(tmp_path, base__dry_run=True, steps=4, **large))
+    assert result.code == 0, result.err
+    assert number(r"made of the examples once ([\d.]+)", result.out) == pytest.approx(kept, abs=0.0011)
+
+
 def test_a_dry_run_of_two_processes(tmp_path):
     first, second = cli_many(tmp_path, 2, *tiny(tmp_path, steps=4, base__dry_run=True))
     assert first.code == second.code == 0, first.err + second.err
