@@ -32,9 +32,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs import BadInput
-from processes import on_main
-from tasks import Models, unwrap
+from oneloop.configs import BadInput
+from oneloop.machine.processes import on_main
+from oneloop.tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}

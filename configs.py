@@ -200,9 +200,13 @@ def fraction(given: str | None) -> float | None:
 
 COMMANDS = {
     "compare": "One page that shows several runs over each other.",
-    "sample": "Draw pictures from a run's output folder, or from one of its checkpoints.",
+    "sample": "Draw images from a run's output folder, or from one of its checkpoints.",
 }
-"""Modules with `Settings` and a `main` of them: what can be done beside training."""
+"""Modules of views/ with `Settings` and a `main` of them: what can be done beside training."""
+
+
+OLD_MODULES = ("configs", "tasks", "data", "loop", "checkpoint")
+"""What task files of earlier versions imported without the package's name."""
 
 
 def task_names() -> dict[str, str]:
@@ -222,14 +226,19 @@ def find_task(name: str) -> Any:
         BadInput: there is no such module, or it has no `task`.
     """
     if name in task_names():
-        return importlib.import_module(f"tasks.{name}")
+        return importlib.import_module(f"oneloop.tasks.{name}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     spec = None
     with contextlib.suppress(ModuleNotFoundError, ValueError):  # a parent package may be missing
         spec = re.fullmatch(r"[A-Za-z_][\w.]*", name) and importlib.util.find_spec(name)
     if spec:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            if error.name not in OLD_MODULES:
+                raise
+            raise BadInput(f"{spec.origin}: {error}; everything is imported as oneloop.{error.name} now") from None
         if hasattr(module, "task"):
             return module
         raise BadInput(f"the module {name} has no `task = Task(...)`; see 'A task of your own' in the README")
@@ -354,7 +363,7 @@ def parse(argv: list[str]) -> tuple[Any, Any]:
         print("\npython loop.py NAME --help lists the settings of each.")
         raise SystemExit(0)
     if argv[0] in COMMANDS:
-        module = importlib.import_module(argv[0])
+        module = importlib.import_module(f"oneloop.views.{argv[0]}")
         return module, build(module.Settings, argv[1:], f"python loop.py {argv[0]}")
     is_file = [a.endswith((".json", ".yaml", ".yml")) for a in argv[:2]] + [False]
     settings: dict[str, Any] = {}
@@ -384,7 +393,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def run_file(cfg: Any) -> dict[str, Any]:
     """What run.json holds: the settings, and the import path of a task outside tasks/."""
     module = type(cfg).__module__
-    return ({} if module.startswith("tasks.") else {"task": module}) | to_dict(cfg)
+    return ({} if module.startswith("oneloop.tasks.") else {"task": module}) | to_dict(cfg)
 
 
 def example_cache(cfg: Any) -> Path | None:
@@ -393,6 +402,11 @@ def example_cache(cfg: Any) -> Path | None:
     if given == "no":
         return None
     return (Path(cfg.data.cache_dir or cfg.base.output_dir) / "examples" if given == "auto" else Path(given)).expanduser()
+
+
+def trackers(base: Base) -> list[str]:
+    """The trackers that the settings name."""
+    return [logger for logger in base.logger if logger != "none"]
 
 
 def changes(old: dict[str, Any], cfg: Any) -> list[str]:

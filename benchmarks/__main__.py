@@ -68,8 +68,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import configs
-from configs import BadInput
+from oneloop import configs
+from oneloop.configs import BadInput
+from oneloop.inputs import shapes
 
 FIRST = r"\b1/{steps}\b"
 SPEED = 790e12
@@ -160,11 +161,9 @@ def draw(count: int, side: int) -> list[tuple[bytes, str]]:
     """The first embedded shapes: PNG and caption of each."""
     from PIL import Image
 
-    import data
-
     drawn = []
     for index in range(count):
-        picture, caption, _ = data.draw_shape(index, side)
+        picture, caption, _ = shapes.draw_shape(index, side)
         Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
         drawn.append((file.getvalue(), caption))
     return drawn
@@ -212,7 +211,7 @@ def stand_for(cfg: Any, folder: Path, steps: int, out: Path) -> dict[str, Callab
     if configs.task_group(cfg) == "ddpm":
 
         def unet(_: int | None) -> Path:
-            from tasks import ddpm
+            from oneloop.tasks import ddpm
 
             (path := folder / f"unet-{side}").mkdir(exist_ok=True)
             config = {"_class_name": "UNet2DModel", **ddpm.model_config(cfg), "sample_size": side}
@@ -509,7 +508,7 @@ def prepare(case: Case, other: str | None, given: argparse.Namespace, folder: Pa
     Raises:
         BadInput: its arguments or the other command's placeholders are wrong.
     """
-    from device import computes_bf16
+    from oneloop.machine.accelerator import computes_bf16
 
     words = [fill(word, model_folders(folder, given.models)) for word in shlex.split(case.arguments)]
     with contextlib.chdir(ROOT):

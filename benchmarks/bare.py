@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import configs
+from oneloop import configs
+from oneloop.inputs import sources
 
 if __name__ == "__main__":
     MODULE, CONFIG = configs.parse(sys.argv[1:])
@@ -27,11 +28,11 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-import data
-import encode
-import loop
-from device import computes_bf16, place
-from tasks import Task
+from oneloop import data, loop
+from oneloop.inputs import encodings
+from oneloop.machine.accelerator import computes_bf16
+from oneloop.machine.placement import place
+from oneloop.tasks import Task
 
 BATCHES = 4
 
@@ -75,9 +76,9 @@ def bare_loop(cfg: Any, task: Task, total: int, update: bool = True) -> Iterator
     peaks = {k: [group["lr"] for group in o.param_groups] for k, o in optims.items()}
     weights = [p for own in params.values() for p in own]
     average = [p.detach().clone() for p in weights]
-    examples = data.Examples(data.open_source(cfg.data, task.needs), cfg.data, 0)
+    examples = data.Examples(sources.open_source(cfg.data, task.needs), cfg.data, 0)
     numbers = (range(n * size, (n + 1) * size) for n in range(BATCHES))
-    batches = [encode.encode(task.encodings, models, data.to_device(examples[n], device), cfg) for n in numbers]
+    batches = [encodings.encode(task.encodings, models, data.to_device(examples[n], device), cfg) for n in numbers]
     rate, noise = loop.schedule(cfg.base, total), Noise(size, device)
     for step, batch in enumerate(itertools.islice(itertools.cycle(batches), total)):
         losses = task.loss_fn(models, batch | {"step": step}, noise, cfg)

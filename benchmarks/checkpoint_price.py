@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-import checkpoint
+from oneloop import checkpoint
 
 
 def main() -> None:

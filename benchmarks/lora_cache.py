@@ -26,10 +26,10 @@ import tiny_models
 import torch
 from accelerate import Accelerator
 
-import data
-import encode
-from configs import Base, Data
-from tasks import Rng, lora
+from oneloop import data
+from oneloop.configs import Base, Data
+from oneloop.inputs import sources
+from oneloop.tasks import Rng, lora
 
 
 class Clock:
@@ -62,17 +62,17 @@ def main() -> None:
         )
         models, encodings = lora.make_models(cfg), lora.task.encodings
         (optimizer,) = lora.make_optim(models, cfg).values()
-        live = data.Examples(data.open_source(cfg.data, lora.task.needs), cfg.data, 0)
+        live = data.Examples(sources.open_source(cfg.data, lora.task.needs), cfg.data, 0)
         cached = data.Examples(live.source, cfg.data, 0)
         began = time.perf_counter()
-        encode.encode_once(cached, encodings, models, cfg, Accelerator(cpu=True), print)
+        encodings.encode_once(cached, encodings, models, cfg, Accelerator(cpu=True), print)
         once = time.perf_counter() - began
         unet = Clock(models["unet"])
 
         def step(examples: data.Examples, n: int) -> tuple[float, float, float]:
             """Seconds of the step, of its part in the UNet, and the loss. The backward pass is the UNet's alone."""
             unet.total, began = 0.0, time.perf_counter()
-            batch = encode.encode(encodings, models, data.to_device(examples[range(n, n + 4)], "cpu"), cfg)
+            batch = encodings.encode(encodings, models, data.to_device(examples[range(n, n + 4)], "cpu"), cfg)
             (loss,) = lora.loss_fn(models, batch, Rng.of(0, range(n, n + 4)), cfg)
             back = time.perf_counter()
             loss.value.backward()

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import configs
+from oneloop import configs
 
 if __name__ == "__main__":
     MODULE, CONFIG = configs.parse(sys.argv[1:])
@@ -31,8 +31,8 @@ if __name__ == "__main__":
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import loop
 from benchmarks.bare import bare_loop, precision
+from oneloop import loop
 
 BLOCKS, STEPS = int(os.environ.get("BLOCKS", 12)), int(os.environ.get("STEPS", 5))
 

@@ -11,21 +11,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from diffusers import AutoencoderKL
 
-import data
-from configs import Data
-from tasks import quality
+from oneloop.configs import Data
+from oneloop.inputs import shapes
+from oneloop.maths import image_quality
 
 
 @torch.no_grad()
 def measure(folder: str, first: int = Data.num_shapes, count: int = 256) -> dict[str, float]:
     """Means over `count` shapes from number `first` on, at the side the model was trained at."""
     vae = AutoencoderKL.from_pretrained(folder)
-    pictures = [torch.from_numpy(data.draw_shape(first + i, vae.config.sample_size)[0]) for i in range(count)]
+    pictures = [torch.from_numpy(shapes.draw_shape(first + i, vae.config.sample_size)[0]) for i in range(count)]
     x = torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N, 3, H, W]
     posteriors = [vae.encode(part).latent_dist for part in x.split(32)]
     y = torch.cat([vae.decode(posterior.mean).sample for posterior in posteriors])
     latents = torch.cat([posterior.sample() for posterior in posteriors]) * vae.config.scaling_factor
-    found = {name: values.mean().item() for name, values in quality.measure(x, y).items()}
+    found = {name: values.mean().item() for name, values in image_quality.measure(x, y).items()}
     return found | {"scaling_factor": vae.config.scaling_factor, "deviation of scaled latents": latents.std().item()}
 
 

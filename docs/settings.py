@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import configs
+from oneloop import configs
 
 
 def explained(kind: type) -> dict[str, str]:

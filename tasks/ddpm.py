@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from configs import BadInput, Base, Data, Live, read_model_config, require
-from tasks import Batch, Images, Loss, Models, Optims, Rng, Task, diffusion
+from oneloop.configs import BadInput, Base, Data, Live, read_model_config, require
+from oneloop.maths import diffusion
+from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task
 
 DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
     "layers_per_block": 1,

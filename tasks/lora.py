@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import configs
-from configs import BadInput, Base, Data, Live, require
-from tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, adapters, diffusion, latent
+from oneloop import configs
+from oneloop.configs import BadInput, Base, Data, Live, require
+from oneloop.families import adapters, stable_diffusion
+from oneloop.maths import diffusion
+from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,25 +112,27 @@ class Config:
     lora: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
-        if latent.is_local(self.lora.pretrained_vae_model_name_or_path or "."):
-            latent.check_vae(self.lora, "lora")
-        if latent.is_local(self.lora.pretrained_model_name_or_path):  # a name on the hub is looked up by make_models
-            latent.check(self.lora, "lora", self.data.resolution)
+        if stable_diffusion.is_local(self.lora.pretrained_vae_model_name_or_path or "."):
+            stable_diffusion.check_vae(self.lora, "lora")
+        if stable_diffusion.is_local(self.lora.pretrained_model_name_or_path):  # a name on the hub is looked up by make_models
+            stable_diffusion.check(self.lora, "lora", self.data.resolution)
         given, several = self.base.num_samples, len(self.lora.validation_prompts)
         require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.validation-prompts")
 
 
 def make_models(cfg: Config) -> Models:
     s = cfg.lora
-    latent.check(s, "lora", cfg.data.resolution)
+    stable_diffusion.check(s, "lora", cfg.data.resolution)
     adapters.check_targets(s, "lora")
-    models = latent.load(s, "lora", ("vae", *latent.ENCODERS, "unet"))
+    models = stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
     adapters.adapt(models["unet"], s, target_modules=list(s.target_modules))
     if s.train_text_encoder:
-        for name in latent.ENCODERS:
+        for name in stable_diffusion.ENCODERS:
             if name in models:
                 # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
-                layers = latent.config(s, name)["num_hidden_layers"] - (latent.is_xl(s) and name == "text_encoder")
+                layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
+                    stable_diffusion.is_xl(s) and name == "text_encoder"
+                )
                 adapters.adapt(
                     models[name], s, target_modules=list(adapters.TEXT_TARGETS), layers_to_transform=list(range(layers))
                 )
@@ -138,33 +142,36 @@ def make_models(cfg: Config) -> Models:
 def make_optim(models: Models, cfg: Config) -> Optims:
     s, groups = cfg.lora, []
     text_rate = s.learning_rate / 2 if s.text_encoder_learning_rate is None else s.text_encoder_learning_rate
-    for name, rate in (("unet", s.learning_rate), *((encoder, text_rate) for encoder in latent.ENCODERS if encoder in models)):
+    for name, rate in (
+        ("unet", s.learning_rate),
+        *((encoder, text_rate) for encoder in stable_diffusion.ENCODERS if encoder in models),
+    ):
         params = [p for p in models[name].parameters() if p.requires_grad]
         groups += [{"params": params, "lr": rate}] if params else []
     return {"lora": diffusion.adamw(groups, s, s.use_8bit_adam)}
 
 
 def encode_pictures(models: Models, x: Tensor, cfg: Config) -> dict[str, Tensor]:
-    return latent.encode_pictures(models["vae"], x)
+    return stable_diffusion.encode_pictures(models["vae"], x)
 
 
 def encode_captions(models: Models, captions: list[str], cfg: Config) -> dict[str, Tensor]:
-    return latent.encode_captions(models, captions, cfg.lora)
+    return stable_diffusion.encode_captions(models, captions, cfg.lora)
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
     s = cfg.lora
     if "prompt_embeds" not in batch:  # the text encoders train
         batch = batch | encode_captions(models, batch["caption"], cfg)
-    x = latent.draw(models["vae"], batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
+    x = stable_diffusion.draw(models["vae"], batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
     if s.noise_offset:
         noise = noise + s.noise_offset * rng.normal("noise offset", x.shape[1], 1, 1)
     seen = noise + s.input_perturbation * rng.normal("input perturbation", *x.shape[1:]) if s.input_perturbation else noise
-    alphas = latent.alphas_cumprod(s, x.device)  # [T]
+    alphas = stable_diffusion.alphas_cumprod(s, x.device)  # [T]
     t = rng.integers("timestep", len(alphas))  # [B]
-    a, predicts = alphas[t], latent.prediction_type(s)  # [B]
-    given = latent.conditions(batch, cfg.data.resolution, latent.is_xl(s))
+    a, predicts = alphas[t], stable_diffusion.prediction_type(s)  # [B]
+    given = stable_diffusion.conditions(batch, cfg.data.resolution, stable_diffusion.is_xl(s))
     prediction = models["unet"](diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # [B, C, h, w]
     error = diffusion.mse(prediction, diffusion.target(predicts, x, noise, a))  # [B]
     yield Loss("lora", (diffusion.loss_weight(predicts, a, s.snr_gamma) * error).mean())
@@ -179,7 +186,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
     import torch
 
     s, texts = cfg.lora, prompts(examples, cfg)
-    pipeline, generators, pictures = latent.pipeline(models, s), rng.generators("sample"), []
+    pipeline, generators, pictures = stable_diffusion.pipeline(models, s), rng.generators("sample"), []
     side, size = cfg.data.resolution, cfg.data.train_batch_size
     for start in range(0, len(rng), size):
         some = generators[start : start + size]
@@ -193,7 +200,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
             generator=some,
             output_type="latent",
         ).images
-        pictures.append(latent.decode(models["vae"], latents))  # [B, 3, H, W] in [0, 1]
+        pictures.append(stable_diffusion.decode(models["vae"], latents))  # [B, 3, H, W] in [0, 1]
     return {"samples": torch.cat(pictures)}
 
 
@@ -203,9 +210,9 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     adapters.save(models, path, s, json.dumps(settings))
     how = f"num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
     return (
-        latent.load_lines(s)
+        stable_diffusion.load_lines(s)
         + 'pipeline.load_lora_weights("{path}")\n'
-        + f'pipeline({latent.quoted(prompts(examples, cfg)[0])}, {how}).images[0].save("sample.png")'
+        + f'pipeline({stable_diffusion.quoted(prompts(examples, cfg)[0])}, {how}).images[0].save("sample.png")'
     )
 
 
@@ -220,9 +227,9 @@ task = Task(
         "pixel_values": Encoding(fn=encode_pictures, models=("vae",)),
         "caption": Encoding(
             fn=encode_captions,
-            models=latent.ENCODERS,
-            key=lambda cfg: latent.caption_key(cfg.lora),
-            remark=lambda captions, cfg: latent.too_long(captions, cfg.lora),
+            models=stable_diffusion.ENCODERS,
+            key=lambda cfg: stable_diffusion.caption_key(cfg.lora),
+            remark=lambda captions, cfg: stable_diffusion.too_long(captions, cfg.lora),
         ),
     },
     float32=("vae",),

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
-from configs import BadInput, Base, Data, Live, read_model_config, require
-from tasks import Batch, Images, Loss, Models, Optims, Rng, Task, diffusion, frozen, quality, unwrap
+from oneloop.configs import BadInput, Base, Data, Live, read_model_config, require
+from oneloop.maths import diffusion, image_quality
+from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -251,7 +252,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     error = y.float() - x
     l1, kl = each(error.abs()), kl_divergence(mean.float(), logvar.float())  # [B]
     match = l1 if s.reconstruction == "l1" else each(error.square())  # [B]
-    logs = {"l1": l1, "kl": kl} | quality.measure(x, y)
+    logs = {"l1": l1, "kl": kl} | image_quality.measure(x, y)
     if s.perceptual_weight:
         logs["perceptual"] = models["perceptual"](y, x).float().flatten()  # [B]
         match = match + s.perceptual_weight * logs["perceptual"]

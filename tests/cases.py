@@ -41,9 +41,10 @@ import torch
 import warm
 from warm import ROOT, UNET, Process, Result, checkpoints, cli, digest, distance, metrics, start, start_many, tiny
 
-import checkpoint
-import tasks.ddpm
-from tasks import Rng
+from oneloop import checkpoint
+from oneloop.tasks import Rng, ddpm
+from oneloop.training.guard import Guard, NonFinite
+from oneloop.views import publish
 
 Case = Callable[[Path], str | None]
 
@@ -171,12 +172,12 @@ def equal(out: Path, whole: Path) -> None:
 
 def task() -> Any:
     """The task ddpm as it is now."""
-    return tasks.ddpm.task
+    return ddpm.task
 
 
 def patched_task(**functions: Callable) -> None:
     """Replace functions of the task ddpm in this process."""
-    tasks.ddpm.task = dataclasses.replace(task(), **functions)
+    ddpm.task = dataclasses.replace(task(), **functions)
 
 
 def slow(seconds: float) -> Callable[[], None]:
@@ -432,7 +433,7 @@ def resumed(stop: int, folder: Path) -> None:
             os.rename(file, everything)
 
     def patch() -> None:
-        import data
+        from oneloop import data
 
         spy(folder / "seen")()
         pixels = data.pixels
@@ -474,7 +475,7 @@ def resumed_far(folder: Path) -> str:
         file = folder / f"reads-{step}"
 
         def patch(file: Path = file) -> None:
-            import data
+            from oneloop import data
 
             inner, began = data.Examples.__getitem__, time.monotonic()
 
@@ -552,17 +553,17 @@ def until_step(step: int, also: Callable[[], None] = lambda: None) -> Callable[[
     """Patch: SIGTERM from within, once `step` updates are done, as a scheduler might send it to every process."""
 
     def patch() -> None:
-        import report
+        from oneloop.views import console
 
         also()
-        inner = report.Report.log
+        inner = console.Report.log
 
         def log(self: Any, values: Any, now: int) -> None:
             inner(self, values, now)
             if now == step:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        report.Report.log = log
+        console.Report.log = log
 
     return patch
 
@@ -812,9 +813,7 @@ def process_dies(phase: str, rank: int, folder: Path) -> None:
             case "sealing":
                 checkpoint._seal = here(2, checkpoint._seal)
             case "publishing":
-                import report
-
-                report.publish = here(1, report.publish)
+                publish.publish = here(1, publish.publish)
 
     processes = launch(folder, 2, *signalling(folder), patch=arm)
     until((folder / "died").exists, timeout=120)
@@ -1122,18 +1121,18 @@ def broken_picture(value: float, folder: Path) -> None:
 
 def scaler_overflow(folder: Path) -> None:
     """A gradient that overflowed in fp16 is the scaler's to skip and no reason to stop; a loss that did is."""
-    import loop
+    from oneloop import loop
 
     state = loop.TrainState({}, {})
     reduce = lambda value, how: value  # noqa: E731
     accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=object(), reduce=reduce, num_processes=1)
-    guard = loop.Guard(accelerator, state, 0, str)
+    guard = Guard(accelerator, state, 0, str)
     guard.watch(SimpleNamespace(name="unet", value=torch.tensor(1.0)), torch.tensor([7]))
     assert guard.allows("unet", torch.tensor(math.inf)) and state.skipped == 0
     guard.watch(SimpleNamespace(name="unet", value=torch.tensor(math.nan)), torch.tensor([7]))
     try:
         guard.allows("unet", torch.tensor(1.0))
-    except loop.NonFinite as error:
+    except NonFinite as error:
         assert "step 1" in str(error) and "7" in str(error)
     else:
         raise AssertionError("a loss of NaN went by")
@@ -1263,7 +1262,7 @@ def honoured(what: str, folder: Path) -> None:
     assert f"step        {update} examples" in results[0].err and "continuing after step 4" in results[0].err
     numbers = [line[0] for line in seen(folder / "seen")]
     assert numbers == list(range(16, 16 + update * (last - 4))), numbers
-    rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", tasks.ddpm.Settings().learning_rate)
+    rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", ddpm.Settings().learning_rate)
     warmup = more.get("base__lr_warmup_steps", last // 20)
     progress = [(step - warmup) / (last - warmup) for step in range(4, last)]
     shape = (lambda p: 1 - p) if what == "schedule" else lambda p: 0.5 * (1 + math.cos(math.pi * p))

@@ -1,13 +1,20 @@
-"""One thread, nothing from the network, and the project on the path: then the tests are repeatable and may fork."""
+"""One thread, nothing from the network, this checkout as the package `oneloop`: then tests are repeatable and may fork."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 for name in ("WANDB_API_KEY", "HF_TOKEN", "WANDB_MODE"):
     os.environ.pop(name, None)
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+packages = tempfile.mkdtemp()  # holds the package under its name, for the processes that tests start too
+atexit.register(shutil.rmtree, packages, ignore_errors=True)
+Path(packages, "oneloop").symlink_to(Path(__file__).parent.parent)
+sys.path[:0] = [packages, str(Path(__file__).parent)]
+os.environ["PYTHONPATH"] = packages
 
 import accelerate  # noqa: F401
 import diffusers  # noqa: F401
@@ -18,6 +25,6 @@ from diffusers.optimization import get_scheduler  # noqa: F401
 
 torch.set_num_threads(1)
 
-import device
+from oneloop.machine import accelerator
 
-device.computes_bf16 = lambda: False  # float32 where a test does not ask for bf16, so that its figures hold on every processor
+accelerator.computes_bf16 = lambda: False  # float32 where a test does not ask for bf16, so that its figures hold everywhere

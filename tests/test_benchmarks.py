@@ -14,13 +14,14 @@ from diffusers import UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 from warm import ROOT
 
-import configs
-import data
 from benchmarks import __main__ as benchmark
 from benchmarks import models
 from benchmarks.__main__ import Arm, Case, Process
-from configs import BadInput
-from tasks import adapters, latent, lora
+from oneloop import configs
+from oneloop.configs import BadInput
+from oneloop.families import adapters, stable_diffusion
+from oneloop.inputs import sources
+from oneloop.tasks import lora
 
 PARAMETERS = {
     "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
@@ -39,7 +40,7 @@ def test_full_size_models(kind):
         (m.heads, m.inner_dim // m.heads) for m in made["unet"].modules() if hasattr(m, "inner_dim") and hasattr(m, "heads")
     }
     assert heads == ({(8, 40), (8, 80), (8, 160)} if kind == "sd15" else {(10, 64), (20, 64)})
-    encoders = [made[name].config for name in latent.ENCODERS if name in made]
+    encoders = [made[name].config for name in stable_diffusion.ENCODERS if name in made]
     assert {config.hidden_size // config.num_attention_heads for config in encoders} == {64}
 
 
@@ -71,14 +72,14 @@ def test_a_built_model_opens(tmp_path, monkeypatch, kind):
     path = models.build(tmp_path, kind)
     s = SimpleNamespace(pretrained_model_name_or_path=str(path), revision=None, variant=None)
     s.pretrained_vae_model_name_or_path = s.prediction_type = s.rescale_betas_zero_snr = None
-    latent.check(s, "lora", 64)
-    made = latent.load(s, "lora", tuple(PARAMETERS[kind]))
-    assert made.keys() == PARAMETERS[kind].keys() and latent.is_xl(s) == (kind == "sdxl")
+    stable_diffusion.check(s, "lora", 64)
+    made = stable_diffusion.load(s, "lora", tuple(PARAMETERS[kind]))
+    assert made.keys() == PARAMETERS[kind].keys() and stable_diffusion.is_xl(s) == (kind == "sdxl")
     assert made["text_encoder"].dtype == torch.float16
     weights = dict(made["unet"].named_parameters())
     assert (weights["conv_norm_out.weight"] == 1).all() and (weights["conv_in.bias"] == 0).all()
     assert weights["conv_in.weight"].std().item() == pytest.approx(0.02, rel=0.2)
-    captions = latent.encode_captions({k: m.float() for k, m in made.items()}, ["a red dog", ""], s)
+    captions = stable_diffusion.encode_captions({k: m.float() for k, m in made.items()}, ["a red dog", ""], s)
     assert captions["prompt_embeds"].shape == (2, 77, 20 if kind == "sdxl" else 8)
     monkeypatch.setattr(models, "write", None)
     assert models.build(tmp_path, kind) == path
@@ -107,8 +108,8 @@ def test_pictures(tmp_path):
     folder, asked = values["pictures"](None), values["pictures"](4)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == len(list(folder.glob("*.png"))) == 6 and len(list(asked.glob("*.png"))) == 4
-    rows = data.open_source(configs.Data(train_data_dir=str(folder), cache_dir=str(tmp_path / "c"), train_batch_size=1))
-    own = data.open_source(configs.Data(num_shapes=6, resolution=16, train_batch_size=1))
+    rows = sources.open_source(configs.Data(train_data_dir=str(folder), cache_dir=str(tmp_path / "c"), train_batch_size=1))
+    own = sources.open_source(configs.Data(num_shapes=6, resolution=16, train_batch_size=1))
     assert rows.captions == own.captions
     from datasets import load_dataset
 

@@ -10,9 +10,9 @@ from PIL import Image
 from test_settings import refused
 from warm import SHARED, cli, tiny
 
-import data
-import decode
-from configs import BadInput, Data
+from oneloop import data
+from oneloop.configs import BadInput, Data
+from oneloop.inputs import decoding, shapes, sources
 
 
 def gradient(n=16):
@@ -40,7 +40,7 @@ def test_every_kind_of_picture(tmp_path, kind):
     image, ending = KINDS[kind]
     image.save(tmp_path / f"x.{ending}")
     with Image.open(tmp_path / f"x.{ending}") as opened:
-        x = np.asarray(decode.to_rgb(opened)).astype(float)  # [16, 16, 3]
+        x = np.asarray(decoding.to_rgb(opened)).astype(float)  # [16, 16, 3]
     assert x.shape == (16, 16, 3)
     assert np.abs(x - gradient()[..., None] * 255).max() <= 1.0
 
@@ -48,12 +48,12 @@ def test_every_kind_of_picture(tmp_path, kind):
 def test_transparency_lies_on_white(tmp_path):
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((0, 0), (0, 0, 255, 255))
-    x = np.asarray(decode.to_rgb(image))
+    x = np.asarray(decoding.to_rgb(image))
     assert x[0, 0].tolist() == [0, 0, 255] and x[1, 1].tolist() == [255, 255, 255]
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
     palette.save(tmp_path / "p.png", transparency=1)
-    assert np.asarray(decode.to_rgb(Image.open(tmp_path / "p.png"))).min() == 255
+    assert np.asarray(decoding.to_rgb(Image.open(tmp_path / "p.png"))).min() == 255
 
 
 def test_exif_orientation(tmp_path):
@@ -62,7 +62,7 @@ def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     image.save(tmp_path / "x.png", exif=exif)
-    turned = decode.to_rgb(Image.open(tmp_path / "x.png"))
+    turned = decoding.to_rgb(Image.open(tmp_path / "x.png"))
     assert turned.size == (4, 8) and turned.getpixel((3, 0)) == (255, 255, 255)
 
 
@@ -71,7 +71,7 @@ def test_float_pictures_that_are_not_pictures(bad):
     x = gradient().astype(np.float32)
     x[3, 3] = bad
     with pytest.raises(ValueError, match="negative or not finite"):
-        decode.to_rgb(Image.fromarray(x))
+        decoding.to_rgb(Image.fromarray(x))
 
 
 def folder(tmp_path, count=6, size=(20, 12)):
@@ -86,7 +86,7 @@ def folder(tmp_path, count=6, size=(20, 12)):
 
 def test_a_folder_whole(tmp_path):
     place = folder(tmp_path)
-    source = data.open_source(Data(train_data_dir=str(place), train_batch_size=2))
+    source = sources.open_source(Data(train_data_dir=str(place), train_batch_size=2))
     assert source.size == 6 and source.captions is None and source.labels is None
 
 
@@ -96,15 +96,15 @@ def test_captions_from_metadata_csv_and_txt(tmp_path):
     cfg = Data(train_data_dir=str(place), train_batch_size=2)
     for name in files[:-1]:
         (place / name).with_suffix(".txt").write_text(f"about {name}\n")
-    source = data.open_source(cfg)
+    source = sources.open_source(cfg)
     by_name = {source.name(i).split("/")[-1]: source.captions[i] for i in range(6)}
     assert by_name == {name: [f"about {name}"] for name in files[:-1]} | {files[-1]: []}
     (place / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},csv {name}\n" for name in files))
-    source = data.open_source(cfg)
+    source = sources.open_source(cfg)
     assert {c[0] for c in source.captions} == {f"csv {name}" for name in files}
     (place / "metadata.csv").unlink()
     (place / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": f"json {n}"}) + "\n" for n in files))
-    assert {c[0] for c in data.open_source(cfg).captions} == {f"json {name}" for name in files}
+    assert {c[0] for c in sources.open_source(cfg).captions} == {f"json {name}" for name in files}
 
 
 def test_labels_from_subfolders(tmp_path):
@@ -112,7 +112,7 @@ def test_labels_from_subfolders(tmp_path):
         (tmp_path / "p" / kind).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (8, 8), "red").save(tmp_path / "p" / kind / f"{i}.png")
-    assert sorted(data.open_source(Data(train_data_dir=str(tmp_path / "p"), train_batch_size=2)).labels) == [0, 0, 1, 1]
+    assert sorted(sources.open_source(Data(train_data_dir=str(tmp_path / "p"), train_batch_size=2)).labels) == [0, 0, 1, 1]
 
 
 def test_local_data_sets(tmp_path):
@@ -120,24 +120,24 @@ def test_local_data_sets(tmp_path):
 
     if not SHARED.exists():
         pytest.skip("the shared data is not beside the project")
-    source = data.open_source(Data(dataset_name=str(SHARED / "mnist")))
+    source = sources.open_source(Data(dataset_name=str(SHARED / "mnist")))
     assert source.size == 9000 and source.labels[:3] and source.captions is None
     rows = datasets.load_dataset(str(SHARED / "mnist"), split="test[:20]")
     rows.save_to_disk(tmp_path / "disk")
     datasets.DatasetDict({"part": rows}).save_to_disk(tmp_path / "dict")
-    assert data.open_source(Data(dataset_name=str(tmp_path / "disk"), train_batch_size=2)).size == 20
-    assert data.open_source(Data(dataset_name=str(tmp_path / "dict"), split="part", train_batch_size=2)).size == 20
+    assert sources.open_source(Data(dataset_name=str(tmp_path / "disk"), train_batch_size=2)).size == 20
+    assert sources.open_source(Data(dataset_name=str(tmp_path / "dict"), split="part", train_batch_size=2)).size == 20
     with pytest.raises(BadInput, match=r"--data.split is 'train'.*has: part"):
-        data.open_source(Data(dataset_name=str(tmp_path / "dict")))
+        sources.open_source(Data(dataset_name=str(tmp_path / "dict")))
 
 
 def test_shapes_are_drawn_from_the_index():
-    small, caption, label = data.draw_shape(5, 16)
-    large, again, _ = data.draw_shape(5, 64)
+    small, caption, label = shapes.draw_shape(5, 16)
+    large, again, _ = shapes.draw_shape(5, 64)
     assert caption == again and label in range(3) and small.shape == (16, 16, 3) and large.shape == (64, 64, 3)
     reduced = large.reshape(16, 4, 16, 4, 3).mean((1, 3))
     assert np.abs(reduced - small).mean() < 6  # the same composition
-    captions = {data.draw_shape(i, 1)[1] for i in range(2000)}
+    captions = {shapes.draw_shape(i, 1)[1] for i in range(2000)}
     assert len(captions) == 3 * 2 * 6 * 5
 
 
@@ -152,8 +152,8 @@ def test_geometry(tmp_path, size, resolution):
     for i in range(4):
         Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.png")
     cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=resolution, random_flip=True)
-    examples = data.Examples(data.open_source(cfg), cfg, seed=1)
-    whole = decode.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
+    examples = data.Examples(sources.open_source(cfg), cfg, seed=1)
+    whole = decoding.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
     assert min(whole.shape[1:]) == resolution
     corners = set()
     for start in range(0, 64, 4):
@@ -170,7 +170,7 @@ def test_geometry(tmp_path, size, resolution):
 
 def test_each_picture_once_an_epoch_whatever_the_layout():
     cfg = Data(num_shapes=30, resolution=8, train_batch_size=4, random_flip=True)
-    source = data.open_source(cfg)
+    source = sources.open_source(cfg)
     examples = data.Examples(source, cfg, seed=7)
     one = [next(stream) for stream in [examples.stream(0, 4)] for _ in range(15)]
     rows = torch.cat([b["index"] for b in one]).tolist()
@@ -192,8 +192,8 @@ def test_workers_and_memory_change_nothing(tmp_path):
     common = {"train_data_dir": str(place), "train_batch_size": 2, "resolution": 8, "random_flip": True}
     held = Data(**common)
     read = Data(**common, memory_budget=0, dataloader_num_workers=2)
-    a = data.Examples(data.open_source(held), held, 3)
-    b = data.Examples(data.open_source(read), read, 3)
+    a = data.Examples(sources.open_source(held), held, 3)
+    b = data.Examples(sources.open_source(read), read, 3)
     assert a.pictures.pixels is not None and b.pictures.pixels is None and a.fingerprint == b.fingerprint
     x, y = a.stream(0, 2), b.stream(0, 2)
     for _ in range(5):
@@ -203,8 +203,8 @@ def test_workers_and_memory_change_nothing(tmp_path):
 
 def test_decoded_once(tmp_path, monkeypatch):
     cfg = Data(train_data_dir=str(folder(tmp_path)), train_batch_size=2, resolution=8)
-    source, reads = data.open_source(cfg), []
-    counted = data.Source(**{**source.__dict__, "read": lambda row: (reads.append(row), source.read(row))[1]})
+    source, reads = sources.open_source(cfg), []
+    counted = sources.Source(**{**source.__dict__, "read": lambda row: (reads.append(row), source.read(row))[1]})
     stream = data.Examples(counted, cfg, 0).stream(0, 2)
     for _ in range(9):
         next(stream)
@@ -219,7 +219,7 @@ def test_a_set_on_the_device_gives_the_same_bits(tmp_path, shape, center_crop):
         noise = np.random.default_rng(i).integers(0, 256, (*shape, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{i}.png")
     cfg = Data(train_data_dir=str(tmp_path), resolution=16, train_batch_size=4, random_flip=True, center_crop=center_crop)
-    host, there = (data.Examples(data.open_source(cfg), cfg, 0) for _ in range(2))
+    host, there = (data.Examples(sources.open_source(cfg), cfg, 0) for _ in range(2))
     assert not there.reside(torch.device("cpu"))
     there.resident = there.pictures.pixels  # as after `reside`, and nothing else may be read
     there.pictures = dataclasses.replace(there.pictures, pixels=None)

@@ -9,9 +9,10 @@ from diffusers import DDPMScheduler, EMAModel, UNet2DModel
 from diffusers.optimization import get_scheduler
 from warm import UNET
 
-import configs
-import loop
-from tasks import Rng, ddpm, diffusion
+from oneloop import configs, loop
+from oneloop.maths import diffusion
+from oneloop.tasks import Rng, ddpm
+from oneloop.training import ema
 
 
 def official_loss(model, x, noise, t, prediction_type, scheduler):
@@ -100,13 +101,12 @@ def test_ema_is_that_of_diffusers():
     model = torch.nn.Linear(4, 4)
     theirs = EMAModel(model.parameters(), decay=0.9, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     weights = {f"m.{n}": p for n, p in model.named_parameters()}
-    state = loop.TrainState({"m": model}, {}, {k: p.detach().clone() for k, p in weights.items()})
+    mine = {k: p.detach().clone() for k, p in weights.items()}
     for step in range(1, 30):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        state.step = step
-        loop.average(state, weights, configs.Base(ema_decay=0.9))
+        ema.update(mine, weights, ema.decay_at(step, 0.9, 0.75))
         theirs.step(model.parameters())
-        for mine, other in zip(state.ema.values(), theirs.shadow_params, strict=True):
-            torch.testing.assert_close(mine, other)
+        for x, other in zip(mine.values(), theirs.shadow_params, strict=True):
+            torch.testing.assert_close(x, other)

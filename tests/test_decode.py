@@ -14,9 +14,10 @@ from PIL import Image
 from test_settings import refused
 from warm import cli, cli_many, digest, fork, start, start_many, tiny
 
-import data
-import decode
-from configs import Data
+from oneloop import data
+from oneloop.configs import Data
+from oneloop.inputs import decoding, sources
+from oneloop.inputs import shapes as embedded
 
 SQUARES = {"one shape": 6 * [(24, 24)], "several shapes": [(24, 24), (24, 40), (30, 24), (16, 16), (64, 20), (24, 24)]}
 
@@ -33,7 +34,7 @@ def draw(folder, sizes):
 def pictures_of(place, **more):
     """Settings and an opened source of a folder."""
     cfg = Data(train_data_dir=str(place), resolution=16, train_batch_size=2, **more)
-    return cfg, data.open_source(cfg)
+    return cfg, sources.open_source(cfg)
 
 
 def equal(a, b):
@@ -48,10 +49,10 @@ def equal(a, b):
 @pytest.mark.parametrize("sizes", SQUARES)
 def test_what_is_kept_is_what_was_decoded(tmp_path, sizes, more):
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES[sizes]), **more)
-    found, path = decode.decode(source, cfg), decode.place(tmp_path / "shelf", source, cfg)
-    assert decode.kept(path, cfg) is None
-    there = decode.keep(found, path, cfg, pytest.fail)
-    again = decode.kept(path, cfg)
+    found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
+    assert decoding.kept(path, cfg) is None
+    there = decoding.keep(found, path, cfg, pytest.fail)
+    again = decoding.kept(path, cfg)
     assert equal(found, there) and equal(found, again) and [p.name for p in path.parent.iterdir()] == [path.name]
     assert (again.pixels is None) == ("memory_budget" in more)
     assert isinstance(again.pixels, torch.Tensor) == ((not more and sizes == "one shape") or "center_crop" in more)
@@ -65,7 +66,7 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
 
     def place(**more):
         cfg = Data(**{"train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2} | more)
-        return decode.place(tmp_path, data.open_source(cfg), cfg)
+        return decoding.place(tmp_path, sources.open_source(cfg), cfg)
 
     shapes = [place(train_data_dir=None), place(train_data_dir=None, num_shapes=99)]
     places = [
@@ -95,12 +96,12 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
     places.append(place())
     (folder / "0.png").unlink()
     places.append(place())
-    monkeypatch.setitem(data.SIZES, "small", 0.3)
+    monkeypatch.setitem(embedded.SIZES, "small", 0.3)
     places.append(place(train_data_dir=None))
-    for module, name in ((decode.PIL, "__version__"), (decode, "FORMAT")):
+    for module, name in ((decoding.PIL, "__version__"), (decoding, "FORMAT")):
         monkeypatch.setattr(module, name, "another")
         places.append(place())
-    monkeypatch.setattr(decode.features, "version", lambda name: "another")
+    monkeypatch.setattr(decoding.features, "version", lambda name: "another")
     places.append(place())
     assert len(set(places)) == len(places) == 16
 
@@ -116,8 +117,8 @@ def test_a_saved_set_that_was_saved_anew_is_another(tmp_path):
         kinds = datasets.Features(path=datasets.Value("string"), image=datasets.Image())
         rows.map(with_picture, features=kinds, load_from_cache_file=False).save_to_disk(tmp_path / "set")
         cfg = Data(dataset_name=str(tmp_path / "set"), resolution=16, train_batch_size=2)
-        source = data.open_source(cfg)
-        return decode.place(tmp_path, source, cfg), data.Examples(source, cfg, 0).fingerprint
+        source = sources.open_source(cfg)
+        return decoding.place(tmp_path, source, cfg), data.Examples(source, cfg, 0).fingerprint
 
     (first, one), (second, two) = saved(10), saved(200)
     assert one != two and first != second
@@ -136,48 +137,48 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
         Image.new("RGB", (640, 320)).save(tmp_path / name, exif=exif)
     cfg, source = pictures_of(tmp_path)
     for skim in (False, True):
-        assert decode.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
+        assert decoding.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
 
 
 def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
-    monkeypatch.setattr(decode.os, "cpu_count", lambda: 16)
-    found = [decode._Found({"size": (side, side)}, "RGB", None) for side in (8, 64, 130, 512)]
-    assert [decode.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
+    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 16)
+    found = [decoding._Found({"size": (side, side)}, "RGB", None) for side in (8, 64, 130, 512)]
+    assert [decoding.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
 
 
 def test_the_format_has_a_number():
-    """What is made of these pictures is pinned: whoever changes it raises decode.FORMAT, and writes the new marks here."""
+    """What is made of these pictures is pinned: whoever changes it raises decoding.FORMAT, and writes the new marks here."""
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
     clear = Image.new("RGBA", (16, 20), (200, 30, 40, 128))
     plain = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(20, 20, 3).astype(np.uint8))
     pictures = [plain.crop((0, 0, 16, 20)), deep, clear]
-    source = dataclasses.replace(data.open_source(Data(num_shapes=3, train_batch_size=1)), read=lambda i: (pictures[i], b""))
-    columns = decode.decode(source, Data(resolution=16)).columns
-    marks = [decode.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
-    assert (decode.FORMAT, [mark[:8] for mark in marks]) == (1, ["ce64e1f9", "652b7830", "49bd9559"])
+    source = dataclasses.replace(sources.open_source(Data(num_shapes=3, train_batch_size=1)), read=lambda i: (pictures[i], b""))
+    columns = decoding.decode(source, Data(resolution=16)).columns
+    marks = [decoding.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
+    assert (decoding.FORMAT, [mark[:8] for mark in marks]) == (1, ["ce64e1f9", "652b7830", "49bd9559"])
 
 
 @pytest.mark.parametrize("part", ["pixels", "columns.safetensors"])
 @pytest.mark.parametrize("how", ["changed", "cut off", "removed"])
 def test_damage_is_noticed_and_mended(tmp_path, part, how):
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
-    found, path = decode.decode(source, cfg), decode.place(tmp_path / "shelf", source, cfg)
-    decode.keep(found, path, cfg, pytest.fail)
+    found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
+    decoding.keep(found, path, cfg, pytest.fail)
     content = bytearray((path / part).read_bytes())
     content[-1] ^= 1
     (path / part).unlink()
     if how != "removed":
         (path / part).write_bytes(content if how == "changed" else content[:-1])
-    assert decode.kept(path, cfg) is None
+    assert decoding.kept(path, cfg) is None
     examples = data.opened(source, cfg, 0, tmp_path / "shelf")
     examples.keep(pytest.fail)
-    assert equal(examples.pictures, found) and equal(decode.kept(path, cfg), found)
+    assert equal(examples.pictures, found) and equal(decoding.kept(path, cfg), found)
 
 
 def test_facts_are_part_of_what_is_checked(tmp_path):
     """No bit of the file's header can be turned without notice, and no header is a reason to end."""
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
-    decode.keep(decode.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
+    decoding.keep(decoding.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
     file = path / "columns.safetensors"
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -185,12 +186,16 @@ def test_facts_are_part_of_what_is_checked(tmp_path):
         for bit in (0, 1, 5):
             turned = content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :]
             file.write_bytes(turned)
-            if (found := decode.kept(path, cfg)) is not None:  # only what JSON reads alike
-                assert equal(found, decode.decode(source, cfg)), (i, turned[:size])
-    columns = decode.decode(source, cfg).columns
-    for facts in ({}, {"facts": "[]", "hash": decode._hash(columns, "[]")}, {"facts": "1", "hash": decode._hash(columns, "1")}):
-        decode.save_file(columns, file, facts or None)
-        assert decode.kept(path, cfg) is None
+            if (found := decoding.kept(path, cfg)) is not None:  # only what JSON reads alike
+                assert equal(found, decoding.decode(source, cfg)), (i, turned[:size])
+    columns = decoding.decode(source, cfg).columns
+    for facts in (
+        {},
+        {"facts": "[]", "hash": decoding._hash(columns, "[]")},
+        {"facts": "1", "hash": decoding._hash(columns, "1")},
+    ):
+        decoding.save_file(columns, file, facts or None)
+        assert decoding.kept(path, cfg) is None
 
 
 def test_the_budget_may_change(tmp_path):
@@ -199,9 +204,9 @@ def test_the_budget_may_change(tmp_path):
     path = tmp_path / "kept"
     for budget, held, there in [(0.0, False, False), (1.0, True, False), (0.0, False, True), (1.0, True, True)]:
         cfg, source = pictures_of(folder, memory_budget=budget)
-        found = decode.kept(path, cfg)
+        found = decoding.kept(path, cfg)
         assert (found is not None) == (there or (budget == 0.0 and path.exists()))
-        found = found or decode.keep(decode.decode(source, cfg), path, cfg, pytest.fail)
+        found = found or decoding.keep(decoding.decode(source, cfg), path, cfg, pytest.fail)
         assert (found.pixels is not None) == held
 
 
@@ -288,7 +293,7 @@ def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
     refused(cli(tmp_path, *tiny(tmp_path, steps=7, **common)), "data was", "is now")
     assert list((tmp_path / "out" / "examples").iterdir()) == [kept]
     held_out = [row for row in range(18) if data.hash64("validation", row) < 2**63]
-    source = data.open_source(Data(train_data_dir=str(folder), train_batch_size=1))
+    source = sources.open_source(Data(train_data_dir=str(folder), train_batch_size=1))
     (tmp_path / "pictures" / source.name(held_out[0])).write_bytes(b"no picture")
     refused(cli(tmp_path, *tiny(tmp_path, "new", data__validation_split="0.5", **common)), "1 of 4 pictures cannot be read")
     assert not (tmp_path / "new").exists()
@@ -309,25 +314,25 @@ def test_a_run_keeps_one_copy(tmp_path):
 def test_writers_of_one_place(tmp_path):
     """The second finds what the first wrote, and leaves it: another process may have it mapped. What a killed one left goes."""
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
-    found, path = decode.decode(source, cfg), tmp_path / "shelf" / "kept"
-    for name, age in (("old", 2 * decode.DAY), ("new", 0)):
+    found, path = decoding.decode(source, cfg), tmp_path / "shelf" / "kept"
+    for name, age in (("old", 2 * decoding.DAY), ("new", 0)):
         (left := path.with_name(f".kept.{name}.writing")).mkdir(parents=True)
         os.utime(left, (time.time() - age,) * 2)
-    decode.keep(found, path, cfg, pytest.fail)
+    decoding.keep(found, path, cfg, pytest.fail)
     status = os.stat(path / "pixels")
-    assert equal(decode.keep(found, path, cfg, pytest.fail), found) and os.stat(path / "pixels") == status
+    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and os.stat(path / "pixels") == status
     assert sorted(p.name for p in path.parent.iterdir()) == [".kept.new.writing", "kept"]
 
 
 def test_processes_that_keep_at_once(tmp_path):
     """All end with the pictures, and nobody is told of trouble."""
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
-    found, began = decode.decode(source, cfg), time.time() + 0.5
+    found, began = decoding.decode(source, cfg), time.time() + 0.5
 
     def check():
         for i in range(40):
             time.sleep(max(0, began + 0.02 * i - time.time()))
-            assert equal(decode.keep(found, tmp_path / "shelf" / str(i), cfg, pytest.fail), found)
+            assert equal(decoding.keep(found, tmp_path / "shelf" / str(i), cfg, pytest.fail), found)
 
     for process in [fork(check, tmp_path) for _ in range(4)]:
         assert (result := process.wait()).code == 0, result.err
@@ -337,14 +342,14 @@ def test_processes_that_keep_at_once(tmp_path):
 def test_checkpoints_come_first(tmp_path, monkeypatch):
     """Pictures are kept where as much space is left after them as they take."""
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
-    found, said = decode.decode(source, cfg), []
+    found, said = decoding.decode(source, cfg), []
     needed = found.nbytes(cfg) + sum(x.nbytes for x in found.columns.values())
-    monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
-    assert decode.keep(found, tmp_path / "shelf" / "kept", cfg, said.append) is found
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
+    assert decoding.keep(found, tmp_path / "shelf" / "kept", cfg, said.append) is found
     assert "not kept" in said[0] and f"they take {needed:,} bytes, and {2 * needed - 1:,} are free" in said[0]
     assert not list((tmp_path / "shelf").iterdir())
-    monkeypatch.setattr(decode.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
-    assert decode.keep(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
+    assert decoding.keep(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
 
 
 @pytest.mark.parametrize("moment", ["mkdir", "save_file", "from_file", "rename", "after"])
@@ -362,7 +367,7 @@ def test_killed_while_it_keeps(tmp_path, moment):
             keep = data.keep
             data.keep = lambda *given: dies(keep(*given))
         else:
-            setattr({"save_file": decode, "from_file": decode.torch, "rename": decode.os}[moment], moment, dies)
+            setattr({"save_file": decoding, "from_file": decoding.torch, "rename": decoding.os}[moment], moment, dies)
 
     whole = cli(tmp_path, *tiny(tmp_path, "whole"))
     killed = start(tmp_path, *tiny(tmp_path), patch=patch).wait()
@@ -381,8 +386,8 @@ def test_a_disk_that_refuses_ends_nothing(tmp_path, refusal):
         def save(*_, **__):
             raise OSError(28, "No space left on device") if refusal == "full" else RuntimeError("unable to mmap")
 
-        decode.save_file = save
-        decode.torch.from_file = save
+        decoding.save_file = save
+        decoding.torch.from_file = save
 
     plain = cli(tmp_path, *tiny(tmp_path, "plain", data__example_cache="no"))
     shelf = tmp_path / "unet.json" / "cache" if refusal == "no folder" else "auto"

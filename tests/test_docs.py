@@ -10,7 +10,7 @@ import tiny_models
 from test_lora import draw_photos
 from warm import ROOT, UNET, VAE, cli, flags
 
-import configs
+from oneloop import configs
 
 sys.path.insert(0, str(ROOT / "docs"))
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")

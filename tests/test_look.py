@@ -15,12 +15,11 @@ from test_settings import refused
 from test_validate import ran
 from warm import cli, cli_many, digest, metrics, tiny
 
-import data
-import decode
-import look
-import loop
-import survey
-from configs import Data
+from oneloop import data, loop
+from oneloop.configs import Data
+from oneloop.inputs import decoding, sources
+from oneloop.machine import memory as memory_module
+from oneloop.views import data_report
 
 
 def number(pattern, text):
@@ -88,8 +87,6 @@ def test_the_estimate_counts(tmp_path):
 def test_waiting_for_data_is_a_share(tmp_path):
     def patch():
         import time
-
-        import data
 
         read = data.Examples.__getitem__
         data.Examples.__getitem__ = lambda self, numbers: (time.sleep(0.2), read(self, numbers))[1]
@@ -199,7 +196,7 @@ def test_a_check_decodes_large_jpegs_smaller(tmp_path):
     for i in range(6):
         photograph(i, 400).resize((640, 400)).save(place / f"{i}.jpg", exif=exif if i == 0 else b"")
     cfg = Data(train_data_dir=str(place), resolution=100, train_batch_size=2)
-    found, whole = (decode.decode(data.open_source(cfg), cfg, skim=skim).columns for skim in (True, False))
+    found, whole = (decoding.decode(sources.open_source(cfg), cfg, skim=skim).columns for skim in (True, False))
     assert found["size"].tolist() == whole["size"].tolist() == [[640, 400]] + 5 * [[400, 640]]
     assert not torch.equal(found["mark"], whole["mark"]) and torch.equal(found["room"], whole["room"])
     assert (found["thumb"].int() - whole["thumb"].int()).abs().float().mean((1, 2, 3)).max() < 2
@@ -216,8 +213,8 @@ def test_near_twins():
         image.resize((side, side)).save(buffer, "JPEG", quality=quality)
         copies.append(Image.open(buffer))
     turned = [Image.merge("RGB", image.split()[::-1]) for image in originals]
-    thumbs = np.stack([decode.thumb(image) for image in (*originals, *copies, *turned)])
-    pairs = {tuple(pair) for pair in survey.near_pairs(thumbs).tolist()}
+    thumbs = np.stack([decoding.thumb(image) for image in (*originals, *copies, *turned)])
+    pairs = {tuple(pair) for pair in data_report.near_pairs(thumbs).tolist()}
     true = {(i, i + 100) for i in range(100)}
     assert len(pairs & true) > 92 and not pairs - true, (len(pairs & true), pairs - true)
 
@@ -226,9 +223,9 @@ def test_many_alike_take_no_quadratic_time():
     """Five thousand flat pictures, all of one hash: compared with their neighbours only."""
     thumbs = np.random.default_rng(0).integers(0, 256, (5000, 1, 1, 3), dtype=np.uint8).repeat(8, 1).repeat(9, 2)
     began = time.process_time()
-    pairs = survey.near_pairs(thumbs)
+    pairs = data_report.near_pairs(thumbs)
     assert time.process_time() - began < 10 and len(pairs) < 5000
-    assert len(survey.near_pairs(thumbs[:1].repeat(500, 0))) >= 499
+    assert len(data_report.near_pairs(thumbs[:1].repeat(500, 0))) >= 499
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +236,7 @@ def test_out_of_memory(tmp_path):
     """A real refusal by the allocator, in the second update: one line with figures, and a code of its own."""
 
     def patch():
-        from tasks import ddpm
+        from oneloop.tasks import ddpm
 
         real = ddpm.loss_fn
 
@@ -268,18 +265,18 @@ def test_what_takes_the_memory(tmp_path):
     models["frozen"].requires_grad_(False)
     sgd = {"a": torch.optim.SGD(models["a"].parameters())}
     state = loop.TrainState({"a": models["a"]}, sgd, {"a.weight": models["a"].weight})
-    memory = look.Memory(settings(tmp_path, {"train_batch_size": 3}, mixed_precision="no"), torch.device("meta"))
-    memory.holds(models, state)
-    assert {name: n / 2**30 for name, n in look.held(models, state, torch.device("meta")).items()} == {
+    memory = memory_module.Memory(settings(tmp_path, {"train_batch_size": 3}, mixed_precision="no"), torch.device("meta"))
+    memory.watch(models, state)
+    assert {name: n / 2**30 for name, n in memory_module.held(models, state, torch.device("meta")).items()} == {
         "weights": 1.0,
         "gradients and optimizer": 0.75,
         "averages": 0.25,
     }
-    ways = dict(memory.ways(look.held(models, state, torch.device("meta")), 6 * 2**30))
+    ways = dict(memory.ways(memory_module.held(models, state, torch.device("meta")), 6 * 2**30))
     saved = {flags.split()[0]: n / 2**30 for flags, n in ways.items()}
     computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.no-use-ema": 0.25, "data.resolution": 4.5}
     assert saved == pytest.approx({f"--{flag}": gib for flag, gib in computed.items()})
-    with pytest.raises(look.OutOfMemory, match=r"and 2.00 more were asked for; .* most: --data.resolution 4 "), memory:
+    with pytest.raises(memory_module.OutOfMemory, match=r"and 2.00 more were asked for; .* most: --data.resolution 4 "), memory:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
     with pytest.raises(RuntimeError, match="something else"), memory:
         raise RuntimeError("something else")

@@ -12,11 +12,11 @@ import torch
 from test_settings import refused
 from warm import ROOT, checkpoints, cli, cli_many, digest, free_port, metrics, tensors, tiny
 
-import checkpoint
-import loop
-from configs import Base, Data
-from device import trains
-from tasks import Loss, Task, frozen
+from oneloop import checkpoint, loop
+from oneloop.configs import Base, Data
+from oneloop.inputs import sources
+from oneloop.machine.placement import trains
+from oneloop.tasks import Loss, Task, frozen
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def test_averages_are_in_place_for_samples_and_exports_only(tmp_path):
 def test_metrics_are_means_over_everything(tmp_path):
     """Over batches, updates and processes since the last line: example n costs n here."""
     (tmp_path / "mean_of_n.py").write_text(
-        "import torch\nfrom dataclasses import dataclass, field\nfrom configs import Base, Data\n"
-        "from tasks import Loss, Task\n"
+        "import torch\nfrom dataclasses import dataclass, field\nfrom oneloop.configs import Base, Data\n"
+        "from oneloop.tasks import Loss, Task\n"
         "@dataclass(frozen=True)\nclass S:\n    'None.'\n"
         "@dataclass(frozen=True)\nclass Config:\n    base: Base = field(default_factory=Base)\n"
         "    data: Data = field(default_factory=Data)\n    mean_of_n: S = field(default_factory=S)\n"
@@ -374,10 +374,10 @@ def test_a_path_to_continue_from(done, tmp_path):
 
 def test_continuing_opens_nothing_it_has_read(done, tmp_path, monkeypatch):
     """The first batch after step k is example k * batch, whatever k is: nothing is dealt out and dropped."""
-    import data
+    from oneloop import data
 
     cfg = Data(num_shapes=24, resolution=8, train_batch_size=4)
-    examples = data.Examples(data.open_source(cfg), cfg, 0)
+    examples = data.Examples(sources.open_source(cfg), cfg, 0)
     asked = []
     monkeypatch.setattr(data.Examples, "__getitem__", lambda self, numbers: asked.append(numbers) or {})
     next(examples.stream(10**9, 4))

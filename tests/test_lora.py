@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 from warm import SHARED, cli, cli_many, digest, distance, flags, fork, metrics, shown, tensors
 
-import configs
-import data
-import encode
-import loop
-from configs import BadInput, Base, Data
-from tasks import Rng, adapters, diffusion, latent, lora
+from oneloop import configs, data, loop
+from oneloop.configs import BadInput, Base, Data
+from oneloop.families import adapters, stable_diffusion
+from oneloop.inputs import encodings, shapes, sources
+from oneloop.maths import diffusion
+from oneloop.tasks import Rng, lora
 
 CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
 
@@ -140,7 +140,7 @@ def test_loss_is_the_official_formula(built, photos, kind, settings):
         timesteps = rng.integers("timestep", noise_scheduler.config.num_train_timesteps)
         if kind == "v" and not settings:
             timesteps[0] = 999  # nothing but noise: the formula must hold there too
-            a = latent.alphas_cumprod(cfg.lora, "cpu")[timesteps]
+            a = stable_diffusion.alphas_cumprod(cfg.lora, "cpu")[timesteps]
             assert a[0] == 0 and torch.equal(diffusion.target("v_prediction", latents, noise, a)[0], -latents[0])
             return
         noisy_latents = noise_scheduler.add_noise(latents, new_noise, timesteps)
@@ -176,7 +176,7 @@ def test_zero_terminal_snr_is_finite_and_refused_for_epsilon(built, photos):
         config(built["v"], photos, prediction_type="epsilon")
     with pytest.raises(BadInput, match="zero-terminal-SNR"):
         config(built["sd"], photos, rescale_betas_zero_snr=True)
-    assert latent.scheduler(config(built["v"], photos).lora).config.prediction_type == "v_prediction"
+    assert stable_diffusion.scheduler(config(built["v"], photos).lora).config.prediction_type == "v_prediction"
 
 
 def test_an_absent_caption_is_what_the_pipeline_makes_of_it(built, photos):
@@ -204,7 +204,7 @@ def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):
             command(tmp_path, built["sd"], photos, base__mixed_precision="bf16", lora__train_text_encoder=True)
         )[1]
         state = loop.run(lora.task, cfg)
-        before = latent.load(cfg.lora, "lora", ("unet", "text_encoder"))
+        before = stable_diffusion.load(cfg.lora, "lora", ("unet", "text_encoder"))
         for name, module in before.items():
             old, seen = dict(module.named_parameters()), 0
             for key, p in state.models[name].named_parameters():
@@ -266,9 +266,9 @@ def test_adapters_learn_a_picture(tmp_path, built, photos):
         line += flags("", {"lora.target_modules": layers, "lora.rank": 16, "lora.adam_weight_decay": 0.0})[1:]
         cfg = configs.parse(line)[1]
         state, models = loop.run(lora.task, cfg), lora.make_models(cfg)
-        examples = data.Examples(data.open_source(cfg.data), cfg.data, 0)
+        examples = data.Examples(sources.open_source(cfg.data), cfg.data, 0)
         batch = data.to_device(next(data.Fixed(examples, 1, "cpu").__iter__()), "cpu")
-        batch = encode.encode(lora.task.encodings, models, batch, cfg)
+        batch = encodings.encode(lora.task.encodings, models, batch, cfg)
         batch = {k: v.repeat(64, *[1] * (v.ndim - 1)) for k, v in batch.items()}
 
         def loss():
@@ -366,7 +366,7 @@ def test_the_cache_heals_and_notices(tmp_path, built, photos):
 
 
 def test_what_is_held_fits_the_budget(tmp_path):
-    cache, marks = encode.Encoded(tmp_path), ["aa", "ab", "b"]
+    cache, marks = encodings.Encoded(tmp_path), ["aa", "ab", "b"]
     for i, mark in enumerate(marks):
         cache.write(mark, {"x": torch.full((2, 3), float(i)), "y": torch.tensor(i)})
     assert cache.held(marks, 3 * (24 + 8) - 1) == (None, 0)
@@ -381,8 +381,8 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
 
     def run(more, idle):
         def function():
-            seen, moves, real = [], [], encode.encode_once
-            encode.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
+            seen, moves, real = [], [], encodings.encode_once
+            encodings.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
             loop.moved = lambda models, names, device: moves.append((names, device))
             cfg = configs.parse(command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more))[1]
             loop.run(lora.task, cfg)
@@ -413,7 +413,7 @@ def test_validation_encodes_as_the_step_does(tmp_path, built, photos):
 def test_captions_and_sizes(tmp_path, photos):
     """The trigger stands in front, dropout empties a keyed share, and size and corner are those of the upright picture."""
     cfg = Data(train_data_dir=str(photos), resolution=32, train_batch_size=2, trigger="sks", caption_dropout=0.5)
-    examples = data.Examples(data.open_source(cfg), cfg, 0)
+    examples = data.Examples(sources.open_source(cfg), cfg, 0)
     texts = [
         text for batch in map(examples.__getitem__, (range(n, n + 50) for n in range(0, 200, 50))) for text in batch["caption"]
     ]
@@ -427,13 +427,13 @@ def test_captions_and_sizes(tmp_path, photos):
     exif[0x0112] = 6  # lies on its side
     tall.save(plain / "a.jpg", exif=exif)
     cfg = Data(train_data_dir=str(plain), resolution=24, train_batch_size=1, trigger="a dog", center_crop=True)
-    batch = data.Examples(data.open_source(cfg, ("caption",)), cfg, 0)[range(1)]
+    batch = data.Examples(sources.open_source(cfg, ("caption",)), cfg, 0)[range(1)]
     assert batch["caption"] == ["a dog"] and batch["original_size"].tolist() == [[64, 48]]
     assert batch["crop_top_left"].tolist() == [[4, 0]]  # 32 x 24, cut in the middle
     cfg = Data(num_shapes=8, resolution=8, train_batch_size=2, trigger="{label}:")
-    source = data.open_source(cfg)
+    source = sources.open_source(cfg)
     assert all(
-        text.startswith(f"{list(data.SHAPES)[k]}: a ") for (text,), k in zip(source.captions, source.labels, strict=True)
+        text.startswith(f"{list(shapes.SHAPES)[k]}: a ") for (text,), k in zip(source.captions, source.labels, strict=True)
     )
 
 
@@ -590,7 +590,7 @@ def test_bad_input(tmp_path, built, photos, change, says):
         pictures.mkdir()
         for i in range(2):
             shutil.copy(photos / f"{i}.png", pictures)
-    loaded = lambda: setattr(latent, "load", lambda *args: pytest.fail("weights were loaded"))  # noqa: E731
+    loaded = lambda: setattr(stable_diffusion, "load", lambda *args: pytest.fail("weights were loaded"))  # noqa: E731
     late = "variant" in says or "example-cache" in says
     early = loaded if not late else lambda: None
     result = cli(tmp_path, *command(tmp_path, model, pictures, **change), patch=early)

@@ -13,7 +13,7 @@ from PIL import Image
 from test_settings import refused
 from warm import cli, metrics, tiny
 
-import page
+from oneloop.views import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm import cli, digest, flags, fork, metrics, start, tiny
 
-import compiled
-import configs
-import data
-import device
-import loop
-from device import at_rest
-from tasks import Rng, hash64
+from oneloop import configs, data, loop
+from oneloop.inputs import sources
+from oneloop.machine import accelerator as accelerator_module
+from oneloop.machine import compilation
+from oneloop.machine.placement import at_rest
+from oneloop.tasks import Rng, hash64
+from oneloop.training.guard import Guard, NonFinite
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::equal"}
 
@@ -53,7 +53,7 @@ def test_nothing_waits(tmp_path, task):
     module, cfg = configs.parse(command(tmp_path, task, steps=4))
 
     def check():
-        guard, seen, mode = loop.Guard.__init__, [], NoWaiting()
+        guard, seen, mode = Guard.__init__, [], NoWaiting()
 
         def late(self, *arguments):
             guard(self, *arguments)
@@ -67,7 +67,7 @@ def test_nothing_waits(tmp_path, task):
                 mode.__exit__(None, None, None)
             yield from module.task.loss_fn(*arguments)
 
-        loop.Guard.__init__ = late
+        Guard.__init__ = late
         loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
         assert len(seen) == 4
 
@@ -76,7 +76,7 @@ def test_nothing_waits(tmp_path, task):
 
 def plain_loop(task, cfg, fused):
     """The weights and averages after as many steps written out: nothing kept, no accelerate, no operation over many tensors."""
-    examples = data.Examples(data.open_source(cfg.data), cfg.data, cfg.base.seed)
+    examples = data.Examples(sources.open_source(cfg.data), cfg.data, cfg.base.seed)
     torch.manual_seed(hash64(cfg.base.seed, "models"))
     unet = task.make_models(cfg)["unet"].train()
     given = {"lr": cfg.ddpm.learning_rate, "betas": (cfg.ddpm.adam_beta1, cfg.ddpm.adam_beta2), "eps": cfg.ddpm.adam_epsilon}
@@ -125,7 +125,7 @@ def test_auto_is_bf16_where_the_hardware_computes_it(tmp_path, computes, chosen)
     """And what it became is said."""
 
     def patch():
-        device.computes_bf16 = lambda: computes
+        accelerator_module.computes_bf16 = lambda: computes
 
     result = start(tmp_path, *tiny(tmp_path, steps=1), patch=patch).wait()
     assert result.code == 0 and f"mixed precision {chosen}\n" in result.err, result.err
@@ -136,7 +136,7 @@ def test_late_verdicts_name_their_step(tmp_path):
     module, cfg = configs.parse(tiny(tmp_path, steps=6))
 
     def check():
-        guard = loop.Guard.__init__
+        guard = Guard.__init__
 
         def late(self, *arguments):
             guard(self, *arguments)
@@ -146,8 +146,8 @@ def test_late_verdicts_name_their_step(tmp_path):
             for loss in module.task.loss_fn(models, batch, rng, cfg):
                 yield dataclasses.replace(loss, value=loss.value * (torch.inf if batch["step"] == 2 else 1))
 
-        loop.Guard.__init__ = late
-        with pytest.raises(loop.NonFinite, match="at step 3"):
+        Guard.__init__ = late
+        with pytest.raises(NonFinite, match="at step 3"):
             loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
 
     in_fork(tmp_path, check)
@@ -176,14 +176,14 @@ def test_what_is_compiled(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(compiled, "options", lambda *_: {"backend": backend})
+    monkeypatch.setattr(compilation, "options", lambda *_: {"backend": backend})
     module, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)), torch.randn(4, 2)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    compiled.compile_models({"m": module}, torch.device("cpu"), 1)
+    compilation.compile_models({"m": module}, torch.device("cpu"), 1)
     with at_rest({"m": module}, {}, {}):
         module(x)
     assert not graphs
-    said = compiled.price(Accelerator(cpu=True), {"m": module}, lambda: module(x), 1)
+    said = compilation.price(Accelerator(cpu=True), {"m": module}, lambda: module(x), 1)
     assert len(graphs) == 1 and said.startswith("compiled in")
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -193,8 +193,8 @@ def test_compiling_is_no_part_of_the_speed(tmp_path):
     """The first line of metrics counts from the first step."""
 
     def patch():
-        compiled.compile_models = lambda *_: None
-        compiled.price = lambda *_: time.sleep(4) or "compiled"
+        compilation.compile_models = lambda *_: None
+        compilation.price = lambda *_: time.sleep(4) or "compiled"
 
     result = start(tmp_path, *tiny(tmp_path, steps=4, base__compile=True, base__logging_steps=2), patch=patch).wait()
     assert result.code == 0, result.err

@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from warm import ROOT, SHARED, VAE, checkpoints, cli, cli_many, digest, metrics, tensors, tiny
 
-import data
-from configs import BadInput, Base, Data
-from tasks import Rng, quality, vae
+from oneloop import data
+from oneloop.configs import BadInput, Base, Data
+from oneloop.inputs import sources
+from oneloop.maths import image_quality
+from oneloop.tasks import Rng, vae
 
 
 class Perceptual(nn.Module):
@@ -207,10 +209,10 @@ def test_quality_is_wangs_and_the_textbooks():
                     va, vb, ab = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
                     numerator = (2 * ma * mb + 1e-4) * (2 * ab + 9e-4)
                     values.append(numerator / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4)))
-        got = quality.measure(torch.tensor(x) * 2 - 1, torch.tensor(y) * 2 - 1)
+        got = image_quality.measure(torch.tensor(x) * 2 - 1, torch.tensor(y) * 2 - 1)
         assert got["ssim"][i].item() == pytest.approx(np.mean(values), abs=1e-5)
         assert got["psnr"][i].item() == pytest.approx(10 * np.log10(1 / np.mean((x[i] - y[i]) ** 2)), abs=1e-3)
-    assert quality.measure(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))["ssim"].item() == pytest.approx(1)
+    assert image_quality.measure(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))["ssim"].item() == pytest.approx(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_export_opens_and_its_latents_have_unit_deviation(whole):
     from diffusers import AutoencoderKL
 
     source = Data(num_shapes=24, resolution=8, train_batch_size=24)
-    x = next(iter(data.Fixed(data.Examples(data.open_source(source), source, 0), 24, "cpu")))["pixel_values"]
+    x = next(iter(data.Fixed(data.Examples(sources.open_source(source), source, 0), 24, "cpu")))["pixel_values"]
     for folder in (whole / "export", whole / "checkpoint-5"):
         model = AutoencoderKL.from_pretrained(folder)
         torch.manual_seed(0)
@@ -297,7 +299,7 @@ def test_export_opens_and_its_latents_have_unit_deviation(whole):
 
 def test_part_of_the_data_is_spread_over_it():
     cfg = Data(num_shapes=24, resolution=8, train_batch_size=4)
-    examples = data.Examples(data.open_source(cfg), cfg, 0)
+    examples = data.Examples(sources.open_source(cfg), cfg, 0)
     assert [b["index"].tolist() for b in examples.fixed(2, 5)] == [[0, 4], [9, 14], [19]]
     assert torch.cat([b["index"] for b in examples.fixed(5)]).tolist() == list(range(24))
     assert sum(len(b["index"]) for b in examples.fixed(5, 100)) == 24
@@ -430,7 +432,7 @@ def test_settings_need_nothing_heavy():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "examples").glob("vae*.json")))
 def test_examples_are_settings(name, monkeypatch, lpips):
-    import configs
+    from oneloop import configs
 
     monkeypatch.chdir(ROOT)
     module, cfg = configs.parse([str(ROOT / "examples" / name)])

@@ -11,13 +11,14 @@ from test_loop import Scale, settings, toy
 from test_settings import refused
 from warm import cli, cli_many, digest, metrics, tiny
 
-import configs
-import data
-import loop
-import validate
-from configs import Data
-from device import at_rest, make_accelerator
-from tasks import Loss, Rng
+from oneloop import configs, data, loop
+from oneloop.configs import Data
+from oneloop.inputs import shapes as embedded
+from oneloop.inputs import sources
+from oneloop.machine.accelerator import make_accelerator
+from oneloop.machine.placement import at_rest
+from oneloop.tasks import Loss, Rng
+from oneloop.training import validation
 
 HELD = {"data__num_shapes": 60, "data__validation_split": "0.4"}
 
@@ -38,7 +39,7 @@ def splits(tmp_path_factory):
     """A data set on disk with two splits of labelled pictures."""
     place, made = tmp_path_factory.mktemp("splits") / "set", {}
     for name, rows in (("train", range(24)), ("test", range(100, 110))):
-        pictures = [data.draw_shape(row, 8) for row in rows]
+        pictures = [embedded.draw_shape(row, 8) for row in rows]
         made[name] = datasets.Dataset.from_dict(
             {"image": [Image.fromarray(p[0]) for p in pictures], "label": [p[2] for p in pictures]},
             datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
@@ -94,7 +95,7 @@ def test_training_is_untouched(tmp_path, splits, task):
 def test_the_state_of_the_process_is_untouched(tmp_path):
     """Modes, gradients and generators are what they were; the loss may take gradients, and control comes back to it."""
     model, ends = Scale(1.0), []
-    examples = data.Examples(data.open_source(cfg := Data(num_shapes=9, resolution=8, train_batch_size=4)), cfg, 0)
+    examples = data.Examples(sources.open_source(cfg := Data(num_shapes=9, resolution=8, train_batch_size=4)), cfg, 0)
     model.w.grad = torch.ones(3)
 
     def losses(batch, rng):
@@ -106,7 +107,7 @@ def test_the_state_of_the_process_is_untouched(tmp_path):
 
     accelerator = make_accelerator(settings(tmp_path).base, tmp_path)
     before = torch.get_rng_state()
-    found = validate.measure(examples, accelerator, losses, {"loss": at_rest({"a": model}, {}, {})})
+    found = validation.measure(examples, accelerator, losses, {"loss": at_rest({"a": model}, {}, {})})
     assert torch.equal(torch.get_rng_state(), before) and model.training and model.w.grad.tolist() == [1.0] * 3
     assert sum(ends) == 9 and found["validation/loss/b"] == pytest.approx(found["validation/loss/a"] + 1)
     assert found["validation/slope"] == pytest.approx(found["validation/loss/a"], rel=1e-5)  # of w t is t, and w is 1
@@ -128,7 +129,7 @@ def test_levels_are_stratified(tmp_path):
 
 def test_every_kind_of_draw_is_stratified():
     ranks = torch.arange(64.0)
-    rng = validate.Stratified(Rng.of(0, range(64)).keys, ranks=ranks, count=64)
+    rng = validation.Stratified(Rng.of(0, range(64)).keys, ranks=ranks, count=64)
     assert torch.equal((rng.uniform("timestep") * 64).floor(), ranks) and torch.equal(
         rng.integers("timestep", 64).float(), ranks
     )
@@ -136,25 +137,25 @@ def test_every_kind_of_draw_is_stratified():
     assert torch.equal(normal.sort().values, normal) and abs(normal.mean()) < 0.02 and normal.isfinite().all()
     plain = Rng.of(0, range(64))
     assert torch.equal(rng.normal("noise", 3), plain.normal("noise", 3)) and torch.equal(rng.uniform("u"), plain.uniform("u"))
-    last = validate.Stratified(rng.keys, ranks=torch.full((64,), 1e7 - 1), count=10**7)
+    last = validation.Stratified(rng.keys, ranks=torch.full((64,), 1e7 - 1), count=10**7)
     assert last.uniform("timestep").max() < 1
 
 
 @pytest.mark.parametrize(("count", "size"), [(4, 1), (10, 3), (64, 8), (7, 100)])
 def test_a_batch_has_one_quarter(count, size):
-    parts = list(validate.batches(count, size))
+    parts = list(validation.batches(count, size))
     assert [rank for _, ranks in parts for rank in ranks] == list(range(count)) and {q for q, _ in parts} == {1, 2, 3, 4}
     assert all(len(ranks) <= size for _, ranks in parts)
 
 
 def test_a_fraction_is_chosen_by_row():
     def held(share, shapes=400, **more):
-        source = data.open_source(Data(num_shapes=shapes, resolution=8, validation_split=share, **more))
+        source = sources.open_source(Data(num_shapes=shapes, resolution=8, validation_split=share, **more))
         assert source.size + source.held_out.size == shapes
         names = [{s.name(row) for row in range(s.size)} for s in (source, source.held_out)]
         assert not names[0] & names[1]
         row = int(source.held_out.name(2).split()[1])
-        whole = data.draw_shape(row, 8)
+        whole = embedded.draw_shape(row, 8)
         assert source.held_out.captions[2] == [whole[1]] and source.held_out.labels[2] == whole[2]
         assert np.array_equal(np.asarray(source.held_out.read(2)[0]), whole[0])
         return names[1]

@@ -9,14 +9,11 @@ import datetime
 import importlib.metadata
 import json
 import math
-import netrc
 import os
 import platform
-import shutil
 import sys
 import threading
 import time
-import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +22,9 @@ from accelerate import Accelerator
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-import checkpoint
-import configs
-import page
-from configs import BadInput
-from tasks import Images
+from oneloop import checkpoint, configs
+from oneloop.tasks import Images
+from oneloop.views import page
 
 
 class Report:
@@ -50,7 +45,7 @@ class Report:
 
         `data` says what was found, `models` what each model is; both are for the page.
         """
-        if trackers(self.cfg.base):
+        if configs.trackers(self.cfg.base):
             self.accelerator.init_trackers(
                 "oneloop",
                 config={f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()},
@@ -59,7 +54,7 @@ class Report:
                     "wandb": {
                         "name": self.out.name,
                         "dir": str(self.out),
-                        "id": self._identity() if "wandb" in trackers(self.cfg.base) else None,
+                        "id": self._identity() if "wandb" in configs.trackers(self.cfg.base) else None,
                         "resume": "allow",
                     },
                 },
@@ -194,98 +189,3 @@ def clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}" if m else f"{s}s"
-
-
-def trackers(base: configs.Base) -> list[str]:
-    """The trackers that the settings name."""
-    return [logger for logger in base.logger if logger != "none"]
-
-
-def check_trackers(base: configs.Base) -> None:
-    """Refuse what cannot be reported to, before anything slow.
-
-    Raises:
-        BadInput: an unknown or missing tracker, or wandb or the hub without a login.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    for logger in trackers(base):
-        if logger not in LOGGER_TYPE_TO_CLASS:
-            raise BadInput(f"--base.logger is {logger!r}; expected some of {', '.join(LOGGER_TYPE_TO_CLASS)}, or none")
-        if logger not in [tracker.value for tracker in get_available_trackers()]:
-            raise BadInput(f"--base.logger {logger} needs the package {logger}; install it, or choose another")
-    if "wandb" in trackers(base) and not _knows_wandb():
-        raise BadInput("--base.logger wandb needs a login: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
-    if base.push_to_hub:
-        import huggingface_hub
-
-        if not huggingface_hub.get_token():
-            raise BadInput("--base.push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN")
-
-
-def _knows_wandb() -> bool:
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return host in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
-    """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it."""
-    staged, export, removed = out / ".export.writing", out / "export", out / ".export.removed"
-    skipped = {"state", "manifest.json", "load.py"}
-    loads = (saved / "load.py").read_text("utf-8").strip()
-    try:
-        shutil.copytree(saved, staged, ignore=lambda folder, names: skipped if folder == str(saved) else ())
-        for grid in sorted((out / "samples").glob(f"{step}*.png")):
-            shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
-        pictures = [path.name for path in sorted(staged.glob("*.png"))]
-        (staged / "README.md").write_text(_card(out, cfg, found, step, loads, pictures), "utf-8")
-    except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        needed = sum(
-            checkpoint.size(path) if path.is_dir() else path.stat().st_size
-            for path in saved.iterdir()
-            if path.name not in skipped
-        )
-        raise checkpoint.refused(export, error, out, needed) from None
-    if export.exists():
-        os.rename(export, removed)
-    os.rename(staged, export)
-    shutil.rmtree(removed, ignore_errors=True)
-    if cfg.base.push_to_hub:
-        import huggingface_hub
-
-        repo = huggingface_hub.create_repo(cfg.base.hub_model_id or out.name, exist_ok=True).repo_id
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=export, commit_message=f"{step} optimizer steps")
-    return loads.format(path=export)
-
-
-def _card(out: Path, cfg: Any, found: str, step: int, loads: str, grids: list[str]) -> str:
-    """The README.md of an export: what it is, how to load it, what it was trained on, how to repeat it."""
-    task, settings = configs.task_group(cfg), configs.to_dict(cfg)
-    settings["base"]["output_dir"] = None  # a place on this machine is nobody else's business
-    pictures = "\n".join(f"![{name}]({name})" for name in grids)
-    return f"""---
-library_name: diffusers
-tags: [diffusers, oneloop, {task}]
----
-# {out.name}
-
-Trained with oneloop's task `{task}` for {step:,} optimizer steps on {found}.
-
-```python
-{loads.format(path=".")}
-```
-
-{pictures}
-
-These settings, in a file, repeat the run: `python loop.py settings.json`.
-
-```json
-{json.dumps(settings, indent=2)}
-```
-"""

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import configs
-from configs import BadInput
-from data import Examples, Reader, to_device
-from decode import content_hash
-from tasks import Batch, Encoding, Models
+from oneloop import configs
+from oneloop.configs import BadInput
+from oneloop.data import Examples, Reader, to_device
+from oneloop.inputs.sources import content_hash
+from oneloop.tasks import Batch, Encoding, Models
 
 
 def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from configs import BadInput
-from tasks import Models
+from oneloop.configs import BadInput
+from oneloop.tasks import Models
 
 SMALL = 100_000_000
 """Parameters below which a step on a GPU is mostly the launching of kernels, which CUDA graphs save."""

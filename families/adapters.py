@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import BadInput
-from tasks import Models, latent
+from oneloop.configs import BadInput
+from oneloop.families import stable_diffusion
+from oneloop.tasks import Models
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +38,7 @@ def check_targets(s: Any, group: str) -> None:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(latent.config(s, "unet"))
+        unet = UNet2DConditionModel.from_config(stable_diffusion.config(s, "unet"))
     layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in s.target_modules:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
@@ -56,7 +57,7 @@ def save(models: Models, path: Path, s: Any, settings: str) -> None:
 
     weights: dict[str, Tensor] = {}
     told: dict[str, Any] = {}
-    for name in ("unet", *latent.ENCODERS):
+    for name in ("unet", *stable_diffusion.ENCODERS):
         if name in models and hasattr(models[name], "peft_config"):
             adapter = models[name].peft_config["default"].to_dict() | {"base_model_name_or_path": None}
             told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.items()}
@@ -81,7 +82,7 @@ def kohya(weights: dict[str, Tensor], s: Any) -> dict[str, Tensor]:
     """Adapters under the names of kohya's sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_..."""
     import torch
 
-    text = "lora_te1" if latent.is_xl(s) else "lora_te"
+    text = "lora_te1" if stable_diffusion.is_xl(s) else "lora_te"
     fronts, named = {"unet": "lora_unet", "text_encoder": text, "text_encoder_2": "lora_te2"}, {}
     for key, x in weights.items():
         module, _, end = key.rpartition(".lora_")  # end: A.weight, B.weight

@@ -18,8 +18,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs import BadInput, require
-from tasks import Batch, Models, unwrap
+from oneloop.configs import BadInput, require
+from oneloop.tasks import Batch, Models, unwrap
 
 if TYPE_CHECKING:
     import torch

@@ -1,56 +1,22 @@
 """Models on the device: the precision they have there, what of them trains, and how they are shown.
 
-What a run and everything that looks at its models (sample.py) do alike, whatever the task.
+What a run and whatever looks at its models (views/sample.py) do alike, for every task.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from torch import Tensor
 
-import compiled
-import configs
-from configs import BadInput
-from report import check_trackers, trackers
-from tasks import Batch, Images, Models, Rng, Task, hash64
-
-
-def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
-    """accelerate, in the precision and with the trackers that the settings ask for."""
-    check_trackers(base)
-    AcceleratorState._reset_state()  # a script may run twice, in two precisions
-    GradientState._reset_state()
-    precision = base.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if computes_bf16() else "no"
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
-    if base.compile:
-        compiled.check(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
-        mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
-        log_with=trackers(base) or None,
-        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
-    )
-
-
-def computes_bf16() -> bool:
-    """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+from oneloop.configs import BadInput
+from oneloop.tasks import Batch, Images, Models, Rng, Task, hash64
 
 
 def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
@@ -59,6 +25,15 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
     models = task.make_models(cfg)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
     return models
+
+
+def describe(module: torch.nn.Module) -> str:
+    """A model in a line; two lives of a run must have the same."""
+    config = dict(getattr(module, "config", {}) or {}) if hasattr(getattr(module, "config", None), "items") else {}
+    own = {k: v for k, v in config.items() if not k.startswith("_")}
+    shapes = [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
+    digest = hashlib.sha256(json.dumps([own, shapes], default=str, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} parameters ({digest})"
 
 
 def trained(models: Models) -> dict[str, Tensor]:
@@ -101,7 +76,7 @@ def seed_layers(device: torch.device, seed: int) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
-def moved(models: Models, names: Iterable[str], device: Any) -> None:
+def move(models: Models, names: Iterable[str], device: Any) -> None:
     """These models to a device, and the memory they leave given back."""
     for name in names:
         models[name].to(device)

@@ -18,13 +18,11 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm import tqdm
 
-import checkpoint
-import data
-import decode
-import encode
-from configs import BadInput
-from processes import on_main
-from tasks import Task
+from oneloop import checkpoint, data
+from oneloop.configs import BadInput
+from oneloop.inputs import decoding, encodings, sources
+from oneloop.machine.processes import on_main
+from oneloop.tasks import Task
 
 NEAR_BITS, NEAR_LEVELS, NEIGHBOURS = 3, 8.0, 64
 LISTED = 1000
@@ -222,14 +220,14 @@ def check(task: Task, cfg: Any) -> None:
     Raises:
         BadInput: there are broken pictures, and --data.skip-broken was not given.
     """
-    source, broken = data.open_source(cfg.data, task.needs), []
+    source, broken = sources.open_source(cfg.data, task.needs), []
     for title, part in (("trained on", source), ("held out", source.held_out)):
         if part is None:
             continue
         opened = replace(cfg.data, skip_broken=True, memory_budget=0)
         with tqdm(total=part.size, desc=title, unit="picture", disable=None) as bar:
-            examples = data.Examples(part, opened, cfg.base.seed, decode.decode(part, opened, bar.update, skim=True))
-        print(f"{title}: {part.found}", *whole(survey(examples)), *encode.remarks(examples, task.encodings, cfg), sep="\n")
+            examples = data.Examples(part, opened, cfg.base.seed, decoding.decode(part, opened, bar.update, skim=True))
+        print(f"{title}: {part.summary}", *whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
         broken += examples.pictures.broken
     if broken and not cfg.data.skip_broken:
         raise BadInput(f"{len(broken)} pictures cannot be read: {'; '.join(broken)}; --data.skip-broken leaves them out")

@@ -18,8 +18,8 @@ from typing import Any
 
 from tyro.conf import Positional
 
-import configs
-from configs import BadInput, require
+from oneloop import configs
+from oneloop.configs import BadInput, require
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def main(settings: Settings) -> None:
         has = "no checkpoint yet" if (folder / "run.json").is_file() else "neither run.json nor a checkpoint"
         raise BadInput(f"{settings.folder}: holds {has}; expected a run's output folder or a checkpoint-N in it")
 
-    import checkpoint
-    import data
-    import device
-    import report
-    from tasks import Rng
+    from oneloop import checkpoint, data
+    from oneloop.machine import placement
+    from oneloop.machine.accelerator import make_accelerator
+    from oneloop.tasks import Rng
+    from oneloop.views import console
 
     warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
 
@@ -81,11 +81,11 @@ def main(settings: Settings) -> None:
         raise BadInput(f"{to} cannot be written: {error.strerror}; --to names another file") from None
     if not os.access(to.parent, os.W_OK):
         raise BadInput(f"{to} cannot be written: no permission; --to names another file")
-    accelerator = device.make_accelerator(cfg.base, saved)
-    models = device.make_models(task, cfg, accelerator)
-    weights = device.trained(models)
+    accelerator = make_accelerator(cfg.base, saved)
+    models = placement.make_models(task, cfg, accelerator)
+    weights = placement.trained(models)
     ema = {key: p.detach().clone() for key, p in weights.items()} if cfg.base.use_ema else {}
-    training = {name: module for name, module in models.items() if device.trains(module)}
+    training = {name: module for name, module in models.items() if placement.trains(module)}
     for module in training.values():
         accelerator.prepare(module)  # called as in the run: in its precision
     checkpoint.attach(accelerator, training, ema)
@@ -93,8 +93,8 @@ def main(settings: Settings) -> None:
 
     examples = data.Fixed(Unopened(task, cfg), num, accelerator.device)
     rng = Rng.of(seed, range(num), "samples", accelerator.device)
-    images = device.draw(task, models, weights, ema, examples, rng, accelerator, cfg)
-    paths = report.save_grids(images, to.with_suffix(""))
+    images = placement.draw(task, models, weights, ema, examples, rng, accelerator, cfg)
+    paths = console.save_grids(images, to.with_suffix(""))
     print(f"{num} pictures of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
 
 
@@ -106,7 +106,8 @@ class Unopened:
     cfg: Any
 
     def fixed(self, size: int, count: int | None) -> Iterator[Any]:
-        import data
+        from oneloop import data
+        from oneloop.inputs import sources
 
-        cfg, source = self.cfg, data.open_source(self.cfg.data, self.task.needs)
+        cfg, source = self.cfg, sources.open_source(self.cfg.data, self.task.needs)
         return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-import page
-from configs import BadInput, require
+from oneloop.configs import BadInput, require
+from oneloop.views import page
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from data import Examples
-from tasks import Batch, Loss, Rng, hash64
+from oneloop.data import Examples
+from oneloop.tasks import Batch, Loss, Rng, hash64
 
 
 @dataclass(frozen=True)

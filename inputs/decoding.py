@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL
@@ -34,10 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from configs import Data
-
-if TYPE_CHECKING:
-    from data import Source
+from oneloop.configs import Data
+from oneloop.inputs.sources import Source, content_hash
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One picture.
@@ -79,14 +77,6 @@ def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, tuple[int, int]]:
 def thumb(image: Image.Image) -> np.ndarray:
     """An RGB picture as 8 x 9 pixels, [8, 9, 3] uint8."""
     return np.asarray(image.resize((9, 8), Image.Resampling.BOX))
-
-
-def content_hash(*parts: Any) -> str:
-    """Texts, numbers and buffers as 32 hexadecimal digits."""
-    h = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        h.update(part if isinstance(part, memoryview) else repr(part).encode())
-    return h.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

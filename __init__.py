@@ -1,0 +1,1 @@
+"""One training loop for every diffusion task; `loop.run(task, cfg)` trains, tasks/__init__.py is the contract."""

@@ -1,0 +1,48 @@
+"""The embedded examples: coloured shapes that the program draws itself, each a function of its index alone."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from oneloop.tasks import hash64
+
+COLOURS = {
+    "red": (220, 30, 40),
+    "green": (30, 160, 60),
+    "blue": (30, 70, 225),
+    "yellow": (250, 205, 20),
+    "black": (20, 20, 20),
+    "white": (245, 245, 245),
+}
+SIZES = {"small": 0.28, "large": 0.4}  # the radius, as a fraction of the picture's side
+SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to the outline; negative inside
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
+    "triangle": lambda x, y: np.maximum(0.894 * np.abs(x) - 0.447 * (y + 1), y - 0.86),
+}
+
+
+def describe_shape(index: int) -> tuple[str, str, str, str, float, float]:
+    """Shape, size, front and back colour and centre (x, y) of the embedded example `index`: a function of the index alone."""
+    rng = np.random.Generator(np.random.Philox(key=hash64("shapes", index)))
+    shape, size = list(SHAPES)[rng.integers(len(SHAPES))], list(SIZES)[rng.integers(len(SIZES))]
+    front, back = rng.choice(list(COLOURS), 2, replace=False)
+    return shape, size, front, back, *0.5 + rng.uniform(-0.06, 0.06, 2)
+
+
+def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
+    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`."""
+    shape, size, front, back, x0, y0 = describe_shape(index)
+    radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
+    distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
+    cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
+    picture = cover * np.array(COLOURS[front]) + (1 - cover) * np.array(COLOURS[back])
+    return picture.round().astype(np.uint8), caption_shape(shape, size, front, back), list(SHAPES).index(shape)
+
+
+@functools.cache
+def caption_shape(shape: str, size: str, front: str, back: str) -> str:
+    """The caption of a shape; one string for all that look alike."""
+    return f"a {size} {front} {shape} on a {back} background"

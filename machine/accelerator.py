@@ -1,0 +1,43 @@
+"""accelerate's Accelerator, as a run wants it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+from oneloop import configs
+from oneloop.configs import BadInput
+from oneloop.machine import compilation
+
+
+def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
+    """accelerate, in the precision and with the trackers that the settings ask for."""
+    AcceleratorState._reset_state()  # a script may run twice, in two precisions
+    GradientState._reset_state()
+    precision = base.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if computes_bf16() else "no"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise BadInput("--base.mixed-precision is 'fp16', which needs a GPU; expected auto, bf16 or no here")
+    if base.compile:
+        compilation.check(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
+        mixed_precision=precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(base.gradient_accumulation_steps, sync_with_dataloader=False),
+        log_with=configs.trackers(base) or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
+    )
+
+
+def computes_bf16() -> bool:
+    """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

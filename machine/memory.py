@@ -1,0 +1,105 @@
+"""Bytes: what lasts from step to step, the peak, and what to do when the memory does not suffice."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from oneloop import configs
+from oneloop.tasks import Models
+
+
+def held(models: Models, state: Any, device: torch.device) -> dict[str, int]:
+    """Bytes on the device that last from step to step: weights, gradients, averages, and optimizer states, counted as AdamW's
+    two numbers a weight, of one byte each in an 8-bit optimizer."""
+    weights = sum(p.nbytes for m in models.values() for p in m.parameters() if p.device.type == device.type)
+    each = {name: 2 if "8bit" in type(o).__name__ else 8 for name, o in state.optims.items()}
+    trained = [(p, each[name]) for name, o in state.optims.items() for group in o.param_groups for p in group["params"]]
+    return {
+        "weights": weights,
+        "gradients and optimizer": sum(p.nbytes + p.numel() * more for p, more in trained),
+        "averages": sum(x.nbytes for x in state.ema.values()),
+    }
+
+
+def peak_host() -> float:
+    """The most memory of the machine that this process had so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory this process had so far: of the GPU where there is one, else of the machine."""
+    if device.type == "cuda":
+        return f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
+    return f"peak memory {peak_host():.2f} GiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When the memory does not suffice.
+
+
+class OutOfMemory(Exception):
+    """The memory of the device did not suffice. Exit code 5."""
+
+
+class Memory(contextlib.AbstractContextManager):
+    """Knows what a run holds, and turns a device's complaint that it is full into what took it and what would help."""
+
+    def __init__(self, cfg: Any, device: torch.device):
+        self.cfg, self.device = cfg, device
+        self.models: Models = {}
+        self.state: Any = None
+
+    def watch(self, models: Models, state: Any) -> None:
+        """What there is from now on."""
+        self.models, self.state = models, state
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        full = "not enough memory|DefaultCPUAllocator|out of memory"  # torch names its error so for GPUs only
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+            isinstance(error, RuntimeError) and re.search(full, str(error))
+        ):
+            raise OutOfMemory(self.told(str(error))) from None
+
+    def told(self, complaint: str) -> str:
+        """The line: what took the memory, and the three changes that would save most of it."""
+        parts = held(self.models, self.state, self.device) if self.state else {}
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_host() * 2**30
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", complaint)
+        asked = float(asked[1]) * {"b": 1, "K": 2**10, "M": 2**20, "G": 2**30}[asked[2][0]] if asked else 0.0
+        rest = max(peak - sum(parts.values()), 0)
+        took = [f"{name} {n / 2**30:.2f}" for name, n in (parts | {"activations and the rest": rest}).items()]
+        where = f"{self.device}, after {self.state.step} steps" if self.state else f"{self.device}, before the first step"
+        ways = sorted(self.ways(parts, rest + asked), key=lambda way: -way[1])[:3]
+        helps = "; ".join(f"{flags} saves about {saved / 2**30:.2f}" for flags, saved in ways)
+        return (
+            f"out of memory on {where}: in GiB, {', '.join(took)}, and {asked / 2**30:.2f} more were asked for; "
+            f"what would help most: {helps}; --base.dry-run measures it"
+        )
+
+    def ways(self, parts: dict[str, int], activations: float) -> Iterator[tuple[str, float]]:
+        """(flags, the bytes that they save)."""
+        base, size, side = self.cfg.base, self.cfg.data.train_batch_size, self.cfg.data.resolution
+        trained = [p for m in self.models.values() for p in m.parameters() if p.requires_grad]
+        frozen = [p for m in self.models.values() for p in m.parameters() if not p.requires_grad]
+        another = "(another run, in another --base.output-dir)"
+        if size > 1:
+            accumulated = f"--base.gradient-accumulation-steps {base.gradient_accumulation_steps * 2}"
+            yield f"--data.train-batch-size {size // 2} {accumulated}", activations * (1 - size // 2 / size)
+        recomputes = any(hasattr(m, "enable_gradient_checkpointing") for m in self.models.values())
+        if recomputes and not base.gradient_checkpointing:
+            yield "--base.gradient-checkpointing", activations * 0.75  # of a UNet's: all but each block's input
+        if base.mixed_precision == "no":
+            yield "--base.mixed-precision bf16", (activations + sum(p.nbytes for p in frozen)) / 2
+        if getattr(getattr(self.cfg, configs.task_group(self.cfg)), "use_8bit_adam", None) is False:
+            yield f"--{configs.task_group(self.cfg)}.use-8bit-adam", 6 * sum(p.numel() for p in trained)
+        if parts.get("averages"):
+            yield f"--base.no-use-ema {another}", parts["averages"]
+        yield f"--data.resolution {side // 2} {another}", activations * 0.75

@@ -1,0 +1,1 @@
+"""The mathematics that recipes share, as small pure functions."""

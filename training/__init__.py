@@ -1,0 +1,1 @@
+"""Parts of the loop: EMA, signals, metrics, the watch over finite numbers, validation."""

@@ -1,0 +1,32 @@
+"""What every number of a run became, said once before its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from oneloop.machine.memory import held
+from oneloop.machine.placement import describe
+from oneloop.tasks import Batch, Models
+
+
+def introduce(accelerator: Accelerator, cfg: Any, found: str, models: Models, first: Batch, state: Any, total: int) -> str:
+    """What every number became, in a few lines."""
+    count = lambda wanted: sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad is wanted)  # noqa: E731
+    size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
+    threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    update = size * processes * accumulated
+    lasts = sum(held(models, state, accelerator.device).values())
+    shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" if isinstance(v, Tensor) else k for k, v in first.items())
+    return f"""data        {found}
+first batch {shapes}
+models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
+            {count(True):,} trainable parameters, {count(False):,} frozen
+device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
+step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
+length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
+memory      {lasts / 2**30:.2f} GiB held from step to step; activations come on top
+output      {cfg.base.output_dir}"""
