@@ -26,8 +26,8 @@ def permute(key: np.ndarray, size: np.ndarray, i: np.ndarray) -> np.ndarray:
 
     A generalised Feistel network on Z_a x Z_b, a b >= size, with cycle walking (Black, Rogaway, 2002, Ciphers with arbitrary
     finite domains): a bijection whatever its round function. a and b are about sqrt(size), so that a walk is rare; a is even,
-    so that odd permutations exist. It has to be unbiased, not secret: tests/test_shuffle.py cannot tell it from
-    chance over many keys (all orders of up to 7 rows, rows against positions, neighbours, successive passes, a million rows). From 50 rows on 10
+    so that odd permutations exist. It has to be unbiased, not secret: over many keys tests/test_shuffle.py cannot tell it from
+    chance (orders of up to 7 rows, rows against positions, neighbours, successive passes, a million rows). From 50 rows on 10
     rounds do; below 9 rows it takes 20, where 8 are off by hundreds of standard deviations.
     """
     key, size, i = np.broadcast_arrays(key, np.uint64(size), np.asarray(i, np.uint64))

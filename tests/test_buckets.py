@@ -56,6 +56,10 @@ def test_the_nearest_ratio_is_the_smallest_crop(images, setting):
         assert distance[i] <= min(distance) + 1e-12
 
 
+def test_enlarging_is_by_the_side_that_has_to_grow_more():
+    assert enlargement(np.array([[256, 600], [600, 256], [1024, 2048]]), (512, 512)).tolist() == [2, 2, 0.5]
+
+
 def test_enormous_images_are_refused():
     with pytest.raises(OverflowError):
         nearest(np.array([[1 << 20, 3]]), bucket_sizes(512, 64))

@@ -72,6 +72,6 @@ def test_all_of_it_together():
 
 def test_each_draw_has_a_uniform_of_its_own():
     """Changing the uniform of one purpose changes nothing that another decides."""
-    cfg = Captions(shuffle_tags=True, tag_dropout=0.5)
-    lefts = {frozenset(caption(["a,b,c,d"], cfg, MIDDLE | {"tag order": u}).split(", ")) for u in EVERY[::50]}
-    assert len(lefts) == 1
+    cfg = Captions(shuffle_tags=True, tag_dropout=0.2)
+    drawn = {caption(["a,b,c,d,e,f,g,h"], cfg, MIDDLE | {"tag order": u}) for u in EVERY[::50]}
+    assert len(drawn) > 5 and len({frozenset(text.split(", ")) for text in drawn}) == 1

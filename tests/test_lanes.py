@@ -59,10 +59,18 @@ def test_passes_windows_and_seeds_have_orders_of_their_own():
     order = Lanes([50] * 8, 1, 2, 4, 0)
     shard, row = order.examples(range(800))
     assert (shard[:400] != shard[400:]).any()
+    windows = [{frozenset(shard[i : i + 100].tolist()) for i in range(e, e + 400, 100)} for e in (0, 400)]
+    assert windows[0] != windows[1]  # other shards meet in the next pass
     first = [row[(np.arange(800) < 400) & (shard == s)].tolist() for s in range(8)]
     assert len({tuple(rows) for rows in first}) == 8 and all(rows != sorted(rows) for rows in first)
     assert len(set(shard[:100].tolist())) == 2 and (np.diff(shard[:100]) != 0).mean() > 0.3  # mixed within a window
     assert (Lanes([50] * 8, 1, 2, 4, 1).examples(range(800))[0] != shard).any()
+
+
+def test_orders_of_two_passes_are_in_memory():
+    order = Lanes([5] * 8, 4, 2, 4, 0)
+    order.examples(range(4000))
+    assert len(order._orders) == 8
 
 
 def test_lanes_without_rows_are_refused():
