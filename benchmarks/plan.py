@@ -11,15 +11,11 @@ them `torch.randperm`, a permutation in memory, up to 1e7 rows. Peak: the most m
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from oneloop.inputs.lanes import Lanes
 from oneloop.inputs.plan import Bucket, Plan
