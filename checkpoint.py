@@ -27,13 +27,12 @@ from typing import Any
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
-from oneloop.machine.processes import on_main
+from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
@@ -204,7 +203,7 @@ class Saves(contextlib.AbstractContextManager):
                 export(staging)
         except (OSError, SafetensorError, RuntimeError) as trouble:
             error = trouble
-        if errors := [e for e in gather_object([error]) if e]:
+        if errors := [e for e in gather(self.accelerator, error) if e]:
             raise on_main(self.accelerator, lambda: self._refused(final, staging, errors[0]))
         if main:
             self.last = final, staging, self.thread.submit(self._finish, final, staging, facts | {"step": step})

@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -421,8 +422,12 @@ def changes(old: dict[str, Any], cfg: Any) -> list[str]:
     return found
 
 
-def fail(error: BaseException, code: int) -> NoReturn:
-    """One line on standard error, from one process of several, and out."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143} | ({signal.SIGUSR1: 75} if hasattr(signal, "SIGUSR1") else {})
+"""Signal -> the exit code of a run that it stopped; 75 is: saved, wants to be run again."""
+
+
+def fail(error: BaseException, code: int, everywhere: bool = False) -> NoReturn:
+    """One line on standard error, from one process of several unless it is not of all, and out."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(code)

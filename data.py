@@ -21,6 +21,7 @@ from torch import Tensor
 from oneloop.configs import BadInput, Data, require
 from oneloop.inputs.decoding import Pictures, decode, keep, kept, pixels, place, to_rgb
 from oneloop.inputs.sources import Source, content_hash, select
+from oneloop.machine.processes import signals_blocked
 from oneloop.tasks import Batch, Rng, hash64
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,10 +79,12 @@ class Examples(torch.utils.data.Dataset):
         texts = self._texts(rows, rng.uniform("caption"), rng.uniform("caption dropout") < self.cfg.caption_dropout)
         return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
 
-    def fixed(self, size: int, count: int | None = None) -> Iterator[Batch]:
-        """The data in order, `size` at a time, as `at` has them; or `count` spread evenly over it."""
-        count = min(count or self.size, self.size)
-        yield from map(self.at, (torch.arange(count) * self.size // count).split(size))
+    def fixed(self, size: int, count: int | None = None, first: int = 0) -> Iterator[Batch]:
+        """The data in order, as `at` has them, or `count` rows spread evenly over them (more than there are begin again), from
+        the one numbered `first` on, `size` at a time."""
+        count = count or self.size
+        rows = torch.arange(count) * self.size // count if count <= self.size else torch.arange(count) % self.size
+        yield from map(self.at, rows[first:].split(size))
 
     def at(self, rows: Tensor) -> Batch:
         """These rows, [B]: cut from the middle, never mirrored, with their first captions."""
@@ -193,7 +196,8 @@ class Examples(torch.utils.data.Dataset):
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
         )
-        return iter(loader)
+        with signals_blocked():
+            return iter(loader)
 
 
 def opened(source: Source, cfg: Data, seed: int, shelf: Path | None) -> Examples:
@@ -212,16 +216,17 @@ def _as_it_is(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The data as samples and exports see them: in order, cut from the middle, never mirrored, `size` at a time, on the
-    device; all of them, or `count` spread evenly over the set. Nothing is read before it is iterated over."""
+    """The data as samples and exports see them: in order, cropped in the middle, never mirrored, `size` at a time, on the
+    device; all, or `count` spread evenly over the set, from number `first` on. Nothing is read before it is iterated over."""
 
     examples: Examples
     size: int
     device: Any
     count: int | None = None
+    first: int = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count))
+        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count, self.first))
 
 
 def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:

@@ -50,7 +50,7 @@ from oneloop.machine import compilation
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import at_rest, describe, draw, make_models, move, seed_layers, trained, trains
-from oneloop.machine.processes import in_turns, on_main
+from oneloop.machine.processes import company, in_turns, on_main
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
 from oneloop.training import ema, validation
 from oneloop.training.guard import Guard
@@ -81,6 +81,9 @@ class TrainState:
     """Examples trained on: the number of the next one."""
     skipped: int = 0
     """Optimizer steps left out because a loss or gradient was not finite."""
+
+    def __repr__(self) -> str:
+        return f"TrainState(step {self.step}, {self.examples} examples, models {', '.join(self.models)})"
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,14 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     saves = checkpoint.Saves(
         accelerator, out, cfg.base.checkpoints_total_limit, lambda saved: report.say(f"saved {saved}; {saved}/load.py loads it")
     )
-    with checkpoint.lock(out, accelerator), closing(report), saves, memory, Signals(accelerator) as signals:
+    with (
+        checkpoint.lock(out, accelerator),
+        closing(report),
+        saves,
+        memory,
+        company(accelerator),
+        Signals(accelerator) as signals,
+    ):
         # The data set, the checkpoint to resume from, and how far there is to go.
         source = sources.open_source(cfg.data, task.needs)
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
@@ -344,6 +354,9 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
     stream = run.examples.stream(state.examples + accelerator.process_index * size, size * accelerator.num_processes)
     meter, checked = Meter(accelerator, len(learner.optims) > 1), set()
     signals.training = True
+    drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
+    if state.step and validates(run) and not on_main(accelerator, drawn):  # saved, and killed before this
+        validate(run)
     while state.step < run.total and not signals.agreed():
         factor = run.factor_at(state.step)
         for batch in meter.fetch(stream, base.gradient_accumulation_steps):
@@ -370,15 +383,21 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
             run.guard.read()
             rates = {f"lr/{k}" if len(learner.peaks) > 1 else "lr": peak[0] * factor for k, peak in learner.peaks.items()}
             report.log(meter.read(per_step) | rates | {"ema_decay": decay}, state.step)
-        if last or (base.validation_steps and state.step % base.validation_steps == 0):
-            validate(run)
         if last or state.step % base.checkpointing_steps == 0:
             saved = save(run)
+        if validates(run):
+            validate(run)
     run.saves.settle()
     if saved is None or saved.name != f"checkpoint-{state.step}":  # stopped by a signal between two checkpoints
         saved = save(run)
         run.saves.settle()
     return saved
+
+
+def validates(run: Run) -> bool:
+    """Whether a validation belongs to the step that was just taken."""
+    step, every = run.learner.state.step, run.cfg.base.validation_steps
+    return step == run.total or (every > 0 and step % every == 0)
 
 
 def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int) -> Iterator[Loss]:
@@ -426,20 +445,29 @@ def step_optimizer(run: Run, name: str, factor: float, meter: Meter) -> None:
 
 
 def validate(run: Run) -> None:
-    """The loss on held-out examples, and a grid of samples."""
+    """The loss on held-out examples, and a grid of samples; a sample that fails is a warning, and training goes on."""
     accelerator, base, learner, state = run.accelerator, run.cfg.base, run.learner, run.learner.state
     run.guard.read()
+    run.guard.check_weights(learner.weights, state.ema)
     move(learner.models, run.idle, accelerator.device)
     if run.held_out:
         versions = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
         shown = {name: at_rest(learner.models, learner.weights, version) for name, version in versions.items()}
         measured = lambda batch, rng: losses(run, batch, rng, learner.models, state.step)  # noqa: E731
         run.report.log(validation.measure(run.held_out, accelerator, measured, shown), state.step)
-    if accelerator.is_main_process:
+
+    def samples() -> None:
         rng = Rng.of(base.seed, range(base.num_samples), "samples", accelerator.device)
-        fixed = data.Fixed(run.examples, base.num_samples, accelerator.device)
-        drawn = draw(run.task, learner.models, learner.weights, state.ema, fixed, rng, accelerator, run.cfg)
-        run.report.images(drawn, state.step)
+        shown = lambda first, count: data.Fixed(run.examples, count, accelerator.device, base.num_samples, first)  # noqa: E731
+        try:
+            drawn = draw(run.task, learner.models, learner.weights, state.ema, shown, rng, accelerator, run.cfg)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500]
+            run.report.say(f"warning: no samples of step {state.step}: {type(error).__name__}: {reason}")
+        else:
+            run.report.images(drawn, state.step)
+
+    on_main(accelerator, samples)
     move(learner.models, run.idle, "cpu")
 
 
@@ -447,6 +475,7 @@ def save(run: Run) -> Path:
     """A checkpoint of the state, inside the task's export of the EMA; returns the folder that it will be committed to."""
     learner, state = run.learner, run.learner.state
     run.guard.read()
+    run.guard.check_weights(learner.weights, state.ema)
 
     def export(folder: Path) -> None:
         count = None if state.step == run.total else EXPORT_EXAMPLES

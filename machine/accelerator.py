@@ -26,7 +26,8 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
     if base.compile:
         compilation.check(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")  # TF32, by the switches that every reader knows: after the newer ones the
+        torch.backends.cudnn.allow_tf32 = True  # older cannot be read, which torch's own compiler does
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not meet
         mixed_precision=precision,

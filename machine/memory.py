@@ -48,6 +48,13 @@ class OutOfMemory(Exception):
     """The memory of the device did not suffice. Exit code 5."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is a device's or the machine's complaint that it is full; torch has a class for it for GPUs alone."""
+    full = "not enough memory|DefaultCPUAllocator|out of memory"
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and re.search(full, str(error)) is not None)
+
+
 class Memory(contextlib.AbstractContextManager):
     """Knows what a run holds, and turns a device's complaint that it is full into what took it and what would help."""
 
@@ -61,10 +68,7 @@ class Memory(contextlib.AbstractContextManager):
         self.models, self.state = models, state
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        full = "not enough memory|DefaultCPUAllocator|out of memory"  # torch names its error so for GPUs only
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-            isinstance(error, RuntimeError) and re.search(full, str(error))
-        ):
+        if error is not None and is_out_of_memory(error):
             raise OutOfMemory(self.told(str(error))) from None
 
     def told(self, complaint: str) -> str:

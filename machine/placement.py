@@ -6,9 +6,10 @@ What a run and whatever looks at its models (views/sample.py) do alike, for ever
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine.memory import is_out_of_memory
 from oneloop.tasks import Batch, Images, Models, Rng, Task, hash64
 
 
@@ -106,11 +108,28 @@ def draw(
     models: Models,
     weights: dict[str, Tensor],
     ema: dict[str, Tensor],
-    examples: Iterable[Batch],
+    shown: Callable[[int, int], Iterable[Batch]],
     rng: Rng,
     accelerator: Accelerator,
     cfg: Any,
 ) -> Images:
-    """What the task shows of itself: `len(rng)` pictures from the averaged weights, in the precision of the run."""
-    with at_rest(models, weights, ema), accelerator.autocast():
-        return task.sample_fn(models, examples, rng, cfg)
+    """The task's samples, one for each key of `rng`, from the EMA, in the precision of the run; `shown(first, count)` are the
+    fixed examples from number `first` on, `count` in a batch.
+
+    They are drawn a batch of the training at a time, and half as many at once after the memory did not suffice.
+    """
+    size, first, parts = min(cfg.data.train_batch_size, len(rng)), 0, []
+    while first < len(rng):
+        some = rng[first : first + size]
+        try:
+            with at_rest(models, weights, ema), accelerator.autocast():
+                parts.append(task.sample_fn(models, shown(first, len(some)), some, cfg))
+            first += len(some)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+            size //= 2
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,19 +1,33 @@
-"""The processes of a run among themselves: who does something alone, who does it first, and what all agree on."""
+"""The processes of a run among themselves: who does something alone, who does it first, and what all agree on.
+
+Whatever one process does alone (decode, draw, export, upload), the others wait for as long as it takes: over a group of their
+own, from host to host, whose timeout is a week. The default group's, 10 minutes with NCCL and 30 with gloo, is for steps.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import re
+import signal
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+
+from oneloop.configs import SIGNALS
+
+PATIENCE = timedelta(days=7)
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run ended or stopped answering. Exit code 1."""
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """Call on the main process; every process gets the result, or the exception."""
+    """Call on the main process; every process gets the result, or the exception. All processes call this."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -21,7 +35,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
         except Exception as error:
             outcome[1] = error
     if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
+        torch.distributed.broadcast_object_list(outcome, group=_patient_group())
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -29,8 +43,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
 
 def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Call on one process of each machine, then on the others, which find what it left on the disk. What one raises, all do."""
-    result, raised = None, [None] * accelerator.num_processes
-    patient = timedelta(days=7)  # the first may have a large set to decode
+    result = None
     for first in (True, False):
         error = None
         if accelerator.is_local_main_process is first:
@@ -38,23 +51,63 @@ def in_turns(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
                 result = function()
             except Exception as trouble:
                 error = trouble
-        if accelerator.num_processes > 1:
-            torch.distributed.all_gather_object(raised, error, group=_host_group(patient))
-        if error := next(filter(None, (error, *raised)), None):
+        if error := next(filter(None, (error, *gather(accelerator, error))), None):
             raise error
     return result
 
 
+def gather(accelerator: Accelerator, value: Any) -> list[Any]:
+    """The value of every process, in the order of their ranks, on each of them. All processes call this."""
+    if accelerator.num_processes == 1:
+        return [value]
+    values = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(values, value, group=_patient_group())
+    return values
+
+
 def largest(accelerator: Accelerator, number: int) -> int:
-    """The largest of the processes' numbers, on each of them."""
+    """The largest of the processes' numbers, on each of them. All processes call this; no GPU is waited for."""
     if accelerator.num_processes == 1:
         return number
-    found = torch.tensor(number)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=_host_group())
-    return int(found)
+    most = torch.tensor(number)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=_patient_group())
+    return int(most)
 
 
 @functools.cache
-def _host_group(timeout: timedelta | None = None) -> Any:
-    """Processes talking from host to host, so that no GPU is waited for."""
-    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+def _group_of(default: Any) -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _patient_group() -> Any:
+    return _group_of(torch.distributed.group.WORLD)
+
+
+@contextlib.contextmanager
+def company(accelerator: Accelerator) -> Iterator[None]:
+    """Turns what the backends raise when a process is gone into `ProcessLost`, a line that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|DistBackendError|NCCL|ProcessGroup|[Tt]imed out waiting"
+        text = f"{type(error).__name__}: {error}"
+        if accelerator.num_processes == 1 or isinstance(error, torch.OutOfMemoryError) or not re.search(gone, text):
+            raise
+        raise ProcessLost(
+            f"process {accelerator.process_index} of {accelerator.num_processes} lost another one, which ended or stopped "
+            f"answering: its own message says why; the same command resumes from the last checkpoint"
+        ) from None
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Processes started in here never see the signals that stop a run: a signal to the whole group reaches them too, and they
+    have to live until the run has saved."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

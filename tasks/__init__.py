@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -74,7 +74,8 @@ class Task(Generic[C]):
     loss_fn: Callable[[Models, Batch, Rng, C], Iterator[Loss]]
     """Yield each loss in the order of the steps. When control comes back after a `yield`, that step has been taken."""
     sample_fn: Callable[[Models, Iterable[Batch], Rng, C], Images]
-    """Draw `len(rng)` pictures, with the averaged weights in place. `examples` are batches of that many fixed examples."""
+    """Draw `len(rng)` images of a grid, those of `rng.numbers`, with the EMA in place; `examples` begins with a batch of as
+    many fixed examples. Called for at most a batch of the training at a time, for fewer where the memory does not suffice."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
     """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
     are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it. Models
@@ -101,19 +102,26 @@ class Rng:
     """[B, 2] uint64, one Philox key (seed, offset) for each example; on the device that draws."""
     device: Any = "cpu"
     """Where results go."""
+    numbers: tuple[int, ...] = ()
+    """What each key is of: the numbers of the run's examples, or of the samples in a grid."""
 
     @classmethod
     def of(cls, seed: int, numbers: Iterable[int], stream: str = "train", device: Any = "cpu") -> Rng:
         """Keys for the examples with these numbers. Different streams of one run (training, samples) share no key."""
         import torch
 
-        keys = torch.tensor([[hash64(seed, stream, int(n)), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
+        numbers = tuple(map(int, numbers))
+        keys = torch.tensor([[hash64(seed, stream, n), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
         if torch.device(device).type == "cuda":  # where torch has the kernels; pinned, so that nothing waits for the copy
             keys = keys.pin_memory().to(device, non_blocking=True)
-        return cls(keys, device)
+        return cls(keys, device, numbers)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getitem__(self, part: slice) -> Rng:
+        """The keys of a part of the examples."""
+        return replace(self, keys=self.keys[part], numbers=self.numbers[part])
 
     def _keys(self, purpose: str, ndim: int) -> Tensor:
         from torch.func import _random

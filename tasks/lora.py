@@ -183,25 +183,19 @@ def prompts(examples: Iterable[Batch], cfg: Config) -> list[str]:
 
 
 def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
-    import torch
-
-    s, texts = cfg.lora, prompts(examples, cfg)
-    pipeline, generators, pictures = stable_diffusion.pipeline(models, s), rng.generators("sample"), []
-    side, size = cfg.data.resolution, cfg.data.train_batch_size
-    for start in range(0, len(rng), size):
-        some = generators[start : start + size]
-        latents = pipeline(
-            [texts[(start + i) % len(texts)] for i in range(len(some))],
-            negative_prompt=[s.negative_prompt] * len(some) if s.negative_prompt else None,
-            height=side,
-            width=side,
-            num_inference_steps=s.num_inference_steps,
-            guidance_scale=s.guidance_scale,
-            generator=some,
-            output_type="latent",
-        ).images
-        pictures.append(stable_diffusion.decode(models["vae"], latents))  # [B, 3, H, W] in [0, 1]
-    return {"samples": torch.cat(pictures)}
+    s, texts = cfg.lora, cfg.lora.validation_prompts
+    wanted = [texts[i % len(texts)] for i in rng.numbers] if texts else next(iter(examples))["caption"]
+    latents = stable_diffusion.pipeline(models, s)(
+        wanted,
+        negative_prompt=[s.negative_prompt] * len(rng) if s.negative_prompt else None,
+        height=cfg.data.resolution,
+        width=cfg.data.resolution,
+        num_inference_steps=s.num_inference_steps,
+        guidance_scale=s.guidance_scale,
+        generator=rng.generators("sample"),
+        output_type="latent",
+    ).images
+    return {"samples": stable_diffusion.decode(models["vae"], latents)}  # [B, 3, H, W] in [0, 1]
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:

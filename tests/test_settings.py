@@ -132,7 +132,7 @@ LAYERS = {  # room or file -> what of the project it may import
     "families": {"configs", "tasks", "maths", "families"},
     "tasks": {"configs", "tasks", "maths", "families"},
     "inputs": {"configs", "tasks", "data", "inputs"},
-    "data": {"configs", "tasks", "inputs"},
+    "data": {"configs", "tasks", "inputs", "machine"},
     "machine": {"configs", "tasks", "machine"},
     "checkpoint": {"configs", "tasks", "machine"},
     "training": {"configs", "tasks", "data", "inputs", "machine", "training"},

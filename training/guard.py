@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from oneloop.machine.processes import gather
 from oneloop.tasks import Loss
 
 
 class NonFinite(Exception):
-    """A loss or gradient that is not finite. Exit code 3."""
+    """A loss, a gradient or a weight that is not finite. Exit code 3."""
 
 
 class Guard:
@@ -46,7 +47,8 @@ class Guard:
             return True
         self.state.skipped += 1
         if self.state.skipped > self.most:
-            batches = gather_object([(bool(value.isfinite()), rows.tolist()) for value, rows in seen])  # of all processes
+            mine = [(bool(value.isfinite()), rows.tolist()) for value, rows in seen]
+            batches = list(itertools.chain.from_iterable(gather(self.accelerator, mine)))
             what = "gradient" if all(fine for fine, _ in batches) else "loss"
             rows = [row for fine, rows in batches for row in rows if what == "gradient" or not fine]
             files = ", ".join(self.name(r) for r in rows[:4]) + (", ..." if len(rows) > 4 else "")
@@ -65,9 +67,23 @@ class Guard:
             if not fine:
                 self.refuse(step, name, "loss or gradient", "")
 
+    def check_weights(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> None:
+        """Before anything is written or shown: weights and EMA must be finite, for a finite loss and gradient do not make them
+        so (a learning rate may overflow). This waits for the device."""
+        tensors = {f"the weights {k}": v for k, v in weights.items()} | {f"the EMA of {k}": v for k, v in ema.items()}
+        fine = [x.detach().isfinite().all().to(self.accelerator.device) for x in tensors.values()]
+        bad = [name for name, good in zip(tensors, torch.stack(fine).tolist() if fine else (), strict=True) if not good]
+        if bad := next(filter(None, gather(self.accelerator, bad)), None):
+            self.fail(
+                f"{bad[0]} are not finite after step {self.state.step}" + f", nor are {len(bad) - 1} more" * (len(bad) > 1)
+            )
+
     def refuse(self, step: int, name: str, what: str, where: str) -> None:
         skipped = f" after {self.most} skipped updates" if self.most else ""
+        self.fail(f"the {what} of {name!r} is not finite at step {step}{where}{skipped}")
+
+    def fail(self, what: str) -> None:
         raise NonFinite(
-            f"the {what} of {name!r} is not finite at step {step}{where}{skipped}; the last checkpoint stands; "
-            "a lower learning rate, --base.mixed-precision no or --base.max-skipped-updates may help"
+            f"{what}; checkpoints written before are good; a lower learning rate, --base.mixed-precision no or "
+            "--base.max-skipped-updates may help"
         )

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from oneloop.data import Examples
+from oneloop.machine.processes import gather
 from oneloop.tasks import Batch, Loss, Rng, hash64
 
 
@@ -102,7 +102,8 @@ def mean_losses(
                 found += [(part, len(rows), torch.as_tensor(value).detach()) for part, value in parts.items()]
     values = torch.stack([value.float().to(device) for *_, value in found]).tolist() if found else []
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    for part, count, value in gather_object([(p, n, v) for (p, n, _), v in zip(found, values, strict=True)]):
+    measured = [(p, n, v) for (p, n, _), v in zip(found, values, strict=True)]
+    for part, count, value in itertools.chain.from_iterable(gather(accelerator, measured)):
         total = sums[part]
         total[0], total[1] = total[0] + count * value, total[1] + count
     return {part: total / count for part, (total, count) in sorted(sums.items())}

@@ -91,9 +91,9 @@ def main(settings: Settings) -> None:
     checkpoint.attach(accelerator, training, ema)
     checkpoint.load(accelerator, saved)
 
-    examples = data.Fixed(Unopened(task, cfg), num, accelerator.device)
+    shown = lambda first, count: data.Fixed(Unopened(task, cfg), count, accelerator.device, num, first)  # noqa: E731
     rng = Rng.of(seed, range(num), "samples", accelerator.device)
-    images = placement.draw(task, models, weights, ema, examples, rng, accelerator, cfg)
+    images = placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
     paths = console.save_grids(images, to.with_suffix(""))
     print(f"{num} pictures of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
 
@@ -105,9 +105,9 @@ class Unopened:
     task: Any
     cfg: Any
 
-    def fixed(self, size: int, count: int | None) -> Iterator[Any]:
+    def fixed(self, size: int, count: int | None, first: int) -> Iterator[Any]:
         from oneloop import data
         from oneloop.inputs import sources
 
         cfg, source = self.cfg, sources.open_source(self.cfg.data, self.task.needs)
-        return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count)
+        return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count, first)
