@@ -1,8 +1,8 @@
 """What a trainer must know of each family of flow-matching checkpoints: a table of plain functions and facts.
 
-`FAMILIES` maps the pipeline class that a checkpoint's model_index.json names to its `Family`. Whatever a transformer is told and
-answers, `Family.velocity` takes sigma in [0, 1] and gives noise - x, so that loss, density, validation and samples are written
-once. Captions are encoded by the pipeline's own `encode_prompt`; samples are the pipeline's own.
+`FAMILIES` maps the pipeline class that a checkpoint's model_index.json names to its `Family`. Whatever a transformer is told
+and answers, `Family.velocity` takes sigma in [0, 1] and gives noise - x, so that loss, density, validation and samples are
+written once. Captions are encoded by the pipeline's own `encode_prompt`; samples are the pipeline's own.
 
 tests/test_families.py compares every family with its pipeline: velocity, images, shift, adapters.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Columns = Mapping[str, "Tensor"]
-"""Encoded captions of B examples, [B, ...] each: `prompt_embeds` [B, T, C], and by family `prompt_mask` [B, T] bool (True where a
+"""Encoded captions of B examples, [B, ...] each: `prompt_embeds` [B, T, C], and by family `prompt_mask` [B, T] bool (True: the
 token is real), `pooled_prompt_embeds` [B, P], `prompt_embeds_2`, `prompt_mask_2`."""
 
 
@@ -48,8 +48,8 @@ class Family:
     text: Callable[[Any, list[str], int], dict[str, Tensor]]
     """(pipeline, B captions, length T) -> `Columns`. The pipeline's transformer and autoencoder may be None."""
     velocity: Callable[[nn.Module, Tensor, Tensor, Columns, float], Tensor]
-    """(transformer, x_t [B, C, h, w], sigma [B] float32 in [0, 1], columns, guidance) -> noise - x, [B, C, h, w]. The guidance is
-    read by guidance-distilled models alone, and they train at 1."""
+    """(transformer, x_t [B, C, h, w], sigma [B] float32 in [0, 1], columns, guidance) -> noise - x, [B, C, h, w]. Only
+    guidance-distilled models read the guidance, and they train at 1. CogView4 reads the column `target_size` too."""
     targets: tuple[str, ...] | str
     """Layers that get adapters: ends of names, or a regular expression for the whole name."""
     length: int
@@ -134,8 +134,8 @@ def recompute(transformer: nn.Module) -> None:
 
 
 def pad(states: list[Tensor] | Tensor, length: int, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Text states of B captions, [t_i, ...] each or [B, t, ...] with a mask [B, t] -> `prompt_embeds` [B, length, ...], zero after
-    a caption's end, and its `prompt_mask` [B, length]. A caption's columns do not depend on its neighbours."""
+    """Text states of B captions, [t_i, ...] each or [B, t, ...] with a mask [B, t] -> `prompt_embeds` [B, length, ...], zero
+    after a caption's end, and its `prompt_mask` [B, length]. A caption's columns do not depend on its neighbours."""
     import torch
 
     if mask is not None:
@@ -328,7 +328,7 @@ QWEN_IMAGE = Family(
 
 
 def krea2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
-    """Twelve states kept apart, [B, T, 12, C]. The pipeline's padding lies between a caption and the template's end; here it comes
+    """Twelve states apart, [B, T, 12, C]. The pipeline's padding lies between a caption and the template's end; here it comes
     last, which changes nothing, for the transformer gives all text one position."""
     embeds, mask = pipeline.encode_prompt([*captions], max_sequence_length=length)
     return pad(embeds, length, mask)
@@ -380,7 +380,12 @@ def sd3_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tenso
     training and samples (huggingface/diffusers#8673). Without a T5 its states are zeros, whose width the pipeline reads in its
     transformer's config (a transformer on the meta device will do)."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        [*captions], None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        [*captions],
+        None,
+        None,
+        device=pipeline.text_encoder.device,
+        do_classifier_free_guidance=False,
+        max_sequence_length=length,
     )
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
@@ -404,9 +409,7 @@ SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256)
 
 def chroma_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
     """T5's last state; the mask has the real tokens and one of padding."""
-    embeds, _, mask, *_ = pipeline.encode_prompt(
-        [*captions], do_classifier_free_guidance=False, max_sequence_length=length
-    )
+    embeds, _, mask, *_ = pipeline.encode_prompt([*captions], do_classifier_free_guidance=False, max_sequence_length=length)
     return {"prompt_embeds": embeds, "prompt_mask": mask.bool()}
 
 
@@ -436,9 +439,7 @@ CHROMA = Family(text=chroma_text, velocity=chroma_velocity, targets=(*JOINT, *FE
 
 def lumina2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
     """Behind the pipeline's system prompt, last but one state."""
-    embeds, mask, *_ = pipeline.encode_prompt(
-        [*captions], do_classifier_free_guidance=False, max_sequence_length=length
-    )
+    embeds, mask, *_ = pipeline.encode_prompt([*captions], do_classifier_free_guidance=False, max_sequence_length=length)
     return pad(embeds, length, mask)
 
 
@@ -451,9 +452,7 @@ def lumina2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: 
     )[0]
 
 
-LUMINA2 = Family(
-    text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256
-)
+LUMINA2 = Family(text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sana.
@@ -507,9 +506,7 @@ def ernie_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Ten
 def ernie_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
     """Told 1000 sigma, and how long each text is."""
     text, mask = trim(columns)
-    return transformer(
-        hidden_states=x, timestep=1000 * sigma, text_bth=text, text_lens=mask.sum(1), return_dict=False
-    )[0]
+    return transformer(hidden_states=x, timestep=1000 * sigma, text_bth=text, text_lens=mask.sum(1), return_dict=False)[0]
 
 
 ERNIE = Family(
@@ -535,9 +532,7 @@ def auraflow_text(pipeline: Any, captions: list[str], length: int) -> dict[str, 
 
 def auraflow_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
     """Told sigma."""
-    return transformer(
-        hidden_states=x, timestep=sigma, encoder_hidden_states=columns["prompt_embeds"], return_dict=False
-    )[0]
+    return transformer(hidden_states=x, timestep=sigma, encoder_hidden_states=columns["prompt_embeds"], return_dict=False)[0]
 
 
 AURAFLOW = Family(text=auraflow_text, velocity=auraflow_velocity, targets=JOINT, length=256)
@@ -547,14 +542,12 @@ AURAFLOW = Family(text=auraflow_text, velocity=auraflow_velocity, targets=JOINT,
 
 
 def hunyuan_image_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
-    """Qwen-Image's template with the third state from the end, and ByT5's of what is in quotes (zeros, masked, if nothing is)."""
+    """Qwen-Image's template with the third state from the end, and ByT5's of what is in quotes (masked zeros if nothing is)."""
     embeds, mask, glyphs, glyph_mask = pipeline.encode_prompt([*captions], batch_size=len(captions))
     return pad(embeds, length, mask) | {"prompt_embeds_2": glyphs, "prompt_mask_2": glyph_mask.bool()}
 
 
-def hunyuan_image_velocity(
-    transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float
-) -> Tensor:
+def hunyuan_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
     """Told 1000 sigma, and 1000 times the guidance where it is distilled."""
     text, mask = trim(columns)
     return transformer(
@@ -591,7 +584,9 @@ HUNYUAN_IMAGE = Family(
 def cogview4_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
     """GLM's last but one state, filled on the left to a multiple of 16 tokens, one caption at a time: the pipeline fills to the
     longest of its batch and masks nothing, so that a caption's encoding would depend on its neighbours."""
-    states = [pipeline.encode_prompt([c], do_classifier_free_guidance=False, max_sequence_length=length)[0][0] for c in captions]
+    states = [
+        pipeline.encode_prompt([c], do_classifier_free_guidance=False, max_sequence_length=length)[0][0] for c in captions
+    ]
     return pad(states, length)
 
 
@@ -678,8 +673,8 @@ def routed(experts: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Te
 
 def hidream_prepare(transformer: nn.Module) -> None:
     """Answers in training as at inference, with gradients through the experts. Without `force_inference_output` the transformer
-    answers in another shape while it trains, and with it diffusers runs the experts under no_grad: their layers get no gradient,
-    and those before them miss a path (what people met: huggingface/diffusers#11281, #11673)."""
+    answers in another shape while it trains; with it diffusers runs the experts under no_grad, so that their layers get no
+    gradient and those before them miss a path (what people met: huggingface/diffusers#11281, #11673)."""
     transformer.register_to_config(force_inference_output=True)
     for module in transformer.modules():
         if hasattr(module, "_force_inference_output"):

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def statistics(vae: nn.Module, eps: float | None = None) -> tuple[Tensor, Tensor]:
     """Mean and std of the latents' channels, [1, C, 1, 1] each, on the autoencoder's device.
 
-    From its batch-norm, after 2x2 patches (FLUX.2, ERNIE); else from `latents_mean` and `latents_std` in its config (Qwen-Image);
-    else shift_factor and 1 / scaling_factor. `eps` is the batch-norm's, the config's if None.
+    From its batch-norm, after 2x2 patches (FLUX.2, ERNIE); else from latents_mean and latents_std in its config (Qwen-Image);
+    else shift_factor and 1 / scaling_factor. `eps` is the batch-norm's; None: its own.
     """
     import torch
 
@@ -33,8 +33,8 @@ def statistics(vae: nn.Module, eps: float | None = None) -> tuple[Tensor, Tensor
 
 
 def encode(family: Any, vae: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Images [B, 3, H, W] in [-1, 1] -> `latent_mean` and, where the family trains on samples of the posterior, `latent_std`, both
-    [B, C, h, w] and normalised. An autoencoder without a posterior (Sana's) has a mean alone."""
+    """Images [B, 3, H, W] in [-1, 1] -> `latent_mean` and, where the family trains on samples of the posterior, `latent_std`,
+    [B, C, h, w] each and normalised. An autoencoder without a posterior (Sana's) has a mean alone."""
     import torch.nn.functional as F
 
     encoded = vae.encode(images.unsqueeze(2) if family.video else images)
@@ -89,7 +89,7 @@ def unpack(tokens: Tensor, like: Tensor, patch: int = 2) -> Tensor:
 
 
 def positions(h: int, w: int, axes: int = 3, device: object = None) -> Tensor:
-    """Positions of h x w tokens in the order of rows: axis 1 is the row, axis 2 the column, the others 0. [h w, axes] float32."""
+    """Positions of h x w tokens in the order of rows: axis 1 is the row, axis 2 the column, the others 0. [h w, axes]."""
     import torch
 
     grid = torch.zeros(h, w, axes, device=device)

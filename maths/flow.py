@@ -5,7 +5,7 @@ A model predicts the velocity dx_t/dsigma = noise - x (Liu et al. 2022, Flow Str
 2022, Flow Matching, arXiv:2210.02747). Equations are those of Esser et al. 2024, Scaling Rectified Flow Transformers
 (arXiv:2403.03206).
 
-Every density of sigma is one increasing map of one uniform number u: what spreads u evenly spreads sigma by its density, so that
+Every density of sigma is an increasing map of one uniform number u: what spreads u evenly spreads sigma by its density, so that
 validation can be stratified.
 """
 
@@ -82,8 +82,8 @@ def density(name: str, u: Tensor, mean: float = 0.0, std: float = 1.0, scale: fl
 
 
 def shift(sigma: Tensor, alpha: float) -> Tensor:
-    """sigma' = alpha sigma / (1 + (alpha - 1) sigma) (eq. 23): alpha times the odds sigma / (1 - sigma), so that a larger image,
-    whose neighbouring pixels say more of each other, is noised as much as a small one. 1 changes nothing."""
+    """sigma' = alpha sigma / (1 + (alpha - 1) sigma) (eq. 23), alpha times the odds sigma / (1 - sigma): a larger image, whose
+    neighbouring pixels say more of each other, needs more noise to lose as much. 1 changes nothing."""
     return alpha * sigma / (1 + (alpha - 1) * sigma)
 
 

@@ -51,7 +51,7 @@ def test_cosmap_has_the_density_that_its_weight_says():
 @pytest.mark.parametrize("name", flow.DENSITIES)
 def test_a_density_is_an_increasing_map_into_the_unit_interval(name):
     sigma = flow.density(name, U)
-    assert bool((sigma.diff() > 0).all()) and 0 <= sigma.min() and sigma.max() <= 1
+    assert bool((sigma.diff() > 0).all()) and sigma.min() >= 0 and sigma.max() <= 1
 
 
 def test_an_unknown_density_or_weight_is_our_own_bug():

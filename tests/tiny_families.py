@@ -96,8 +96,8 @@ def byte_words(length: int = 4096, **more: Any) -> Any:
 def made(kind: Any, *args: Any, **settings: Any) -> Any:
     """A module of random weights, the same every time; those that start as zeros or as memory are drawn like the rest.
 
-    ERNIE's and Krea 2's output starts at zero: an untrained one answers nothing, and every comparison would pass. HiDream's gates
-    are made by torch.empty.
+    ERNIE's output starts at zero: untrained it answers nothing, and every comparison would pass. HiDream's gates are made by
+    torch.empty.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(kind.__name__))
@@ -223,7 +223,8 @@ def qwen_vl(words: Any) -> Any:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
     return made(
-        Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]})
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]}),
     )
 
 
@@ -337,10 +338,6 @@ def flux(dev: bool = True) -> Any:
     return FluxPipeline(scheduler=euler() if dev else euler(1.0), vae=kl(), transformer=transformer, **texts)
 
 
-def flux_schnell() -> Any:
-    return flux(dev=False)
-
-
 def qwen_image() -> Any:
     from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
@@ -359,7 +356,7 @@ def qwen_image() -> Any:
     return QwenImagePipeline(scheduler=scheduler, **parts)
 
 
-def krea2() -> Any:
+def krea2(distilled: bool = False) -> Any:
     from diffusers import Krea2Pipeline, Krea2Transformer2DModel
     from transformers import Qwen3VLConfig, Qwen3VLModel
 
@@ -387,13 +384,15 @@ def krea2() -> Any:
         **HEADS,
     )
     parts = {"vae": kl_qwen(), "text_encoder": made(Qwen3VLModel, config), "tokenizer": words, "transformer": transformer}
-    return Krea2Pipeline(scheduler=euler(max_image_seq_len=6400), text_encoder_select_layers=(1, 2), **parts)
+    settings = {"text_encoder_select_layers": (1, 2), "is_distilled": distilled}
+    return Krea2Pipeline(scheduler=euler(max_image_seq_len=6400), **settings, **parts)
 
 
-def sd3() -> Any:
+def sd3(third: bool = True) -> Any:
+    """Without the third text encoder as people open it to save memory; that one is no checkpoint."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    first, second, third = clip_words(), clip_words(pad_token="!"), t5_words()
+    first, second, words = clip_words(), clip_words(pad_token="!"), t5_words()
     transformer = made(
         SD3Transformer2DModel,
         sample_size=16,
@@ -409,7 +408,7 @@ def sd3() -> Any:
         **HEADS,
     )
     texts = {"text_encoder": clip(first), "tokenizer": first, "text_encoder_2": clip(second), "tokenizer_2": second}
-    texts |= {"text_encoder_3": t5(len(third)), "tokenizer_3": third}
+    texts |= {"text_encoder_3": t5(len(words)) if third else None, "tokenizer_3": words if third else None}
     vae = kl(scaling_factor=1.5305, shift_factor=0.0609)
     return StableDiffusion3Pipeline(scheduler=euler(3.0), vae=vae, transformer=transformer, **texts)
 
@@ -518,7 +517,7 @@ def auraflow() -> Any:
     return AuraFlowPipeline(scheduler=euler(1.73), **parts)
 
 
-def hunyuan_image() -> Any:
+def hunyuan_image(distilled: bool = False) -> Any:
     from diffusers import HunyuanImagePipeline, HunyuanImageTransformer2DModel
     from diffusers.models.autoencoders.autoencoder_kl_hunyuanimage import AutoencoderKLHunyuanImage
     from transformers import ByT5Tokenizer
@@ -534,6 +533,7 @@ def hunyuan_image() -> Any:
         text_embed_dim=16,
         text_embed_2_dim=32,
         rope_axes_dim=[4, 4],
+        guidance_embeds=distilled,
         **HEADS,
     )
     vae = made(
@@ -567,7 +567,7 @@ def cogview4() -> Any:
         sample_size=16,
         **HEADS,
     )
-    dynamic = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256, "shift": 1.0, "time_shift_type": "linear"}
+    dynamic = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256, "time_shift_type": "linear"}
     parts = {"tokenizer": words, "text_encoder": language("GlmConfig", "GlmModel", words)}
     vae = kl(scaling_factor=1.0, shift_factor=0.0)
     return CogView4Pipeline(vae=vae, transformer=transformer, scheduler=euler(**dynamic), **parts)
@@ -595,9 +595,7 @@ def hidream() -> Any:
     texts |= {"text_encoder_2": clip(first, length=128), "tokenizer_2": first}
     texts |= {"text_encoder_3": t5(len(third)), "tokenizer_3": third, "tokenizer_4": fourth}
     llama = language("LlamaConfig", "LlamaForCausalLM", fourth)
-    pipeline = HiDreamImagePipeline(
-        scheduler=euler(3.0), vae=kl(), text_encoder_4=llama, transformer=transformer, **texts
-    )
+    pipeline = HiDreamImagePipeline(scheduler=euler(3.0), vae=kl(), text_encoder_4=llama, transformer=transformer, **texts)
     return pipeline
 
 
@@ -605,9 +603,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ZImagePipeline": z_image,
     "Flux2KleinPipeline": flux2_klein,
     "FluxPipeline": flux,
-    "FluxPipeline schnell": flux_schnell,
+    "FluxPipeline schnell": lambda: flux(dev=False),
     "QwenImagePipeline": qwen_image,
     "Krea2Pipeline": krea2,
+    "Krea2Pipeline distilled": lambda: krea2(distilled=True),
     "Flux2Pipeline": flux2,
     "StableDiffusion3Pipeline": sd3,
     "ChromaPipeline": chroma,
@@ -616,6 +615,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "ErnieImagePipeline": ernie,
     "AuraFlowPipeline": auraflow,
     "HunyuanImagePipeline": hunyuan_image,
+    "HunyuanImagePipeline distilled": lambda: hunyuan_image(distilled=True),
     "CogView4Pipeline": cogview4,
     "HiDreamImagePipeline": hidream,
 }
