@@ -75,6 +75,8 @@ class Family:
     """The pipeline's argument for guidance; its default and that of num_inference_steps are the family's (`samples`)."""
     off: float = 1.0
     """The value of that argument that guides nothing."""
+    negative: str | None = None
+    """What samples shall not look like unless the user says; None: the pipeline's own. Pipelines take a list, one a prompt."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline, for samples that are what training saw."""
     load_lora: str = 'pipeline.load_lora_weights("{path}")'
@@ -150,7 +152,7 @@ def pad(states: list[Tensor] | Tensor, length: int, mask: Tensor | None = None) 
 
 
 def trim(columns: Columns) -> tuple[Tensor, Tensor]:
-    """States and mask, cut to the longest caption of the batch: what is masked for all costs nothing."""
+    """States and mask, cut to the longest caption of the batch: what is masked for all costs nothing. Waits for the device."""
     longest = int(columns["prompt_mask"].sum(1).max())
     return columns["prompt_embeds"][:, :longest], columns["prompt_mask"][:, :longest]
 
@@ -320,7 +322,7 @@ QWEN_IMAGE = Family(
     length=512,
     video=True,
     guided_by="true_cfg_scale",
-    call={"negative_prompt": " "},  # without one it does not guide
+    negative=" ",  # without one it does not guide
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,11 +361,11 @@ def krea2_shift(scheduler: Any, tokens: int, index: Mapping[str, Any]) -> float:
 KREA2 = Family(
     text=krea2_text,
     velocity=krea2_velocity,
-    # The official script's 15 kinds of layers.
+    # The official script's 15 kinds of layers, its authors' advice; attention alone for long runs.
     targets=(
-        *("to_q", "to_k", "to_v", "to_gate", "to_out.0", "ff.gate", "ff.up", "ff.down"),
-        *("img_in", "final_layer.linear", "text_fusion.projector", "txt_in.linear_1", "txt_in.linear_2"),
-        *("time_embed.linear_1", "time_embed.linear_2"),
+        *("to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.up", "ff.down", "img_in", "final_layer.linear"),
+        *("text_fusion.projector", "txt_in.linear_1", "txt_in.linear_2"),
+        *("time_embed.linear_1", "time_embed.linear_2", "time_mod_proj"),
     ),
     length=512,
     video=True,
@@ -500,7 +502,7 @@ SANA = Family(
 
 def ernie_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
     """No template, last but one state, as long as the caption is; cut at `length`, which the pipeline does not."""
-    return pad(pipeline.encode_prompt([*captions], pipeline._execution_device), length)
+    return pad(pipeline.encode_prompt([*captions], pipeline.text_encoder.device), length)
 
 
 def ernie_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
