@@ -1,8 +1,9 @@
 """What a trainer must know of each family of flow-matching checkpoints: a table of plain functions and facts.
 
-`FAMILIES` maps the pipeline class that a checkpoint's model_index.json names to its `Family`. Whatever a transformer is told
-and answers, `Family.velocity` takes sigma in [0, 1] and gives noise - x, so that loss, density, validation and samples are
-written once. Captions are encoded by the pipeline's own `encode_prompt`; samples are the pipeline's own.
+`FAMILIES` maps the pipeline class that a checkpoint's model_index.json names to its `Family`. Whatever time a transformer is
+conditioned on and whatever sign it predicts, `Family.velocity` takes sigma in [0, 1] and returns noise - x, so that loss,
+density, validation and samples are written once. Captions are encoded by the pipeline's own `encode_prompt`; samples are the
+pipeline's own.
 
 tests/test_families.py compares every family with its pipeline: velocity, images, shift, adapters.
 """
@@ -53,7 +54,7 @@ class Family:
     targets: tuple[str, ...] | str
     """Layers that get adapters: ends of names, or a regular expression for the whole name."""
     length: int
-    """T that inference takes unless told otherwise."""
+    """T, the default of inference."""
     patch: int = 2
     """Height and width of a token in latent pixels."""
     multiple: int = 16
@@ -74,7 +75,7 @@ class Family:
     guided_by: str = "guidance_scale"
     """The pipeline's argument for guidance; its default and that of num_inference_steps are the family's (`samples`)."""
     off: float = 1.0
-    """The value of that argument that guides nothing."""
+    """The value of that argument at which samples are not guided."""
     negative: str | None = None
     """What samples shall not look like unless the user says; None: the pipeline's own. Pipelines take a list, one a prompt."""
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Family:
     load_lora: str = 'pipeline.load_lora_weights("{path}")'
     """The line of Python that loads adapters from the folder `path`."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
-    """What must be mended in a loaded transformer before it trains; its answers stay the same."""
+    """Mends a loaded transformer, in place, before it trains; its output at inference stays the same."""
 
 
 def of(kind: str) -> Family:
@@ -163,7 +164,7 @@ def config_of(transformer: nn.Module) -> Any:
 
 
 def strength(transformer: nn.Module, guidance: float, x: Tensor, scale: float = 1.0) -> Tensor | None:
-    """The guidance that a guidance-distilled transformer is told, [B]; None for the others."""
+    """The guidance that a guidance-distilled transformer is conditioned on, [B]; None for the others."""
     import torch
 
     if not config_of(transformer).get("guidance_embeds"):
@@ -183,7 +184,7 @@ def z_image_text(pipeline: Any, captions: list[str], length: int) -> dict[str, T
 
 
 def z_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told the share of image, 1 - sigma; answers x - noise. Lists of [C, 1, h, w] and of texts."""
+    """Conditioned on the share of image, 1 - sigma; predicts x - noise. Takes lists of [C, 1, h, w] and of texts."""
     import torch
 
     texts = [state[real] for state, real in zip(columns["prompt_embeds"], columns["prompt_mask"], strict=True)]
@@ -208,8 +209,8 @@ Z_IMAGE = Family(
 
 
 def flux2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tensor]:
-    """Three states of the encoder side by side, padding kept: the transformer sees it. The layers are the pipeline's own, 9, 18
-    and 27 for klein and 10, 20 and 30 for dev; the official klein script encodes with dev's (huggingface/diffusers#13445)."""
+    """Three states of the encoder side by side, padding included: the transformer attends to it. The layers are the pipeline's
+    own, 9, 18 and 27 for klein, 10, 20 and 30 for dev; the official klein script takes dev's (huggingface/diffusers#13445)."""
     embeds, _ = pipeline.encode_prompt([*captions], max_sequence_length=length)
     return {"prompt_embeds": embeds}
 
@@ -393,7 +394,7 @@ def sd3_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tenso
 
 
 def sd3_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told 1000 sigma."""
+    """Conditioned on 1000 sigma."""
     return transformer(
         hidden_states=x,
         timestep=1000 * sigma,
@@ -446,8 +447,8 @@ def lumina2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, T
 
 
 def lumina2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told the share of image, 1 - sigma; answers x - noise. Its density is shifted to noise like all others': the official
-    script shifts the share of image instead, so that it trains where inference hardly goes (kohya-ss/sd-scripts#2201)."""
+    """Conditioned on the share of image, 1 - sigma; predicts x - noise. The density is shifted towards noise as in all families;
+    the official script shifts the share of image and trains where inference hardly goes (kohya-ss/sd-scripts#2201)."""
     text, mask = trim(columns)
     return -transformer(
         hidden_states=x, timestep=1 - sigma, encoder_hidden_states=text, encoder_attention_mask=mask, return_dict=False
@@ -474,7 +475,7 @@ def sana_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tens
 
 
 def sana_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told 1000 sigma times its own scale. Where it predicts a variance too, that half is dropped."""
+    """Conditioned on 1000 sigma times a scale of its config. Where it predicts a variance too, that half is dropped."""
     text, mask = trim(columns)
     answer = transformer(
         hidden_states=x,
@@ -506,7 +507,7 @@ def ernie_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Ten
 
 
 def ernie_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told 1000 sigma, and how long each text is."""
+    """Conditioned on 1000 sigma; takes the length of each text for a mask."""
     text, mask = trim(columns)
     return transformer(hidden_states=x, timestep=1000 * sigma, text_bth=text, text_lens=mask.sum(1), return_dict=False)[0]
 
@@ -533,7 +534,7 @@ def auraflow_text(pipeline: Any, captions: list[str], length: int) -> dict[str, 
 
 
 def auraflow_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told sigma."""
+    """Conditioned on sigma."""
     return transformer(hidden_states=x, timestep=sigma, encoder_hidden_states=columns["prompt_embeds"], return_dict=False)[0]
 
 
@@ -550,7 +551,7 @@ def hunyuan_image_text(pipeline: Any, captions: list[str], length: int) -> dict[
 
 
 def hunyuan_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told 1000 sigma, and 1000 times the guidance where it is distilled."""
+    """Conditioned on 1000 sigma, and on 1000 times the guidance where it is distilled."""
     text, mask = trim(columns)
     return transformer(
         hidden_states=x,
@@ -593,7 +594,7 @@ def cogview4_text(pipeline: Any, captions: list[str], length: int) -> dict[str, 
 
 
 def cogview4_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told the time t before the shift that makes sigma of it, and the size of the image, `target_size` [B, 2] in pixels."""
+    """Conditioned on the time t whose shift is sigma, 1000 t, and on the image's size, `target_size` [B, 2] in pixels."""
     import torch
     from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
@@ -650,7 +651,7 @@ def hidream_text(pipeline: Any, captions: list[str], length: int) -> dict[str, T
 
 
 def hidream_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Told 1000 sigma; answers x - noise. An image that is not square is padded to the largest number of tokens there is."""
+    """Conditioned on 1000 sigma; predicts x - noise. An image that is not square is padded to the largest number of tokens."""
     return -transformer(
         hidden_states=x,
         timesteps=1000 * sigma,
@@ -674,8 +675,8 @@ def routed(experts: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Te
 
 
 def hidream_prepare(transformer: nn.Module) -> None:
-    """Answers in training as at inference, with gradients through the experts. Without `force_inference_output` the transformer
-    answers in another shape while it trains; with it diffusers runs the experts under no_grad, so that their layers get no
+    """The same output in training as at inference, with gradients through the experts. Without `force_inference_output` the
+    output has another shape in training; with it diffusers runs the experts under no_grad, so that their layers get no
     gradient and those before them miss a path (what people met: huggingface/diffusers#11281, #11673)."""
     transformer.register_to_config(force_inference_output=True)
     for module in transformer.modules():

@@ -37,7 +37,7 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def clean(x_t: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-    """The x that a velocity stands for: x_t - sigma v. x_t, v [B, ...]; sigma [B]."""
+    """The x that a velocity implies: x_t - sigma v. x_t, v [B, ...]; sigma [B]."""
     return x_t - like(sigma, x_t) * v
 
 
