@@ -447,8 +447,8 @@ def lumina2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, T
 
 
 def lumina2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """Conditioned on the share of image, 1 - sigma; predicts x - noise. The density is shifted towards noise as in all families;
-    the official script shifts the share of image and trains where inference hardly goes (kohya-ss/sd-scripts#2201)."""
+    """Conditioned on the share of image, 1 - sigma; predicts x - noise. The density is shifted towards noise as everywhere; the
+    official script shifts the share of image and trains where inference hardly goes (kohya-ss/sd-scripts#2201)."""
     text, mask = trim(columns)
     return -transformer(
         hidden_states=x, timestep=1 - sigma, encoder_hidden_states=text, encoder_attention_mask=mask, return_dict=False

@@ -243,6 +243,18 @@ def test_a_caption_s_columns_do_not_depend_on_its_neighbours(name, see):
     assert captions == PROMPTS == ["a dog", 'a large red circle on the left of the word "go"']  # Z-Image writes into its list
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_s_velocity_does_not_depend_on_its_neighbours(name, see):
+    """Each with its own time, beside another of another length, as in training."""
+    seen = dataclasses.replace(see(name), sigma=torch.tensor([0.3, 0.8]))
+    with torch.no_grad():
+        both = seen.velocity()
+        for i in range(len(PROMPTS)):
+            columns = {key: x[i : i + 1] for key, x in seen.columns.items()}
+            alone = dataclasses.replace(seen, x=seen.x[i : i + 1], sigma=seen.sigma[i : i + 1], columns=columns)
+            torch.testing.assert_close(alone.velocity()[0], both[i], rtol=0, atol=1e-5)
+
+
 SILENT = {"StableDiffusion3Pipeline": {"transformer_blocks.1.attn.add_q_proj"}}
 """Layers whose adapters get no gradient: SD3's last block asks nothing of the text."""
 
