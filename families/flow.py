@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from families.latents import pack, positions, unpack
+from oneloop.configs import BadInput
+from oneloop.families.latents import pack, positions, unpack
+from oneloop.tasks import unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,10 +92,10 @@ def of(kind: str) -> Family:
     """The family of a pipeline class.
 
     Raises:
-        ValueError: it is none of the table's, which the message lists.
+        BadInput: it is none of the table's, which the message lists.
     """
     if kind not in FAMILIES:
-        raise ValueError(f"a {kind} cannot be trained; expected one of {', '.join(FAMILIES)}")
+        raise BadInput(f"a {kind} cannot be trained; expected one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
@@ -158,16 +160,11 @@ def trim(columns: Columns) -> tuple[Tensor, Tensor]:
     return columns["prompt_embeds"][:, :longest], columns["prompt_mask"][:, :longest]
 
 
-def config_of(transformer: nn.Module) -> Any:
-    """The config, behind the wrapper that reduces gradients across processes."""
-    return getattr(transformer, "module", transformer).config
-
-
 def strength(transformer: nn.Module, guidance: float, x: Tensor, scale: float = 1.0) -> Tensor | None:
     """The guidance that a guidance-distilled transformer is conditioned on, [B]; None for the others."""
     import torch
 
-    if not config_of(transformer).get("guidance_embeds"):
+    if not unwrap(transformer).config.get("guidance_embeds"):
         return None
     return torch.full((len(x),), guidance * scale, device=x.device)
 
@@ -479,7 +476,7 @@ def sana_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Col
     text, mask = trim(columns)
     answer = transformer(
         hidden_states=x,
-        timestep=1000 * sigma * config_of(transformer).get("timestep_scale", 1.0),
+        timestep=1000 * sigma * unwrap(transformer).config.get("timestep_scale", 1.0),
         encoder_hidden_states=text,
         encoder_attention_mask=mask,
         return_dict=False,
@@ -599,7 +596,7 @@ def cogview4_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns:
     from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
     text, mask = trim(columns)
-    alpha = calculate_shift(x.shape[-2] * x.shape[-1] // config_of(transformer).patch_size ** 2)
+    alpha = calculate_shift(x.shape[-2] * x.shape[-1] // unwrap(transformer).config.patch_size ** 2)
     size = columns["target_size"].to(text.dtype)
     return transformer(
         hidden_states=x,

@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from oneloop.maths.diffusion import like
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 DENSITIES = ("logit_normal", "mode", "uniform", "cosmap")
 WEIGHTS = ("none", "sigma_sqrt", "cosmap")
-
-
-def like(sigma: Tensor, x: Tensor) -> Tensor:
-    """One number an example, [B], shaped to multiply x, [B, ...]."""
-    return sigma.view(-1, *[1] * (x.ndim - 1))
 
 
 def interpolate(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

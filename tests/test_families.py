@@ -17,8 +17,9 @@ import tiny_families
 import torch
 from safetensors.torch import save_file
 
-from families import flow, latents
-from maths import flow as maths
+from oneloop.configs import BadInput
+from oneloop.families import flow, latents
+from oneloop.maths import flow as maths
 
 NAMES = list(tiny_families.FAMILIES)
 PROMPTS = ["a dog", 'a large red circle on the left of the word "go"']
@@ -393,7 +394,7 @@ def test_sd3_without_t5_has_zeros_in_its_place():
 
 
 def test_an_unknown_pipeline_is_refused_with_the_list():
-    with pytest.raises(ValueError, match=r"PixArtSigmaPipeline .*ZImagePipeline, Flux2KleinPipeline, .*HiDreamImagePipeline"):
+    with pytest.raises(BadInput, match=r"PixArtSigmaPipeline .*ZImagePipeline, Flux2KleinPipeline, .*HiDreamImagePipeline"):
         flow.of("PixArtSigmaPipeline")
 
 

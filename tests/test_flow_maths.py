@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from maths import flow
+from oneloop.maths import diffusion, flow
 
 U = torch.linspace(0.001, 0.999, 500)
 
@@ -67,6 +67,27 @@ def test_weights_are_the_official_formulas():
     torch.testing.assert_close(flow.weight("sigma_sqrt", sigmas), (sigmas**-2.0).float(), rtol=1e-5, atol=1e-5)
     bottom = 1 - 2 * sigmas + 2 * sigmas**2
     torch.testing.assert_close(flow.weight("cosmap", sigmas), 2 / (math.pi * bottom), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", flow.WEIGHTS)
+def test_the_loss_is_the_official_scripts(name):
+    """That of train_dreambooth_lora_flux.py and its kin, in their names: the mean of each example's weighted squared error."""
+    g = torch.Generator().manual_seed(0)
+    model_input, noise, model_pred = torch.randn(3, 4, 16, 6, 4, generator=g)
+    sigmas = torch.tensor([0.1, 0.5, 0.9, 0.99]).view(4, 1, 1, 1)
+    noisy_model_input = (1.0 - sigmas) * model_input + sigmas * noise
+    weighting = {
+        "none": torch.ones_like(sigmas),
+        "sigma_sqrt": (sigmas**-2.0).float(),
+        "cosmap": 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)),
+    }[name]
+    target = noise - model_input
+    error = weighting.float() * (model_pred.float() - target.float()) ** 2
+    loss = torch.mean(error.reshape(target.shape[0], -1), 1).mean()
+    sigma = sigmas.flatten()
+    torch.testing.assert_close(flow.interpolate(model_input, noise, sigma), noisy_model_input, rtol=0, atol=1e-5)
+    ours = (flow.weight(name, sigma) * diffusion.mse(model_pred, flow.velocity(model_input, noise))).mean()
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
 
 
 def test_shift_multiplies_the_odds_and_is_the_scheduler_s():
