@@ -122,8 +122,8 @@ def samples(kind: str, family: Family) -> dict[str, Any]:
 def recompute(transformer: nn.Module) -> None:
     """Keep the input of each block alone and compute the block again in the backward pass: exact, for every family.
 
-    diffusers' own `enable_gradient_checkpointing` is not: Chroma's single blocks are recomputed without their mask (the output
-    moves by 6 %), and HunyuanImage's raises TypeError, for it hands keywords to a function that takes none.
+    diffusers' own `enable_gradient_checkpointing` is not: Chroma's single blocks are run without their mask, which changes
+    output and gradient, and HunyuanImage's raises TypeError, for it hands keywords to a function that takes none.
     """
     from torch.utils.checkpoint import checkpoint
 
