@@ -128,7 +128,7 @@ def test_output_folder_that_cannot_be_written(tmp_path):
 LAYERS = {  # room or file -> what of the project it may import
     "configs": set(),
     "tasks/__init__": set(),
-    "maths": {"configs", "tasks"},
+    "maths": {"configs", "tasks", "maths"},
     "families": {"configs", "tasks", "maths", "families"},
     "tasks": {"configs", "tasks", "maths", "families"},
     "inputs": {"configs", "tasks", "data", "inputs"},
