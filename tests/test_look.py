@@ -42,8 +42,8 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
         "parameters ",
         "trainable, 0 frozen",
         "12 steps",
-        "1 times validation and samples",
-        "1 checkpoints",
+        "validation and samples once",
+        "1 checkpoint ",
         "pictures/s",
     ):
         assert words in result.out, result.out
@@ -77,7 +77,7 @@ def test_the_estimate_counts(tmp_path):
     """Parameters and disk to the byte; hours from the parts."""
     whole = tiny(tmp_path, steps=12, base__checkpointing_steps=2, base__validation_steps=3)
     out = ran(tmp_path, *whole, "--base.dry-run").out
-    assert "4 times validation and samples" in out and "6 checkpoints" in out and "3 checkpoints of" in out
+    assert "validation and samples 4 times" in out and "6 checkpoints" in out and "3 checkpoints of" in out
     said = ran(tmp_path, *whole).err
     assert number(r"parameters +([\d,]+) trainable", out) == number(r"([\d,]+) trainable parameters", said)
     one = sum(p.stat().st_size for p in (tmp_path / "out" / "checkpoint-12").rglob("*") if p.is_file())
