@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -48,6 +50,20 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
     ):
         assert words in result.out, result.out
     assert number(r"([\d.]+) GiB of the machine", result.out) > 0.1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_dry_run_leaves_nothing(tmp_path, number, code):
+    """Before the short run has begun, when nobody else listens."""
+
+    def patch():
+        from oneloop.views import estimate
+
+        estimate.shortened = lambda *_: os.kill(os.getpid(), number) or time.sleep(9)
+
+    result = cli(tmp_path, *tiny(tmp_path, base__dry_run=True), patch=patch)
+    assert result.code == code and "Traceback" not in result.err, result.err
+    assert not list(tmp_path.glob(".dry-run*"))
 
 
 def test_a_dry_run_of_a_run_that_stands(tmp_path):
