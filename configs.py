@@ -24,36 +24,46 @@ import signal
 import sys
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_origin
+
+from oneloop.settings.files import read_file
+from oneloop.settings.ranges import (
+    Amount,
+    BadInput,
+    Count,
+    CountOrZero,
+    Folder,
+    Images,
+    Name,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Words,
+    check,
+    hints,
+    nested,
+    require,
+)
 
 T = TypeVar("T")
 Live = Annotated[T, "live"]
-"""A setting that may differ between two lives of one run. A change in any other would make another run: it is refused."""
-
-
-class BadInput(ValueError):
-    """A mistake of the user's, in one line: what was given, what was expected, which flag to change. Exit code 2."""
-
-
-def require(condition: bool, flag: str, given: Any, expected: str) -> None:
-    """Raise `BadInput` in the house form unless `condition` holds."""
-    if not condition:
-        raise BadInput(f"--{flag.replace('_', '-')} is {given!r}; expected {expected}")
+"""A setting that may differ between two starts of one run. A change in any other would make another run: it is refused."""
 
 
 @dataclass(frozen=True)
 class Base:
     """The run: its length, its precision, what it writes and where."""
 
-    output_dir: Live[str | None] = None
+    output_dir: Live[Folder | None] = None
     """Folder for checkpoints, samples, logs and the export. None: runs/<task>. The same folder again continues the run."""
-    seed: int = 0
+    seed: Seed = 0
     """Together with the settings this decides everything: weights, order, crops, noise."""
-    num_epochs: Live[float] = 10.0
+    num_epochs: Live[Annotated[float, Range(0, 10**6, without=0)]] = 10.0
     """Length as passes over the data; fractions are allowed. Ignored where max_train_steps is given."""
-    max_train_steps: Live[int | None] = None
+    max_train_steps: Live[Count | None] = None
     """Length as optimizer steps."""
-    gradient_accumulation_steps: Live[int] = 1
+    gradient_accumulation_steps: Live[Annotated[int, Range(1, 10**6)]] = 1
     """Batches added up for one optimizer step."""
     mixed_precision: Live[Literal["auto", "no", "fp16", "bf16"]] = "auto"
     """auto: bf16 where the hardware computes it, else no."""
@@ -62,7 +72,7 @@ class Base:
     have another order: the weights end close to those of a run without it, not equal to them."""
     gradient_checkpointing: Live[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    max_grad_norm: Live[float] = 1.0
+    max_grad_norm: Live[Amount] = 1.0
     """Gradients are scaled down to this norm, for each optimizer; 0 leaves them."""
     scale_lr: Live[bool] = False
     """Multiply the learning rate by batch x accumulation x processes."""
@@ -70,33 +80,33 @@ class Base:
         Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     ] = "cosine"
     """Shape of the learning rate over the run: a function of the optimizer step alone."""
-    lr_warmup_steps: Live[int | None] = None
+    lr_warmup_steps: Live[CountOrZero | None] = None
     """Optimizer steps from zero to the full rate; unused by `constant`. None: a twentieth of the run, at most 500."""
-    lr_num_cycles: Live[int] = 1
+    lr_num_cycles: Live[Count] = 1
     """Restarts of cosine_with_restarts."""
-    lr_power: Live[float] = 1.0
+    lr_power: Live[Annotated[float, Range(0, 1000)]] = 1.0
     """Power of polynomial."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights; samples and exports use it."""
-    ema_decay: Live[float] = 0.9999
+    ema_decay: Live[ShareBelowOne] = 0.9999
     """Largest decay of the average."""
-    ema_power: Live[float] = 0.75
+    ema_power: Live[Annotated[float, Range(0, 1000)]] = 0.75
     """The decay after k updates is 1 - (1 + k) ** -ema_power: short memory early, long memory late."""
-    logger: Live[tuple[str, ...]] = ("tensorboard",)
+    logger: Live[tuple[Name, ...]] = ("tensorboard",)
     """Trackers known to accelerate, such as tensorboard wandb; several may be named, and `none` is none."""
-    logging_steps: Live[int] = 10
+    logging_steps: Live[Count] = 10
     """Optimizer steps between two lines of metrics."""
-    validation_steps: Live[int] = 500
+    validation_steps: Live[CountOrZero] = 500
     """Optimizer steps between two validations, a grid of samples and the loss on data.validation_split; 0: only at the end."""
-    num_samples: Live[int] = 16
+    num_samples: Live[Images] = 16
     """Pictures in a grid; the same seeds each time."""
-    checkpointing_steps: Live[int] = 500
+    checkpointing_steps: Live[Count] = 500
     """Optimizer steps between two checkpoints; there is always one at the end."""
-    checkpoints_total_limit: Live[int | None] = 3
+    checkpoints_total_limit: Live[Count | None] = 3
     """Checkpoints kept; older ones are removed after the new one stands. None: all."""
-    resume_from_checkpoint: Live[str] = "latest"
+    resume_from_checkpoint: Live[Name] = "latest"
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
-    max_skipped_updates: Live[int] = 0
+    max_skipped_updates: Live[CountOrZero] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
     check: Live[bool] = False
     """Only open every picture and say what is found: sizes, captions, labels, duplicates, broken files."""
@@ -104,88 +114,75 @@ class Base:
     """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     push_to_hub: Live[bool] = False
     """Upload the export at the end; the login is taken from the environment or `hf auth login`."""
-    hub_model_id: Live[str | None] = None
+    hub_model_id: Live[Name | None] = None
     """Repository to upload to. None: the output folder's name, in your own account."""
 
     def __post_init__(self):
-        require(self.num_epochs > 0, "base.num_epochs", self.num_epochs, "more than 0")
-        for name in ("max_train_steps", "checkpoints_total_limit"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"base.{name}", value, "at least 1, or None")
-        for name in ("gradient_accumulation_steps", "logging_steps", "checkpointing_steps", "num_samples", "lr_num_cycles"):
-            require(getattr(self, name) >= 1, f"base.{name}", getattr(self, name), "at least 1")
-        for name in ("seed", "max_grad_norm", "validation_steps", "max_skipped_updates", "ema_power"):
-            require(getattr(self, name) >= 0, f"base.{name}", getattr(self, name), "at least 0")
-        warmup = self.lr_warmup_steps
-        require(warmup is None or warmup >= 0, "base.lr_warmup_steps", warmup, "at least 0, or None")
-        require(0 <= self.ema_decay < 1, "base.ema_decay", self.ema_decay, "at least 0 and below 1")
+        check(self, "base")
 
 
 @dataclass(frozen=True)
 class Data:
     """The examples: where they come from, how they are cut, how many make a batch."""
 
-    dataset_name: Live[str] = "shapes"
+    dataset_name: Live[Name] = "shapes"
     """`shapes` (drawn by the program itself, nothing to download), a name on the hub, or a local data set's folder."""
-    dataset_config_name: Live[str | None] = None
+    dataset_config_name: Live[Name | None] = None
     """Configuration of the data set, where it has several."""
-    split: Live[str] = "train"
+    split: Live[Name] = "train"
     """Split to train on."""
-    validation_split: Live[str | None] = None
+    validation_split: Live[Name | None] = None
     """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1, whose
     pictures are chosen by their row and never change. None: nothing."""
-    train_data_dir: Live[str | None] = None
+    train_data_dir: Live[Folder | None] = None
     """Folder of pictures, instead of dataset_name: captions from metadata.jsonl, metadata.csv or a .txt beside each picture,
     labels from subfolders."""
-    cache_dir: Live[str | None] = None
+    cache_dir: Live[Folder | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
-    max_train_samples: Live[int | None] = None
+    max_train_samples: Live[Count | None] = None
     """Train on as many pictures, spread evenly over the set. None: all."""
-    num_shapes: int = 2560
+    num_shapes: Annotated[int, Range(1, 10**7)] = 2560
     """Pictures in the embedded `shapes`."""
-    image_column: Live[str | None] = None
+    image_column: Live[Name | None] = None
     """Column of pictures. None: found by its type."""
-    caption_column: Live[str | None] = None
+    caption_column: Live[Name | None] = None
     """Column of captions, one or a list for each picture. None: found by its usual names."""
-    trigger: str | None = None
+    trigger: Words | None = None
     """Words put in front of every caption, with a space between; alone where a picture has no caption. `{label}` in them is the
     name of the picture's class."""
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
-    label_column: Live[str | None] = None
+    label_column: Live[Name | None] = None
     """Column of class labels. None: found by its type or usual names."""
-    resolution: int = 32
+    resolution: Annotated[int, Range(1, 16_384)] = 32
     """Side of the square pictures in pixels: the shorter side is resized to it, then a square is cut. Transparent pictures
     are laid on white."""
     center_crop: bool = False
     """Cut the square from the middle rather than from a random place."""
     random_flip: bool = False
     """Mirror every second picture, at random."""
-    train_batch_size: Live[int] = 32
+    train_batch_size: Live[Annotated[int, Range(1, 65_536)]] = 32
     """Examples in a batch, for each process."""
-    dataloader_num_workers: Live[int] = 0
+    dataloader_num_workers: Live[Annotated[int, Range(0, 1024)]] = 0
     """Processes that read pictures beside the training, where the decoded set is larger than memory_budget."""
     skip_broken: Live[bool] = False
     """Leave out pictures that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
-    memory_budget: Live[float] = 2.0
+    memory_budget: Live[Annotated[float, Range(0, 2**20)]] = 2.0
     """GiB for decoded pictures, and as much for encoded ones. A set that fits is decoded once and kept; of a larger one every
     batch is read from the disk."""
-    example_cache: Live[str] = "auto"
+    example_cache: Live[Name] = "auto"
     """Where what is made of the examples once is kept for the next start: decoded pictures, and what frozen encoders make of
     pictures and captions. A folder, which several runs may share; auto: `examples` in cache_dir, or else in the output folder;
     no: pictures are decoded at each start and encoded in every step. Pictures that are cut at random are encoded in every step
     anyway (center_crop cuts from the middle)."""
 
     def __post_init__(self):
-        for name in ("resolution", "train_batch_size", "num_shapes"):
-            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
-        most = self.max_train_samples
-        require(most is None or most >= 1, "data.max_train_samples", most, "at least 1, or None")
-        for name in ("dataloader_num_workers", "memory_budget"):
-            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "at least 0")
-        require(0 <= self.caption_dropout <= 1, "data.caption_dropout", self.caption_dropout, "0 to 1")
+        check(self, "data")
         share, expected = fraction(self.validation_split), "the name of a split, or a fraction between 0 and 1"
         require(share is None or 0 < share < 1, "data.validation_split", self.validation_split, expected)
+        cache = self.example_cache
+        is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))
+        require(not is_file, "data.example_cache", cache, "auto, no, or the path of a folder")
 
 
 def fraction(given: str | None) -> float | None:
@@ -248,25 +245,25 @@ def find_task(name: str) -> Any:
     raise BadInput(f"no task named {name!r}.{hint} Tasks: {', '.join(task_names())}")
 
 
+def own_task(named: Any, file: str, typed: str) -> str:
+    """The task of ours that a file names: on the word of a file nothing else is imported.
+
+    Raises:
+        BadInput: it names none of ours; `typed` is what to type to have another one's code run.
+    """
+    name = named.removeprefix("oneloop.tasks.") if isinstance(named, str) else None
+    if name in task_names():
+        return name
+    if name is None or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        raise BadInput(f"{file}: the task is {named!r}; expected the name of one: {', '.join(task_names())}")
+    close = difflib.get_close_matches(name, task_names(), 1)
+    hint = f"did you mean {close[0]!r}? Else" if close else "if you trust it,"
+    raise BadInput(f"{file}: {name!r} is no task of oneloop, and a file's word is not enough to run code; {hint} {typed}")
+
+
 def task_group(config: Any) -> str:
     """The name of the task's own group in its `Config` (a class or an instance): the one beside `base` and `data`."""
     return next(f.name for f in fields(config) if f.name not in ("base", "data"))
-
-
-def read_file(path: str) -> dict[str, Any]:
-    """A settings file, JSON or YAML, as nested dicts."""
-    import yaml
-
-    try:
-        text = Path(path).read_text("utf-8")
-        settings = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
-    except OSError as error:
-        raise BadInput(f"the settings file {path} cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"{path}: not valid JSON or YAML: {error}") from None
-    if not isinstance(settings, dict) or not all(isinstance(group, dict) for k, group in settings.items() if k != "task"):
-        raise BadInput(f'{path}: expected groups of settings, such as {{"base": {{"num_epochs": 10}}}}')
-    return settings
 
 
 def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
@@ -290,22 +287,52 @@ RENAMED = {"sample_steps": "validation_steps", "encode_cache": "example_cache"}
 """Names that older settings files have -> today's."""
 
 
-def as_flags(settings: dict[str, Any], config: type) -> list[str]:
-    """Nested settings as the flags that say the same, so that a file is parsed, and refused, like a command line."""
+MARK = "\0"
+"""Before an item of a list that would else be read as a flag; no command line and no text that is accepted holds it."""
+
+
+def as_flags(settings: dict[str, Any], config: type, source: str = "") -> list[str]:
+    """Nested settings as the flags that say the same, so that a file is parsed, and refused, like a command line.
+
+    Raises:
+        BadInput: a group, a name or a kind of value that no flag can say; `source` stands before the message.
+    """
     flags: list[str] = []
     for group, values in settings.items():
-        types = get_type_hints(group_type(config, group)) if group in get_type_hints(config) else {}
+        if group not in hints(config) or not isinstance(values, dict):
+            expected = f"some of {', '.join(hints(config))}" if group not in hints(config) else "its settings by name"
+            raise BadInput(f"{source}the group {group!r} is {values!r}; expected {expected}")
         for name, value in values.items():
-            flag = f"--{group}.{RENAMED.get(name, name)}"
-            if isinstance(value, bool) and types.get(name, bool) is bool:
-                flags.append(flag if value else f"--{group}.no-{name}")
-            elif isinstance(value, bool):
-                flags += [flag, "yes" if value else "no"]  # YAML reads a bare no as false
-            elif isinstance(value, (list, tuple)):
-                flags += [flag, *map(str, value)]
+            today = str(RENAMED.get(name, name)).replace("-", "_")
+            if today not in (known := hints(group_type(config, group))):
+                raise not_a_setting(f"--{group}.{name}", config, source)
+            parts = list(nested(known[today]))
+            scalars, types = value if isinstance(value, (list, tuple)) else (value,), [bool, int, float, str]
+            many, switch = any(get_origin(part) is tuple for part in parts), bool in parts and type(None) not in parts
+            fits = {
+                "one value": many or not isinstance(value, (list, tuple)),
+                "true or false": not switch or isinstance(value, bool),
+                "text, a number, true or false": all(type(v) in types or (v is None and type(None) in parts) for v in scalars),
+            }
+            for expected in (words for words, fit in fits.items() if not fit):
+                raise BadInput(f"{source}--{group}.{today.replace('_', '-')} is {value!r}; expected {expected}")
+            if switch:
+                flags.append(f"--{group}.{today}" if value else f"--{group}.no-{today}")
+            elif many:
+                flags += [f"--{group}.{today}", *(MARK * str(v).startswith("-") + str(v) for v in scalars)]
+            elif isinstance(value, bool) and bool not in parts:
+                flags.append(f"--{group}.{today}={'yes' if value else 'no'}")  # YAML reads a bare no as false
             else:
-                flags += [flag, str(value)]
+                flags.append(f"--{group}.{today}={value}")
     return flags
+
+
+def not_a_setting(flag: str, config: type, source: str = "", prog: str = "python loop.py TASK") -> BadInput:
+    """What to say of a flag that nobody knows."""
+    known = [f"--{name}".replace("_", "-") for name in setting_names(config)]
+    close = difflib.get_close_matches(flag.replace("_", "-")[:100], known, 1, 0.5)
+    hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the settings"
+    return BadInput(f"{source}{flag} is not a setting; {hint}")
 
 
 def build(config: type[T], flags: list[str], prog: str = "python loop.py", source: str = "") -> T:
@@ -317,10 +344,19 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
     """
     import tyro
 
-    complaint = io.StringIO()
+    complaint, registry = io.StringIO(), tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def unmarked(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        spec = tyro.constructors.PrimitiveConstructorSpec
+        read = lambda args: args[0].removeprefix(MARK)  # noqa: E731
+        return spec(1, "STR", read, lambda v: isinstance(v, str), lambda v: [v]) if given.type is str else None
+
     try:
         with contextlib.redirect_stderr(complaint):
-            result, unknown = tyro.cli(config, args=flags, prog=prog, return_unknown_args=True)
+            result, unknown = tyro.cli(config, args=flags, prog=prog, return_unknown_args=True, registry=registry)
+    except BadInput as error:
+        raise BadInput(f"{source}{error}") from None
     except SystemExit as end:
         if not end.code:
             raise
@@ -328,12 +364,15 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         drawn = re.sub("-{5,}", "─────", complaint.getvalue())  # where the terminal is not in UTF-8
         sentence = re.split(r"\n\W*─{3,}\W*\n", drawn.partition("\n")[2])[0]
         sentence = " ".join(re.sub(r"[│╭╮╰╯─]", " ", sentence).split()).replace("') .", "')")
+        sentence = re.sub(r"no type matching (.+?) could be instantiated from \[(.*?)\]\. .*", r"\2; expected \1", sentence)
         raise BadInput(source + re.sub(r"^Error parsing (?!--)\S+: ", "", sentence)) from None
     if unknown:
-        known = [f"--{name}".replace("_", "-") for name in setting_names(config)]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0].replace("_", "-"), known, 1, 0.5)
-        hint = f"did you mean {close[0]}?" if close else f"{prog} --help lists the settings"
-        raise BadInput(f"{source}{unknown[0]} is not a setting; {hint}")
+        flag = unknown[0].partition("=")[0]
+        if flag.startswith("--"):
+            raise not_a_setting(flag, config, source, prog)
+        at = next(i for i, given in enumerate(flags) if given == unknown[0] or given.endswith(f"={unknown[0]}"))
+        before = next((given for given in flags[at::-1] if given.startswith("--")), prog).partition("=")[0]
+        raise BadInput(f"{source}{unknown[0]!r} is one value too many for {before}")
     return result
 
 
@@ -347,7 +386,7 @@ def setting_names(config: type) -> list[str]:
 
 def group_type(config: type, name: str) -> type:
     """The dataclass behind one group of a `Config`."""
-    return get_type_hints(config)[name]
+    return hints(config)[name]
 
 
 def parse(argv: list[str]) -> tuple[Any, Any]:
@@ -374,16 +413,17 @@ def parse(argv: list[str]) -> tuple[Any, Any]:
         name, file, flags = argv[0], (argv[1] if is_file[1] else None), argv[2 if is_file[1] else 1 :]
     if file:
         settings = read_file(file)
-        named = settings.pop("task", None)
-        groups = [group for group in settings if group not in ("base", "data")]
-        name = name or named or (groups[0] if len(groups) == 1 else None)
-        if name is None:
+        groups = [group for group in settings if group not in ("base", "data", "task")]
+        named = settings.pop("task", None) or (groups[0] if len(groups) == 1 else None)
+        if name is None and named is None:
             raise BadInput(f"{file}: names no task (a group beside base and data); python loop.py TASK {file} names one")
+        name = name or own_task(named, file, f"python loop.py {named} {file}")
     module = find_task(name)
     config, prog = module.task.config, f"python loop.py {name}"
+    read = as_flags(settings, config, f"{file}: ")
     if settings:
-        build(config, as_flags(settings, config), prog, source=f"{file}: ")  # so that its mistakes carry its name
-    return module, build(config, as_flags(settings, config) + flags, prog)
+        build(config, read, prog, source=f"{file}: ")  # so that its mistakes carry its name
+    return module, build(config, read + flags, prog)
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
@@ -414,10 +454,10 @@ def changes(old: dict[str, Any], cfg: Any) -> list[str]:
     """The settings in which `old` (as `to_dict` wrote it) and `cfg` would be two different runs, as 'flag: old -> new'."""
     new, found = to_dict(cfg), []
     for group in new:
-        hints = get_type_hints(group_type(type(cfg), group), include_extras=True)
+        known = hints(group_type(type(cfg), group))
         for name, value in new[group].items():
             before = old.get(group, {}).get(name, value)  # a setting that a newer version brought
-            if before != value and "live" not in getattr(hints[name], "__metadata__", ()):
+            if before != value and "live" not in getattr(known[name], "__metadata__", ()):
                 found.append(f"--{group}.{name}".replace("_", "-") + f" was {before!r} and is now {value!r}")
     return found
 
@@ -426,8 +466,14 @@ SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143} | ({signal.SIGUSR1: 75} if h
 """Signal -> the exit code of a run that it stopped; 75 is: saved, wants to be run again."""
 
 
-def fail(error: BaseException, code: int, everywhere: bool = False) -> NoReturn:
+def one_line(text: str, most: int = 2000) -> str:
+    """The text in one line of at most `most` printable characters; what is too long lacks its middle."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most * 2 // 3]} ... {line[5 - most // 3 :]}"
+
+
+def fail(error: BaseException | str, code: int, everywhere: bool = False) -> NoReturn:
     """One line on standard error, from one process of several unless it is not of all, and out."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
     raise SystemExit(code)

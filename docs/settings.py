@@ -12,12 +12,13 @@ import itertools
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from oneloop import configs
+from oneloop.settings.ranges import Range, hints, nested
 
 
 def explained(kind: type) -> dict[str, str]:
@@ -38,11 +39,12 @@ def shown(value: Any) -> str:
 def group(name: str, default: Any) -> str:
     """The settings of one group, as a table."""
     kind, lines = type(default), ["| setting | default | |", "|---|---|---|"]
-    hints, words = get_type_hints(kind, include_extras=True), explained(kind)
+    words = explained(kind)
     for field in fields(kind):
-        live = get_origin(hints[field.name]) is Annotated
-        choices = get_args(get_args(hints[field.name])[0] if live else hints[field.name])
-        named = f" One of {', '.join(choices)}." if choices and all(isinstance(choice, str) for choice in choices) else ""
+        parts = list(nested(hints(kind)[field.name]))
+        live, choices = "live" in parts, [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        named = f" One of {', '.join(choices)}." if choices else ""
+        named += "".join(f" {str(part)[0].upper()}{str(part)[1:]}." for part in parts if isinstance(part, Range))
         text = words[field.name].replace("|", "\\|").replace("<", "&lt;") + named + ("" if live else " *Fixed for a run.*")
         lines.append(f"| `{flag(name, field.name)}` | `{shown(getattr(default, field.name))}` | {text} |")
     return "\n".join(lines)
@@ -63,7 +65,7 @@ def reference() -> str:
     for name, default in (("base", configs.Base()), ("data", configs.Data())):
         parts += [f"## {name}: {inspect.getdoc(default)}", group(name, default)]
     for task, line in configs.task_names().items():
-        cfg = importlib.import_module(f"tasks.{task}").task.config()
+        cfg = importlib.import_module(f"oneloop.tasks.{task}").task.config()
         parts += [f"## {task}: {line}", group(task, getattr(cfg, task))]
         others = [
             f"`{flag(name, field.name)}` is `{shown(given)}`"

@@ -10,9 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from oneloop.configs import BadInput, Base, Data, Live, read_model_config, require
+from oneloop.configs import (
+    Amount,
+    BadInput,
+    Base,
+    Data,
+    Live,
+    Name,
+    Range,
+    ShareBelowOne,
+    check,
+    read_model_config,
+    require,
+)
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task
 
@@ -30,38 +42,36 @@ DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
 class Settings:
     """The model and its objective."""
 
-    model_config: Live[str | None] = None
+    model_config: Live[Name | None] = None
     """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 16x16 on a CPU."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
     """What the model predicts: the noise, the clean picture (best where training is short), or v."""
-    snr_gamma: float | None = 1.0
+    snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = 1.0
     """Clamp of the min-SNR loss weight; 5 is usual, a smaller one attends to the whole rather than to detail. None: unweighted,
     and weighted by the SNR for `sample`."""
-    ddpm_num_steps: int = 1000
+    ddpm_num_steps: Annotated[int, Range(1, 100_000)] = 1000
     """Timesteps of the noise schedule."""
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """Noise schedule."""
     sampler: Live[Literal["dpm++", "ddim", "ddpm"]] = "dpm++"
     """How samples are drawn, also by the export: DPM-Solver++ with noise wants 20 steps and more, DDIM 50, DDPM 100."""
-    ddpm_num_inference_steps: Live[int] = 25
+    ddpm_num_inference_steps: Live[Annotated[int, Range(1, 100_000)]] = 25
     """Steps to draw a sample."""
-    learning_rate: Live[float] = 2e-3
+    learning_rate: Live[Amount] = 2e-3
     """Peak learning rate of AdamW."""
-    adam_beta1: Live[float] = 0.9
+    adam_beta1: Live[ShareBelowOne] = 0.9
     """AdamW's beta1."""
-    adam_beta2: Live[float] = 0.99
+    adam_beta2: Live[ShareBelowOne] = 0.99
     """AdamW's beta2."""
-    adam_weight_decay: Live[float] = 1e-2
+    adam_weight_decay: Live[Amount] = 1e-2
     """AdamW's weight decay."""
-    adam_epsilon: Live[float] = 1e-8
+    adam_epsilon: Live[Amount] = 1e-8
     """AdamW's epsilon."""
 
     def __post_init__(self):
-        require(self.learning_rate >= 0, "ddpm.learning_rate", self.learning_rate, "at least 0")
-        require(self.snr_gamma is None or self.snr_gamma > 0, "ddpm.snr_gamma", self.snr_gamma, "more than 0, or None")
-        require(self.ddpm_num_steps >= 1, "ddpm.ddpm_num_steps", self.ddpm_num_steps, "at least 1")
+        check(self, "ddpm")
         given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
-        require(1 <= given <= most, "ddpm.ddpm_num_inference_steps", given, f"1 to {most} (--ddpm.ddpm-num-steps)")
+        require(given <= most, "ddpm.ddpm_num_inference_steps", given, f"1 to {most} (--ddpm.ddpm-num-steps)")
 
 
 @dataclass(frozen=True)

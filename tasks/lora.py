@@ -13,10 +13,10 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from oneloop import configs
-from oneloop.configs import BadInput, Base, Data, Live, require
+from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
 from oneloop.families import adapters, stable_diffusion
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 class Settings:
     """The checkpoint, its adapters and their objective."""
 
-    pretrained_model_name_or_path: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    pretrained_model_name_or_path: Name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     """A Stable Diffusion 1.x, 2.x or SDXL: a name on the hub, or a folder that diffusers wrote. It says itself which."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit of a model on the hub."""
-    variant: str | None = None
+    variant: Name | None = None
     """Variant of its weight files, such as fp16."""
-    pretrained_vae_model_name_or_path: str | None = None
+    pretrained_vae_model_name_or_path: Name | None = None
     """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, or a name on the hub."""
-    rank: int = 16
+    rank: Annotated[int, Range(1, 65_536)] = 16
     """Rank of the adapters: how much they can learn, and how large they are."""
-    alpha: float | None = None
+    alpha: Annotated[float, Range(0, 3e38, without=0)] | None = None
     """The adapters' output is multiplied by alpha / rank, or alpha / sqrt(rank) with rsLoRA. None: the rank."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout before the adapters."""
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    target_modules: tuple[Name, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers of the UNet that get an adapter, by the ends of their names."""
     use_dora: bool = False
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
@@ -51,52 +51,44 @@ class Settings:
     """Divide by the rank's square root (Kalajdzievski 2023, A Rank Stabilization Scaling Factor, arXiv:2312.03732)."""
     train_text_encoder: bool = False
     """Train adapters of the text encoders too; captions are then encoded in every step."""
-    learning_rate: Live[float] = 1e-4
+    learning_rate: Live[Amount] = 1e-4
     """Peak learning rate of AdamW for the UNet's adapters."""
-    text_encoder_learning_rate: Live[float | None] = None
+    text_encoder_learning_rate: Live[Amount | None] = None
     """Peak learning rate for the text encoders' adapters. None: half of learning_rate."""
     use_8bit_adam: bool = False
     """AdamW with one byte for each of its numbers; needs the package bitsandbytes."""
-    adam_beta1: Live[float] = 0.9
+    adam_beta1: Live[ShareBelowOne] = 0.9
     """AdamW's beta1."""
-    adam_beta2: Live[float] = 0.999
+    adam_beta2: Live[ShareBelowOne] = 0.999
     """AdamW's beta2."""
-    adam_weight_decay: Live[float] = 1e-2
+    adam_weight_decay: Live[Amount] = 1e-2
     """AdamW's weight decay."""
-    adam_epsilon: Live[float] = 1e-8
+    adam_epsilon: Live[Amount] = 1e-8
     """AdamW's epsilon."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     """What the UNet predicts. None: what its checkpoint says, as it was trained."""
     rescale_betas_zero_snr: bool | None = None
     """Noise schedule that ends in pure noise. None: as the checkpoint says."""
-    snr_gamma: float | None = None
+    snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = None
     """Clamp of the min-SNR loss weight (5 is usual). None: unweighted, and weighted by the SNR for `sample`."""
-    noise_offset: float = 0.0
+    noise_offset: Amount = 0.0
     """Share of noise that is the same all over a picture, for very dark and very bright ones (0.05 to 0.1)."""
-    input_perturbation: float = 0.0
+    input_perturbation: Amount = 0.0
     """More noise for the UNet's input alone (Ning et al. 2023, arXiv:2301.11706; 0.1)."""
-    validation_prompts: Live[tuple[str, ...]] = ()
+    validation_prompts: Live[tuple[Words, ...]] = ()
     """What to draw samples of, in turn. None given: the first captions."""
-    negative_prompt: Live[str] = ""
+    negative_prompt: Live[Words] = ""
     """What samples shall not look like."""
-    guidance_scale: Live[float] = 7.5
+    guidance_scale: Live[Amount] = 7.5
     """Strength of classifier-free guidance in samples; 1 is none."""
-    num_inference_steps: Live[int] = 30
+    num_inference_steps: Live[Annotated[int, Range(1, 1000)]] = 30
     """Steps to draw a sample."""
     kohya: Live[bool] = False
     """Export lora_kohya.safetensors too, the form that ComfyUI and other programs read."""
 
     def __post_init__(self):
-        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        require(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "more than 0, or None")
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        check(self, "lora")
         require(len(self.target_modules) > 0, "lora.target_modules", self.target_modules, "at least one name")
-        require(self.snr_gamma is None or self.snr_gamma > 0, "lora.snr_gamma", self.snr_gamma, "more than 0, or None")
-        require(self.num_inference_steps >= 1, "lora.num_inference_steps", self.num_inference_steps, "at least 1")
-        for name in ("learning_rate", "noise_offset", "input_perturbation", "guidance_scale"):
-            require(getattr(self, name) >= 0, f"lora.{name}", getattr(self, name), "at least 0")
-        rate = self.text_encoder_learning_rate
-        require(rate is None or rate >= 0, "lora.text_encoder_learning_rate", rate, "at least 0, or None")
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise BadInput("--lora.use-8bit-adam needs the package bitsandbytes; install it, or leave the flag out")
         if self.kohya and self.use_dora:

@@ -16,9 +16,22 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from oneloop.configs import BadInput, Base, Data, Live, read_model_config, require
+from oneloop.configs import (
+    Amount,
+    BadInput,
+    Base,
+    CountOrZero,
+    Data,
+    Live,
+    Name,
+    Range,
+    ShareBelowOne,
+    check,
+    read_model_config,
+    require,
+)
 from oneloop.maths import diffusion, image_quality
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, unwrap
 
@@ -39,57 +52,51 @@ DEFAULT_VAE = {  # fit for 64x64 on a CPU: four latent channels at a quarter of 
 class Settings:
     """The autoencoder, its discriminator and their objectives."""
 
-    pretrained_model_name_or_path: str | None = None
+    pretrained_model_name_or_path: Name | None = None
     """An AutoencoderKL to fine-tune: a folder, or a name on the hub. None: train a new one."""
-    subfolder: str | None = None
+    subfolder: Name | None = None
     """Its folder inside that place: `vae` where it is a whole pipeline."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
-    model_config: Live[str | None] = None
+    model_config: Live[Name | None] = None
     """Of a new one: a diffusers AutoencoderKL config, a JSON file or a folder with a config.json. None: a small one fit for
     64x64 on a CPU."""
-    latent_channels: int | None = None
+    latent_channels: Annotated[int, Range(1, 4096)] | None = None
     """Of a new one: channels of the latent. None: as the config says."""
     train: Literal["all", "decoder"] = "all"
     """decoder: improve the decoder of a pretrained autoencoder, whose latents stay as they are."""
     reconstruction: Literal["l1", "l2"] = "l2"
     """Error of a pixel: absolute, as published, or squared, which gets a small model going sooner."""
-    kl_weight: float = 1e-6
+    kl_weight: Amount = 1e-6
     """Weight of the latent's KL divergence from a standard normal, as a sum, against the pixels' errors, as a sum."""
-    perceptual_weight: float = 0.0
+    perceptual_weight: Amount = 0.0
     """Weight of LPIPS; 1 is usual for photographs. It needs the package lpips and torchvision's VGG16 weights, which are
     downloaded once; 0 goes without."""
-    disc_weight: float = 0.5
+    disc_weight: Amount = 0.5
     """Weight of the discriminator against the autoencoder; 0: none is trained."""
-    disc_start: Live[int] = 1000
+    disc_start: Live[CountOrZero] = 1000
     """Optimizer steps before the discriminator begins: enough for a fair reconstruction, such as 50000 on photographs."""
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
     """The discriminator's loss."""
-    disc_channels: int = 16
+    disc_channels: Annotated[int, Range(1, 4096)] = 16
     """Channels of the discriminator's first layer, 64 as published; each layer doubles them, up to eightfold."""
-    disc_layers: int = 3
+    disc_layers: Annotated[int, Range(1, 12)] = 3
     """Layers of the discriminator that halve the picture: 3 judges patches of 70 x 70."""
-    learning_rate: Live[float] = 3e-3
+    learning_rate: Live[Amount] = 3e-3
     """Peak learning rate of AdamW; 1e-4 and less for large models."""
-    disc_learning_rate: Live[float | None] = None
+    disc_learning_rate: Live[Amount | None] = None
     """That of the discriminator. None: the same."""
-    adam_beta1: Live[float] = 0.5
+    adam_beta1: Live[ShareBelowOne] = 0.5
     """AdamW's beta1."""
-    adam_beta2: Live[float] = 0.9
+    adam_beta2: Live[ShareBelowOne] = 0.9
     """AdamW's beta2."""
-    adam_weight_decay: Live[float] = 0.0
+    adam_weight_decay: Live[Amount] = 0.0
     """AdamW's weight decay."""
-    adam_epsilon: Live[float] = 1e-6
+    adam_epsilon: Live[Amount] = 1e-6
     """AdamW's epsilon. An attention's key bias has no gradient but rounding errors; much less would make steps of them."""
 
     def __post_init__(self):
-        for name in ("kl_weight", "perceptual_weight", "disc_weight", "disc_start", "learning_rate"):
-            require(getattr(self, name) >= 0, f"vae.{name}", getattr(self, name), "at least 0")
-        for name in ("disc_channels", "disc_layers"):
-            require(getattr(self, name) >= 1, f"vae.{name}", getattr(self, name), "at least 1")
-        rate, channels = self.disc_learning_rate, self.latent_channels
-        require(rate is None or rate >= 0, "vae.disc_learning_rate", rate, "at least 0, or None")
-        require(channels is None or channels >= 1, "vae.latent_channels", channels, "at least 1, or None")
+        check(self, "vae")
         pretrained, flag = self.pretrained_model_name_or_path, "--vae.pretrained-model-name-or-path"
         for name in ("model_config", "latent_channels") if pretrained else ("subfolder", "revision"):
             expected = f"nothing {'beside' if pretrained else 'without'} {flag}"

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -42,12 +44,26 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
         "parameters ",
         "trainable, 0 frozen",
         "12 steps",
-        "1 times validation and samples",
-        "1 checkpoints",
+        "validation and samples once",
+        "1 checkpoint ",
         "pictures/s",
     ):
         assert words in result.out, result.out
     assert number(r"([\d.]+) GiB of the machine", result.out) > 0.1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_dry_run_leaves_nothing(tmp_path, number, code):
+    """Before the short run has begun, when nobody else listens."""
+
+    def patch():
+        from oneloop.views import estimate
+
+        estimate.shortened = lambda *_: os.kill(os.getpid(), number) or time.sleep(9)
+
+    result = cli(tmp_path, *tiny(tmp_path, base__dry_run=True), patch=patch)
+    assert result.code == code and "Traceback" not in result.err, result.err
+    assert not list(tmp_path.glob(".dry-run*"))
 
 
 def test_a_dry_run_of_a_run_that_stands(tmp_path):
@@ -77,7 +93,7 @@ def test_the_estimate_counts(tmp_path):
     """Parameters and disk to the byte; hours from the parts."""
     whole = tiny(tmp_path, steps=12, base__checkpointing_steps=2, base__validation_steps=3)
     out = ran(tmp_path, *whole, "--base.dry-run").out
-    assert "4 times validation and samples" in out and "6 checkpoints" in out and "3 checkpoints of" in out
+    assert "validation and samples 4 times" in out and "6 checkpoints" in out and "3 checkpoints of" in out
     said = ran(tmp_path, *whole).err
     assert number(r"parameters +([\d,]+) trainable", out) == number(r"([\d,]+) trainable parameters", said)
     one = sum(p.stat().st_size for p in (tmp_path / "out" / "checkpoint-12").rglob("*") if p.is_file())

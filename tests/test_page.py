@@ -1,11 +1,13 @@
 """report.html and compare: what they say, that they stay small, and that they work in a browser without a network."""
 
 import html
+import io
 import json
 import re
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from PIL import Image
 from test_settings import refused
 from warm import cli, metrics, tiny
 
-from oneloop.views import page
+from oneloop import checkpoint
+from oneloop.views import console, page
+from oneloop.views.console import Report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -61,6 +65,8 @@ def test_what_a_report_says(run):
         "torch 2.",
     ):
         assert words in re.sub(r"\s+", " ", shown), words
+    (_, life) = map(json.loads, (run / "lives.jsonl").read_text().splitlines())
+    assert life["changed"]["base.max_train_steps"] == {"value": 9, "default": None}
     assert "<b>" not in text and shown.count("</script><b>") == 2
     assert [json.loads(line)["step"] for line in (run / "lives.jsonl").read_text().splitlines()] == [0, 6]
 
@@ -98,6 +104,122 @@ def test_long_runs_stay_small_and_quick(tmp_path, run):
     assert all(next(iter(grid.values())).startswith("data:image/") for grid in data["grids"][0].values())
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lives.jsonl", "run.json"])
+def test_a_flipped_bit_costs_a_line(tmp_path, run, name, monkeypatch):
+    """Every 29th bit of a record, one by one: the pages are written, and of a line that is none any more a word is said."""
+    pages, said = [], []
+    monkeypatch.setattr(page, "_fill", lambda path, title, lead, body, data: pages.append(json.dumps(data)))
+    shutil.copytree(run, tmp_path / "out")
+    whole = (run / name).read_bytes()
+    for bit in range(0, len(whole) * 8, 29):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "out" / name).write_bytes(flipped)
+        page.write(tmp_path / "out")
+        page.compare([run, tmp_path / "out"], tmp_path / "both.html", said.append)
+    assert len(pages) == 2 * len(range(0, len(whole) * 8, 29)) and any(f"out/{name}" in text for text in said)
+
+
+RECORDS = {
+    "{": False,
+    "[]": False,
+    "3": False,
+    '{"loss": 1}': False,
+    '{"step": "1", "loss": 1}': False,
+    '{"step": 1.5, "loss": 1}': False,
+    '{"step": -1, "loss": 1}': False,
+    "[" * 5000: False,
+    "\0\0\0": False,
+    f'{{"step": 2, "loss": {"9" * 400}}}': True,
+    '{"step": 2, "loss": NaN}': True,
+    '{"step": 2, "\\ud800": 1}': True,
+}
+
+
+@pytest.mark.parametrize("row", RECORDS)
+def test_damaged_lines_are_left_out_with_a_word(tmp_path, row):
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_text(
+        f'{{"step": 1, "loss": 0.5, "pictures_per_second": 9}}\n{row}\n{{"step": 3, "loss": 0.25}}\n{{"step": 4, "lo'
+    )
+    (tmp_path / "run.json").write_text('{"ddpm": {}}')
+    metrics = page.read(tmp_path, said.append).metrics
+    assert metrics["loss"] == [(1, 0.5), (3, 0.25)] and metrics["images_per_second"] == [(1, 9)]
+    assert said == ([] if RECORDS[row] else [f"{path}: 1 damaged line left out, the first is line 2"])
+    page.write(tmp_path)
+
+
+def test_damaged_records_do_not_stop_a_run(tmp_path, run):
+    shutil.copytree(run, tmp_path / "out")
+    for name in ("metrics.jsonl", "lives.jsonl", "check.json", "run.json"):
+        path = tmp_path / "out" / name
+        path.write_bytes(path.read_bytes().replace(b'"', b"\xff", 1))
+    result = cli(tmp_path, *tiny(tmp_path, steps=12, data__trigger="</script><b>"))
+    assert result.code == 0 and "lives.jsonl: 1 damaged line left out" in result.err, result.err
+    assert "check.json is damaged; it is made anew" in result.err
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "lives.jsonl").read_text().splitlines()] == [6, 9]
+
+
+@pytest.mark.parametrize("known", [b"0123456789abcdef", b"0123456789abcdeF", b"\xff", b"", None])
+def test_the_run_s_name_with_wandb(tmp_path, known, capsys):
+    report = Report(SimpleNamespace(is_main_process=True, trackers=[]), tmp_path, None)
+    if known is not None:
+        (tmp_path / "wandb.id").write_bytes(known)
+    name = report._identity()
+    assert re.fullmatch("[0-9a-f]{16}", name) and name == report._identity()
+    damaged = known not in (b"0123456789abcdef", None)
+    assert (name.encode() == known) == (known == b"0123456789abcdef") and ("damaged" in capsys.readouterr().err) == damaged
+
+
+def test_no_line_of_validation_is_dropped(tmp_path, capsys, monkeypatch):
+    """Without a terminal: log lines come one in SILENCE seconds, the last before a silence after it; validation at once."""
+    monkeypatch.setattr(console, "SILENCE", 0.3)
+    report = Report(SimpleNamespace(is_main_process=True, trackers=[]), tmp_path, None)
+    report.metrics, report.total, report.first, report.started = io.StringIO(), 99, 0, time.perf_counter()
+    for step in (1, 2, 3):
+        report.log({"loss": step}, step)
+    report.log({"validation/loss": 0.5}, 3)
+    report.log({"validation/loss": 0.25}, 4)
+    report.log({"loss": 5}, 5)
+    said = capsys.readouterr().err
+    assert re.findall(r"step (\d+)/99, (\S+)", said) == [
+        ("1", "loss"),
+        ("3", "loss"),
+        ("3", "validation/loss"),
+        ("4", "validation/loss"),
+    ]
+    time.sleep(0.6)
+    assert "step 5/99, loss 5" in capsys.readouterr().err
+    report.log({"loss": 6}, 6)
+    report.log({"loss": 7}, 7)
+    report.metrics = None
+    report.close()
+    assert "step 7/99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["__init__", "add_scalar", "add_images", "close"])
+def test_a_tracker_that_fails_stops_nothing(tmp_path, part):
+    """It is a warning, once; a storage error behind it stays one."""
+
+    def broken():
+        from torch.utils.tensorboard import SummaryWriter
+
+        def fails(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        setattr(SummaryWriter, part, fails)
+        if part == "close":
+            checkpoint.Saves.save = lambda *_: (_ for _ in ()).throw(checkpoint.StorageError("the disk is full"))
+
+    flags = tiny(tmp_path, base__logger="tensorboard", base__logging_steps=1)
+    result = cli(tmp_path, *flags, patch=broken)
+    assert result.code == (4 if part == "close" else 0), result.err
+    assert result.err.count("warning: tensorboard failed, and training goes on: OSError: [Errno 28]") == 1, result.err
+    assert "Traceback" not in result.err and (part != "close" or "error: the disk is full" in result.err)
+    batch = next(line for line in result.err.splitlines() if line.startswith("first batch"))
+    assert "pixel_values [4, 3, 8, 8] float32 in [-1, 1]" in batch and "uint8" not in batch
+
+
 @pytest.mark.parametrize(
     ("starts", "marks"), [([0], []), ([0, 10, 20], [10, 20]), ([0, 10, 20, 15], [10, 15]), ([0, 5, 5], [5]), ([0, 5, 0], [])]
 )
@@ -119,6 +241,15 @@ def test_compare(tmp_path, run):
     assert "base.seed" not in table and "output_dir" not in table
     assert [run["name"] for run in data["runs"]] == ["out", "other"] and {len(grid) for grid in data["grids"]} == {3, 1}
     assert [line["name"] for line in data["charts"][0]["lines"]] == ["out", "other"]
+
+
+def test_a_comparison_lies_beside_its_runs(tmp_path, run):
+    for name in ("a", "deep/b"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "here").mkdir()
+    result = cli(tmp_path, "compare", "../runs/a", "../runs/deep/b", cwd=tmp_path / "here")
+    assert result.code == 0 and "2 runs compared: ../runs/compare.html" in result.out, result.err
+    assert (tmp_path / "runs" / "compare.html").is_file() and not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize(

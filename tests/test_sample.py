@@ -27,7 +27,7 @@ def test_the_same_bits(tmp_path, run):
     assert last != before
     drawn = cli(tmp_path, "sample", run, "--num", "4")
     path = run / "samples" / "drawn" / "6-seed-0-num-4.png"
-    assert drawn.code == 0 and f"4 pictures of step 6, seed 0: {path}" in drawn.out, drawn.err
+    assert drawn.code == 0 and f"4 images of step 6, seed 0: {path}" in drawn.out, drawn.err
     assert path.read_bytes() == last
     drawn = cli(tmp_path, "sample", run / "checkpoint-3", "--to", "there/three.png")
     assert drawn.code == 0 and (tmp_path / "there/three.png").read_bytes() == before, drawn.err
@@ -51,9 +51,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, run):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoint-6" / "state" / "ema.safetensors").write_bytes(b"")
     drawn = cli(tmp_path, "sample", "run", "--to", "drawn.png")
-    assert drawn.code == 0 and "damaged" in drawn.err and "4 pictures of step 3" in drawn.out, drawn.err
+    assert drawn.code == 0 and "damaged" in drawn.err and "4 images of step 3" in drawn.out, drawn.err
     assert (tmp_path / "drawn.png").read_bytes() == (run / "samples/3.png").read_bytes()
     refused(cli(tmp_path, "sample", "run/checkpoint-6"), "run/checkpoint-6: not a valid checkpoint", "ema.safetensors")
+
+
+@pytest.mark.parametrize("step", [3, "../../../3"])
+def test_no_code_runs_on_the_word_of_a_received_folder(tmp_path, run, step):
+    """Its manifest names a module that lies in it: it is imported where --task says so, and nothing is written elsewhere."""
+    shutil.copytree(run / "checkpoint-3", tmp_path / "received")
+    (tmp_path / "received" / "their_task.py").write_text("open('hacked', 'w')\nfrom oneloop.tasks.ddpm import task\n")
+    sign(tmp_path / "received", module="their_task", step=step)
+    drawn = cli(tmp_path, "sample", ".", cwd=tmp_path / "received")
+    words = ["python loop.py sample . --task their_task"] if step == 3 else ["manifest.json: expected the step"]
+    refused(drawn, *words)
+    assert not (tmp_path / "received" / "hacked").exists()
+    if step == 3:
+        drawn = cli(tmp_path, "sample", ".", "--task", "their_task", "--to", "x.png", cwd=tmp_path / "received")
+        assert drawn.code == 0 and (tmp_path / "received" / "x.png").read_bytes() == (run / "samples/3.png").read_bytes(), (
+            drawn.err
+        )
 
 
 @pytest.mark.parametrize("task", ["vae", "lora"])

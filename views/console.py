@@ -5,15 +5,19 @@ Only the main process shows anything; the others hold a `Report` that does nothi
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,44 +30,91 @@ from oneloop import checkpoint, configs
 from oneloop.tasks import Images
 from oneloop.views import page
 
+SILENCE = 10.0
+"""Seconds between two lines of the log where there is no terminal; those between them are merged into the last."""
+
 
 class Report:
-    """One for each life of a run. `say` works from the start; `open` begins the bar, the metrics file and the trackers."""
+    """One for each start of a run. `say` works from the start; `open` begins the bar, the metrics file and the trackers.
+
+    What only looks on stops nothing: a console that went away is silent, and what a tracker raises is said once.
+    """
 
     def __init__(self, accelerator: Accelerator, out: Path, cfg: Any):
         self.accelerator, self.out, self.cfg = accelerator, out, cfg
         self.main, self.bar = accelerator.is_main_process, None
         self.metrics, self.spoken, self.writing = None, -math.inf, None
+        self.pending, self.timer, self.complained = None, None, set()
 
     def say(self, text: str) -> None:
-        """A line on the console, above the bar."""
+        """A line on the console, above the bar; what is waiting for it comes first."""
         if self.main:
-            tqdm.write(text, sys.stderr)
+            with contextlib.suppress(OSError):
+                tqdm.write("\n".join(filter(None, (self._taken(), text))), sys.stderr)
+
+    def _taken(self) -> str | None:
+        """The line of the log that waits, which waits no more."""
+        if self.timer:
+            self.timer.cancel()
+        text, self.pending, self.timer = self.pending, None, None
+        return text
+
+    def _say_soon(self, text: str) -> None:
+        """A line of the log: now, or when SILENCE is over, unless a later one takes its place."""
+        left = self.spoken + SILENCE - time.perf_counter()
+        if left <= 0:
+            self._taken()
+            self.spoken = time.perf_counter()
+            self.say(text)
+        else:
+            self.pending = text
+            if not self.timer:
+                self.timer = threading.Timer(left, self._overdue)
+                self.timer.daemon = True
+                self.timer.start()
+
+    def _overdue(self) -> None:
+        self.timer = None
+        if text := self._taken():
+            self.spoken = time.perf_counter()
+            self.say(text)
+
+    def _track(self, name: str, call: Callable[[], Any]) -> bool:
+        """Call a tracker; what it raises, whatever it is, becomes a warning, the first time. Returns whether it went well."""
+        try:
+            call()
+            return True
+        except Exception as error:
+            if name not in self.complained:
+                self.complained.add(name)
+                what = configs.one_line(f"{type(error).__name__}: {error}", 300)
+                self.say(f"warning: {name} failed, and training goes on: {what}")
+            return False
 
     def open(self, step: int, total: int, data: str, models: dict[str, str]) -> None:
         """Continue the records after `step`: what an earlier life wrote beyond it is dropped, since it is written again.
 
         `data` says what was found, `models` what each model is; both are for the page.
         """
-        if configs.trackers(self.cfg.base):
-            self.accelerator.init_trackers(
-                "oneloop",
-                config={f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()},
-                init_kwargs={
-                    "tensorboard": {"purge_step": step + 1},
-                    "wandb": {
-                        "name": self.out.name,
-                        "dir": str(self.out),
-                        "id": self._identity() if "wandb" in configs.trackers(self.cfg.base) else None,
-                        "resume": "allow",
-                    },
-                },
-            )
+        plain = {f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()}
+        named = configs.trackers(self.cfg.base)
+        options = {
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {
+                "name": self.out.name,
+                "dir": str(self.out),
+                "id": self._identity() if "wandb" in named else None,
+                "resume": "allow",
+            },
+        }
+        begin = lambda: self.accelerator.init_trackers("oneloop", plain, {k: v for k, v in options.items() if k in named})  # noqa: E731
+        if named and not self._track(" ".join(named), begin):
+            self.accelerator.trackers = []
         if not self.main:
             return
         path, lives = self.out / "metrics.jsonl", self.out / "lives.jsonl"
-        checkpoint.write(path, "".join(line for line, values in page.lines(path) if values["step"] <= step))
-        earlier = "".join(line for line, _ in page.lines(lives)) if step else ""
+        checkpoint.write(path, "".join(line for line, values in page.lines(path, self.say) if values["step"] <= step))
+        earlier = "".join(line for line, _ in page.lines(lives, self.say)) if step else ""
         now = json.dumps({"step": step, "total": total} | life(self.accelerator, self.cfg, data, models))
         checkpoint.write(lives, f"{earlier}{now}\n")
         self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
@@ -76,9 +127,12 @@ class Report:
         if not self.main:
             return ""
         path = self.out / "wandb.id"
-        if not path.exists():
-            checkpoint.write(path, os.urandom(8).hex())
-        return path.read_text()
+        known = path.read_bytes().decode("ascii", "replace").strip() if path.is_file() else None
+        if known is None or not re.fullmatch("[0-9a-f]{16}", known):
+            if known is not None:
+                self.say(f"warning: {path} is damaged; wandb shows this run as another from here on")
+            checkpoint.write(path, known := os.urandom(8).hex())
+        return known
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -87,30 +141,32 @@ class Report:
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Metrics of one moment, to every place they go."""
-        self.accelerator.log(values, step=step)
+        for tracker in self.accelerator.trackers:
+            self._track(tracker.name, functools.partial(tracker.log, values, step=step))
         if not self.main:
             return
         self.metrics.write(json.dumps({"step": step} | values) + "\n")
-        first = ("loss", "lr", "pictures_per_second", "validation/loss")
+        first = ("loss", "lr", "images_per_second", "pictures_per_second", "validation/loss")
         shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith(first)}
         if self.bar is not None:
             self.bar.set_postfix(shown)
-        elif time.perf_counter() - self.spoken > 10 or step == self.total:  # a pipe or a file: a line now and then
-            self.spoken = time.perf_counter()
-            left = (self.spoken - self.started) / max(step - self.first, 1) * (self.total - step)
-            self.say(f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left")
+        else:  # a pipe or a file
+            left = (time.perf_counter() - self.started) / max(step - self.first, 1) * (self.total - step)
+            line = f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left"
+            merged = step < self.total and not any(key.startswith("validation/") for key in values)
+            (self._say_soon if merged else self.say)(line)
 
     def images(self, images: Images, step: int) -> None:
-        """Each set of pictures as a PNG grid in samples/, and to the trackers."""
+        """Each set of images as a PNG grid in samples/, and to the trackers."""
         paths = save_grids(images, self.out / "samples" / str(step))
         if paths:
             self.say(f"step {step}: drew {', '.join(map(str, paths))}")
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                for name, pictures in images.items():
-                    shown = pictures.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
-                    tracker.log_images({name: shown}, step=step, **layout)
+                for name, drawn in images.items():
+                    shown = drawn.detach().float().cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()  # [N, H, W, 3]
+                    self._track(tracker.name, functools.partial(tracker.log_images, {name: shown}, step=step, **layout))
         self.page()
 
     def page(self) -> None:
@@ -132,12 +188,15 @@ class Report:
         """Write the page a last time; let go of the bar, the file and the trackers."""
         if self.bar is not None:
             self.bar.close()
+        if text := self._taken():
+            self.say(text)
         if self.metrics is not None:
             self.page()
             self.writing.join()
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # of a line that failed and was reported; what follows must not hide it
+                self.metrics.close()
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            self._track(tracker.name, tracker.finish)
 
 
 def save_grids(images: Images, stem: Path) -> list[Path]:
@@ -171,7 +230,7 @@ def life(accelerator: Accelerator, cfg: Any, data: str, models: dict[str, str]) 
         "data": data,
         "models": models,
         "changed": {
-            f"{group}.{name}": defaults[group][name]
+            f"{group}.{name}": {"value": value, "default": defaults[group][name]}
             for group, values in settings.items()
             for name, value in values.items()
             if value != defaults[group][name] and f"{group}.{name}" != "base.output_dir"

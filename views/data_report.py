@@ -198,16 +198,20 @@ def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> lis
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
-    path = out / "check.json"
+    path, said = out / "check.json", []
     try:
         found = Survey(**json.loads(path.read_text("utf-8")))
         valid = (found.fingerprint, found.resolution) == (examples.fingerprint, examples.cfg.resolution)
-    except (OSError, ValueError, TypeError):
+        notes = list(notable(found)) if valid else []
+    except FileNotFoundError:
         valid = False
+    except Exception:  # whatever damage does to it: the survey is made anew
+        valid, said = False, [f"warning: {path} is damaged; it is made anew"]
     if not valid:
         found = survey(examples)
         checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
-    said = [f"warning: {text}" for text in notable(found)]
+        notes = list(notable(found))
+    said += [f"warning: {text}" for text in notes]
     if broken := examples.pictures.broken:
         checkpoint.write(out / "broken.txt", "\n".join(broken) + "\n")
         said.append(f"warning: {len(broken):,} pictures cannot be read and are left out; {out}/broken.txt names them")

@@ -25,6 +25,7 @@ from oneloop.inputs import sources
 from oneloop.machine.memory import peak_host
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Models, Task
+from oneloop.training.signals import Signals
 from oneloop.training.validation import Stratified
 from oneloop.views.console import clock
 
@@ -134,22 +135,29 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
         except OSError as error:
             raise BadInput(f"--base.output-dir: {place} cannot be written: {error.strerror}") from None
 
-    out = on_main(here, temporary)
-    try:
-        if here.is_main_process:
-            print(f"a short run of {steps} of {total:,} steps, with samples and a checkpoint; it is removed", file=sys.stderr)
-        short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
-        examples = watch.timed("read", data.Examples)(sources.open_source(short.data, task.needs), short.data, base.seed)
-        grows, examples = (source.size / pictures - 1) * examples.pictures.nbytes(short.data), None
-        with contextlib.redirect_stderr(io.StringIO()):
-            watch.timed("run", run)(watch.over(task), short)
-        if here.is_main_process:
-            room = cfg.data.memory_budget * 2**30  # for decoded pictures
-            host = peak_host() + (grows / 2**30 if grows < room else 0)
-            print(drawn_out(cfg, watch, out, source.size / pictures, host))
-    finally:
-        if here.is_main_process:
-            shutil.rmtree(out, ignore_errors=True)
+    with Signals(here):  # from here on a signal leaves through what removes the folder
+        out = on_main(here, temporary)
+        try:
+            if here.is_main_process:
+                said = f"a short run of {steps} of {counted(total, 'step')}, with samples and a checkpoint; it is removed"
+                print(said, file=sys.stderr)
+            short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
+            examples = watch.timed("read", data.Examples)(sources.open_source(short.data, task.needs), short.data, base.seed)
+            grows, examples = (source.size / pictures - 1) * examples.pictures.nbytes(short.data), None
+            with contextlib.redirect_stderr(io.StringIO()):
+                watch.timed("run", run)(watch.over(task), short)
+            if here.is_main_process:
+                room = cfg.data.memory_budget * 2**30  # for decoded images
+                host = peak_host() + (grows / 2**30 if grows < room else 0)
+                print(drawn_out(cfg, watch, out, source.size / pictures, host))
+        finally:
+            if here.is_main_process:
+                shutil.rmtree(out, ignore_errors=True)
+
+
+def counted(number: int, what: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> str:
@@ -159,7 +167,8 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
     lines = [line for line in lines if "data_wait" in line]
     lines = lines[1:] or lines  # the first warmed up
     update = cfg.data.train_batch_size * base.gradient_accumulation_steps * PartialState().num_processes
-    step = sum(update / line["pictures_per_second"] for line in lines) / len(lines)
+    speeds = [value for line in lines for name, value in line.items() if name.endswith("_per_second")]
+    step = sum(update / speed for speed in speeds) / len(speeds)
     waiting = sum(line["data_wait"] for line in lines) / len(lines)
 
     ((began, ended),), ((_, last),), started = spans["run"], spans["samples"], spans["step"][0][0]
@@ -168,9 +177,9 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
     shows, saves = times(base.validation_steps), times(base.checkpointing_steps)
     parts = {
         "start": started - began + (watch.seconds("read") + watch.seconds("encode")) * (more - 1),
-        f"{total:,} steps": total * step,
-        f"{shows} times validation and samples": shows * showing,
-        f"{saves} checkpoints": saves * (ended - last),
+        counted(total, "step"): total * step,
+        f"validation and samples {'once' if shows == 1 else f'{shows:,} times'}": shows * showing,
+        counted(saves, "checkpoint"): saves * (ended - last),
     }
     one, kept = checkpoint.size(out / "out" / f"checkpoint-{watch.steps}"), min(saves, base.checkpoints_total_limit or saves)
     pixels = sum(path.stat().st_size for path in out.glob("examples/*/pixels")) * more
@@ -181,5 +190,5 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
 memory      {device}{host:.2f} GiB of the machine, at the peak of each process
 step        {step:.3f} s, {update / step:.1f} pictures/s, {waiting:.0%} of it waiting for data
 time        {sum(parts.values()) / 3600:.2f} hours: {", ".join(f"{name} {clock(s)}" for name, s in parts.items())}
-disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: {kept} checkpoints of {one / 2**30:.3f}, \
-what is made of the examples once {cache / 2**30:.3f}"""
+disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: \
+{counted(kept, "checkpoint")} of {one / 2**30:.3f}, what is made of the examples once {cache / 2**30:.3f}"""

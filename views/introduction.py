@@ -14,13 +14,14 @@ from oneloop.tasks import Batch, Models
 
 
 def introduce(accelerator: Accelerator, cfg: Any, found: str, models: Models, first: Batch, state: Any, total: int) -> str:
-    """What every number became, in a few lines."""
+    """What every number became, in a few lines; the first batch as the loss sees it."""
     count = lambda wanted: sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad is wanted)  # noqa: E731
     size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     update = size * processes * accumulated
     lasts = sum(held(models, state, accelerator.device).values())
-    shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" if isinstance(v, Tensor) else k for k, v in first.items())
+    kind = lambda v: "float32 in [-1, 1]" if v.dtype == torch.uint8 else str(v.dtype)[6:]  # noqa: E731  images, on the device
+    shapes = ", ".join(f"{k} {list(v.shape)} {kind(v)}" if isinstance(v, Tensor) else k for k, v in first.items())
     return f"""data        {found}
 first batch {shapes}
 models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}

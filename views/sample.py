@@ -1,7 +1,7 @@
 """Draw pictures from a run's output folder, or from one of its checkpoints.
 
     python loop.py sample runs/ddpm --num 16
-    python loop.py sample runs/ddpm/checkpoint-500 --num 4 --to pictures.png
+    python loop.py sample runs/ddpm/checkpoint-500 --num 4 --to images.png
 
 With the task's own `sample_fn`, the checkpoint's averaged weights and its own settings: for the run's seed and number of
 pictures these are, to the bit, those of the run's own grid at that step.
@@ -9,7 +9,6 @@ pictures these are, to the bit, those of the run's own grid at that step.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,28 +18,33 @@ from typing import Any
 from tyro.conf import Positional
 
 from oneloop import configs
-from oneloop.configs import BadInput, require
+from oneloop.configs import BadInput, Images, Name, Seed, check, require
+from oneloop.views import check_writable
 
 
 @dataclass(frozen=True)
 class Settings:
     """Draw pictures with what a run has learned."""
 
-    folder: Positional[str]
+    folder: Positional[Name]
     """The output folder of a run, whose last checkpoint draws, or one checkpoint-N in it."""
-    num: int | None = None
-    """Pictures. None: as many as a grid of the run has."""
-    seed: int | None = None
-    """Which pictures. None: the run's own seed, and so its own pictures."""
-    to: str | None = None
+    num: Images | None = None
+    """Images. None: as many as a grid of the run has."""
+    seed: Seed | None = None
+    """Which images. None: the run's own seed, and so its own images."""
+    to: Name | None = None
     """The PNG file for the grid. None: samples/drawn/ in the output folder."""
+    task: Name | None = None
+    """The task that drew, where it is not one of oneloop's: its import path. Its code is run, on your word and never on that of
+    a file in the folder."""
 
     def __post_init__(self):
-        require(self.num is None or self.num >= 1, "num", self.num, "at least 1")
-        require(self.seed is None or self.seed >= 0, "seed", self.seed, "at least 0")
+        check(self)
         require(self.to is None or self.to.endswith(".png"), "to", self.to, "the name of a .png file")
         if not Path(self.folder).expanduser().is_dir():
             raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
+        if self.to:
+            check_writable(Path(self.to).expanduser())
 
 
 def main(settings: Settings) -> None:
@@ -67,20 +71,19 @@ def main(settings: Settings) -> None:
         saved, facts = (folder, checkpoint.verify(folder)) if is_checkpoint else checkpoint.find(folder, "latest", warn)
     except checkpoint.Damaged as error:
         raise BadInput(f"{settings.folder}: not a valid checkpoint: {error}") from None
-    task = configs.find_task(facts.get("module", facts["task"])).task
-    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config), source=f"{saved}: ")
+    manifest = f"{saved}/{checkpoint.MANIFEST}"
+    if not isinstance(facts.get("step"), int) or not isinstance(facts.get("settings"), dict):
+        raise BadInput(f"{manifest}: expected the step and the settings of a run")
+    typed = f"python loop.py sample {settings.folder} --task {facts.get('module')}"
+    task = configs.find_task(settings.task or configs.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
+    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: ")
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
     out = folder.parent if is_checkpoint else folder
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), logger=("none",), push_to_hub=False, compile=False))
     name = f"{facts['step']}-seed-{seed}-num-{num}.png"
     to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{to} cannot be written: {error.strerror}; --to names another file") from None
-    if not os.access(to.parent, os.W_OK):
-        raise BadInput(f"{to} cannot be written: no permission; --to names another file")
+    check_writable(to)
     accelerator = make_accelerator(cfg.base, saved)
     models = placement.make_models(task, cfg, accelerator)
     weights = placement.trained(models)
@@ -94,8 +97,12 @@ def main(settings: Settings) -> None:
     shown = lambda first, count: data.Fixed(Unopened(task, cfg), count, accelerator.device, num, first)  # noqa: E731
     rng = Rng.of(seed, range(num), "samples", accelerator.device)
     images = placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
-    paths = console.save_grids(images, to.with_suffix(""))
-    print(f"{num} pictures of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        paths = console.save_grids(images, to.with_suffix(""))
+    except OSError as error:
+        raise checkpoint.StorageError(f"writing {to} failed: {error.strerror or error}") from None
+    print(f"{num} images of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
 
 
 @dataclass(frozen=True)

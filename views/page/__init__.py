@@ -7,17 +7,16 @@ inside. Nothing here imports torch.
 from __future__ import annotations
 
 import base64
-import contextlib
 import datetime
 import functools
 import html
 import io
 import json
-import math
 import os
 import re
+import shlex
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,8 @@ class Run:
 
     folder: Path
     settings: dict[str, dict[str, Any]]
+    task: str | None
+    """Import path of a task outside oneloop."""
     lives: list[dict[str, Any]]
     """One for each time the run was started or continued, oldest first; see `report.life`."""
     metrics: dict[str, list[tuple[int, float]]]
@@ -49,32 +50,55 @@ class Run:
         return max([0, *self.grids, *(points[-1][0] for points in self.metrics.values())])
 
 
-def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a record, and their values. It may end in half of one or in the zeros of a power cut, or not be there."""
-    for line in path.read_text("utf-8", "replace").splitlines(keepends=True) if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            if isinstance(values := json.loads(line), dict) and line.endswith("\n"):
-                yield line, values
+Say = Callable[[str], Any]
+RENAMED = {"pictures_per_second": "images_per_second"}
+"""Metrics of earlier versions -> today's names."""
 
 
-def read(folder: Path) -> Run:
-    """What an output folder tells of its run.
+def lines(path: Path, say: Say = lambda text: None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a record that are whole, and their values; each has a step. Records are advice: what is damaged is left out
+    with a word to `say`. The last line may be half of one or the zeros of a power cut, and the file may be missing."""
+    damaged = []
+    rows = path.read_text("utf-8", "replace").splitlines(keepends=True) if path.is_file() else []
+    for number, row in enumerate(rows, 1):
+        try:
+            values = json.loads(row)
+            good = type(values["step"]) is int and 0 <= values["step"] < 2**53
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            good = False
+        if not row.endswith("\n"):
+            break
+        if good:
+            yield row, values
+        else:
+            damaged.append(number)
+    if damaged:
+        say(f"{path}: {len(damaged)} damaged line{'s' * (len(damaged) > 1)} left out, the first is line {damaged[0]}")
+
+
+def read(folder: Path, say: Say = lambda text: None) -> Run:
+    """What an output folder tells of its run; what is damaged is left out with a word to `say`.
 
     Raises:
-        OSError, ValueError: it has no readable run.json.
+        OSError: its files cannot be read.
     """
     metrics: dict[str, list[tuple[int, float]]] = {}
-    for _, values in lines(folder / "metrics.jsonl"):
+    for _, values in lines(folder / "metrics.jsonl", say):
         for name, value in values.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                metrics.setdefault(name, []).append((values["step"], value))
+            if name != "step" and type(value) in (int, float) and abs(value) < 1e300:  # which NaN is not
+                metrics.setdefault(RENAMED.get(name, name), []).append((values["step"], value))
     grids: dict[int, dict[str, Path]] = {}
     for path in sorted((folder / "samples").glob("*.png")):
-        if match := re.fullmatch(r"(\d+)(?:-(.+))?", path.stem):
+        if match := re.fullmatch(r"([0-9]{1,15})(?:-(.+))?", path.stem):
             grids.setdefault(int(match[1]), {})[match[2] or "samples"] = path
-    settings = json.loads((folder / "run.json").read_text("utf-8"))
-    settings = {group: values for group, values in settings.items() if isinstance(values, dict)}
-    return Run(folder, settings, [life for _, life in lines(folder / "lives.jsonl")], metrics, dict(sorted(grids.items())))
+    try:
+        settings = dict(json.loads((folder / "run.json").read_text("utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        say(f"{folder}/run.json: damaged; its settings are left out")
+        settings = {}
+    groups = {group: values for group, values in settings.items() if isinstance(values, dict)}
+    lives = [life for _, life in lines(folder / "lives.jsonl", say)]
+    return Run(folder, groups, settings.get("task"), lives, metrics, dict(sorted(grids.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +137,7 @@ def drawn(runs: list[Run], names: list[str]) -> dict[str, Any]:
             kept = thinned(points)
             line = {"run": index, "name": name if len(runs) > 1 else key, "key": key, "x": [step for step, _ in kept]}
             charts.setdefault(_chart(key), []).append(line | {"y": [float(f"{value:.6g}") for _, value in kept]})
-    order = ["loss", "validation", "validation by timestep", "lr", "grad_norm", "pictures_per_second"]
+    order = ["loss", "validation", "validation by timestep", "lr", "grad_norm", "images_per_second"]
     rank = {title: i for i, title in enumerate(order)}
     steps = spread(sorted({step for run in runs for step in run.grids}), GRIDS)
     shown = [run.grids[step] for run in runs for step in steps if step in run.grids]
@@ -127,7 +151,11 @@ def drawn(runs: list[Run], names: list[str]) -> dict[str, Any]:
         "steps": steps,
         "grids": [
             {
-                step: {kind: embedded(path, path.stat().st_mtime_ns, each) for kind, path in run.grids[step].items()}
+                step: {
+                    kind: data
+                    for kind, path in run.grids[step].items()
+                    if (data := embedded(path, path.stat().st_mtime_ns, each))
+                }
                 for step in steps
                 if step in run.grids
             }
@@ -145,18 +173,19 @@ def _title(chart: str) -> str:
     known = {
         "lr": "Learning rate",
         "grad_norm": "Gradient norm",
-        "pictures_per_second": "Pictures per second",
+        "images_per_second": "Images per second",
         "data_wait": "Share of the time that waits for data",
         "validation": "Validation loss",
         "validation by timestep": "Validation loss by quarter of the timesteps",
-        "ema_decay": "Decay of the averages",
+        "ema_decay": "Decay of the EMA",
     }
     return known.get(chart, chart.replace("_", " ").capitalize())
 
 
 @functools.lru_cache(maxsize=1024)
 def embedded(path: Path, changed: int, most: int) -> str:
-    """A picture as a data URI of at most about `most` bytes: the file as it is, or made smaller until it fits.
+    """An image as a data URI of at most about `most` bytes: the file as it is, or made smaller until it fits; "" where it is
+    damaged.
 
     `changed` is when the file was, so that a page that is written again encodes only what is new.
     """
@@ -165,9 +194,12 @@ def embedded(path: Path, changed: int, most: int) -> str:
     raw, kind = path.read_bytes(), "png"
     side = 1600
     while len(raw) > most * 3 // 4 and side >= 100:  # base64 takes four bytes for three
-        picture, buffer = Image.open(path).convert("RGB"), io.BytesIO()
-        picture.thumbnail((side, side))
-        picture.save(buffer, "JPEG", quality=85)
+        try:
+            image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
+        except Exception:  # PIL has one for every kind of damage
+            return ""
+        image.thumbnail((side, side))
+        image.save(buffer, "JPEG", quality=85)
         raw, kind, side = buffer.getvalue(), "jpeg", side * 3 // 4
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
@@ -179,26 +211,34 @@ def embedded(path: Path, changed: int, most: int) -> str:
 def write(folder: Path) -> None:
     """report.html of an output folder, whole or not at all."""
     run = read(folder)
-    life, task = (run.lives or [{}])[-1], next(group for group in run.settings if group not in ("base", "data"))
+    task = next((group for group in run.settings if group not in ("base", "data")), "a run")
+    kinds = {"total": int, "models": dict, "changed": dict, "hardware": dict, "versions": dict, "about": str, "data": str}
+    life = {name: value for name, value in (run.lives or [{}])[-1].items() if isinstance(value, kinds.get(name, object))}
     done = life.get("total", 0) and run.step >= life["total"]
     facts = {
         "trained": life.get("about"),
         "on": life.get("data"),
         "models": "; ".join(f"{name}: {what}" for name, what in life.get("models", {}).items()),
-        "length": f"{run.step:,} of {life['total']:,} optimizer steps" if life else None,
+        "length": f"{run.step:,} of {life['total']:,} optimizer steps" if "total" in life else None,
         "resumed": ", ".join(f"after step {step:,}" for step in resumed(run.lives)),
     }
     lead = f"{task}, {'finished' if done else 'running'} at step {run.step:,}"
-    changed = life.get("changed", {})
     flat = {f"{group}.{name}": value for group, values in run.settings.items() for name, value in values.items()}
+    changed = [  # earlier versions wrote the default alone
+        [name, *([both["value"], both["default"]] if isinstance(both, dict) else [flat.get(name, ""), both])]
+        for name, both in life.get("changed", {}).items()
+        if not isinstance(both, dict) or both.keys() >= {"value", "default"}
+    ]
+    named = f"{run.task} " if run.task else ""
+    repeat = f"python loop.py {named}{shlex.quote(f'{folder}/run.json')} --base.output-dir {shlex.quote(f'{folder}-again')}"
     sections = [
         _section("Curves", '<div id="charts"></div>') if run.metrics else "",
         _section("Samples", '<div id="samples"></div>') if run.grids else "",
         _section("Load the result", _code(_loads(run))),
-        _section("Repeat the run", _code(f"python loop.py {folder}/run.json --base.output-dir {folder}-again")),
+        _section("Repeat the run", _code(repeat)),
         _section(
             "Settings",
-            _table(["changed", "here", "default"], ([name, flat[name], old] for name, old in changed.items() if name in flat))
+            _table(["changed", "here", "default"], changed)
             + f"<details><summary>All {len(flat)} settings</summary>{_table(['setting', 'value'], flat.items())}</details>",
         ),
         _section("Made with", _table([], [*life.get("hardware", {}).items(), *life.get("versions", {}).items()])),
@@ -206,13 +246,13 @@ def write(folder: Path) -> None:
     _fill(folder / "report.html", folder.name, lead, _facts(facts) + "".join(sections), drawn([run], [folder.name]))
 
 
-def compare(folders: list[Path], to: Path) -> None:
+def compare(folders: list[Path], to: Path, say: Say = lambda text: None) -> None:
     """One page for the runs of several output folders.
 
     Raises:
-        OSError, ValueError: one of them has no readable run.json, or the page cannot be written.
+        OSError: one of them cannot be read, or the page cannot be written.
     """
-    runs, names = [read(folder) for folder in folders], _names(folders)
+    runs, names = [read(folder, say) for folder in folders], _names(folders)
     flat = [{f"{g}.{k}": v for g, values in run.settings.items() for k, v in values.items()} for run in runs]
     every = dict.fromkeys(name for settings in flat for name in settings if name != "base.output_dir")
     differ = [name for name in every if any(s.get(name, "—") != flat[0].get(name, "—") for s in flat)]
@@ -238,12 +278,15 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _loads(run: Run) -> str:
     """The lines that load the newest result."""
-    numbers = [int(m[1]) for path in run.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    numbers = [int(m[1]) for path in run.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-([0-9]+)", path.name))]
     if not numbers:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
     done = (run.folder / "export").is_dir() and max(numbers) == run.step
-    return (saved / "load.py").read_text("utf-8").strip().format(path=run.folder / "export" if done else saved)
+    loads = saved / "load.py"
+    if not loads.is_file():
+        return f"# {loads} is missing"
+    return loads.read_text("utf-8", "replace").strip().replace("{path}", str(run.folder / "export" if done else saved))
 
 
 def _section(title: str, inner: str) -> str:
@@ -284,7 +327,7 @@ def _fill(path: Path, title: str, lead: str, body: str, data: dict[str, Any]) ->
     )
     staged = path.with_name(f".{path.name}.writing")
     try:
-        staged.write_text(text, "utf-8")
+        staged.write_text(text, "utf-8", "replace")  # a record may hold half a character
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
