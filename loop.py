@@ -296,7 +296,7 @@ def make_learner(task: Task, cfg: Any, accelerator: Accelerator, manifest: dict[
     return Learner(
         state,
         models,
-        called=models | {k: accelerator.prepare(m) for k, m in state.models.items()},
+        called=models | {k: accelerator.prepare_model(m, evaluation_mode=not trains(m)) for k, m in state.models.items()},
         optims={k: accelerator.prepare(o) for k, o in state.optims.items()},
         weights=weights,
         averages=averages,
