@@ -200,19 +200,20 @@ def _fixed(module: nn.Module) -> nn.Module:
     """
     from torch import nn
 
-    twins: dict[int, Any] = {id(m): m.__new__(type(m)) for m in module.modules()}
-    twins |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters() if p.requires_grad}
+    modules = list(module.modules())
+    trained = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
+    twins: dict[int, Any] = {id(m): m.__new__(type(m)) for m in modules}
+    twins |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in trained}
 
     def twin(x: Any) -> Any:
-        if id(x) in twins:
-            return twins[id(x)]
-        if isinstance(x, MethodType):
-            return MethodType(x.__func__, twin(x.__self__))
-        if type(x) in (list, tuple):
-            return type(x)(map(twin, x))
-        return type(x)((k, twin(v)) for k, v in x.items()) if type(x) in (dict, OrderedDict) else x
+        kind = type(x)
+        if kind in (dict, OrderedDict):
+            return kind([(k, twin(v)) for k, v in x.items()])
+        if kind in (list, tuple):
+            return kind(map(twin, x))
+        return MethodType(x.__func__, twin(x.__self__)) if kind is MethodType else twins.get(id(x), x)
 
-    for m in module.modules():
+    for m in modules:
         twins[id(m)].__setstate__({k: v if k == "_buffers" else twin(v) for k, v in m.__getstate__().items()})
     return twins[id(module)]
 
