@@ -100,6 +100,7 @@ def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) 
     """The models as they are shown and exported: the EMA in place, eval(), no gradients.
 
     Nothing is copied: each parameter points to its EMA meanwhile, and to its own memory, at its address of before, afterwards.
+    So what changes a parameter in place meanwhile changes the EMA.
     """
     training = {k: m.training for k, m in models.items()}
     own = {key: weights[key].data for key in ema}
