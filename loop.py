@@ -54,7 +54,7 @@ from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
 from oneloop.training import ema, validation
 from oneloop.training.guard import Guard
-from oneloop.training.losses import in_order, no_leak
+from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
 from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
@@ -366,7 +366,7 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
     state, per_step = learner.state, examples_per_step(run.cfg, accelerator.num_processes)
     size = run.cfg.data.train_batch_size
     stream = run.examples.stream(state.examples + accelerator.process_index * size, size * accelerator.num_processes)
-    meter = Meter(accelerator, len(learner.optims) > 1)
+    meter, compared = Meter(accelerator, len(learner.optims) > 1), set()
     signals.training = True
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
     if state.step and validates(run) and not on_main(accelerator, drawn):  # saved, and killed before this
@@ -385,6 +385,9 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
                     run.guard.watch(loss, rows)
                     meter.descended(loss)
                     if loss.step and accelerator.sync_gradients:  # the batch of the step is complete
+                        if loss.name not in compared:
+                            same_gradients(accelerator, loss.name, learner.params[loss.name])
+                            compared.add(loss.name)
                         step_optimizer(run, loss.name, factor, meter)
         state.step, state.examples = state.step + 1, state.examples + per_step
         share(accelerator, (buffer for module in learner.shared for buffer in module.buffers()))

@@ -17,6 +17,8 @@ class Settings:
     """With what the layout of a run changes: batch norm, and a state that counts batches."""
     twice: bool = False
     """Two losses share a step."""
+    ahead: bool = False
+    """Call the model for both before the first is yielded, which is a mistake."""
     alone: bool = False
     """Log `late`, for every second batch of two examples, which of two processes is the second's."""
 
@@ -61,13 +63,15 @@ def loss_fn(models, batch, rng, cfg):
     goal = models["target"](near, t)
     assert not goal.requires_grad and not models["target"].training
     error = (models["net"](far, t + 0.1) - goal).square().mean() * (1 + seen.mean)
+    second = lambda: 0.1 * models["net"](near, t).square().mean()  # noqa: E731
+    early = second() if cfg.consistency.ahead else None
     logs = {"late": float(batch["n"][0])} if cfg.consistency.alone and batch["n"][0] % 4 >= 2 else {}
     yield Loss("net", error, logs, step=not cfg.consistency.twice)
     if cfg.consistency.moving:  # without regard to the phase: what a pass moves beside the training, it puts back
         seen.count += 1
         seen.mean += (error.detach() - seen.mean) / seen.count
     if cfg.consistency.twice:
-        yield Loss("net", 0.1 * models["net"](near, t).square().mean())
+        yield Loss("net", second() if early is None else early)
 
 
 task = Task(

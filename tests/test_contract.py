@@ -97,6 +97,12 @@ def test_losses_that_share_a_step_on_two_processes(tmp_path):
     assert distance(tmp_path / "accumulated", tmp_path / "two", "ema/target") < 1e-5
 
 
+def test_gradients_that_were_not_reduced_are_refused(tmp_path):
+    """DDP reduces one backward pass after each call: of two calls in a row the second stays each process's own."""
+    for result in cli_many(tmp_path, 2, *command(tmp_path, "out", consistency__twice=True, consistency__ahead=True)):
+        assert result.code and "the gradient of 'net' was not reduced across processes (norms " in result.err, result.err
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_state_that_does_not_train_survives(tmp_path, processes):
     """Batch norm and a state of the task's own, though warm-up passes (of three processes) and validation move them."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine.processes import gather
 from oneloop.tasks import Loss
 
 
@@ -31,6 +34,22 @@ def no_leak(loss: Loss, params: Mapping[str, list[Tensor]]) -> Iterator[None]:
                 f"the loss {loss.name!r} put gradients on the parameters of {name!r}, which are not its own; "
                 f"look at that model through tasks.frozen(...), or at what it made through .detach()"
             )
+
+
+def same_gradients(accelerator: Accelerator, name: str, params: Iterable[Tensor]) -> None:
+    """Refuse an optimizer whose gradient is not the same on all processes, whose weights would part. This waits for the device.
+
+    Raises:
+        ValueError: it is not, by more than a thousandth of its norm.
+    """
+    if accelerator.num_processes == 1:
+        return
+    norms = gather(accelerator, torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]).item())
+    if max(norms) - min(norms) > 1e-3 * max(norms):
+        raise ValueError(
+            f"the gradient of {name!r} was not reduced across processes (norms {', '.join(f'{x:.4g}' for x in norms)}): "
+            "call what trains as models[name](...), once for each loss, after the loss before it was yielded"
+        )
 
 
 def in_order(losses: Iterable[Loss], accumulated: int) -> Iterator[Loss]:
