@@ -134,7 +134,8 @@ def write(path: Path, text: str) -> None:
 def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> None:
     """Have the accelerator's own save and load write and read what trains, and only that, under plain names.
 
-    Frozen weights come from where they came from the first time. `ema` is filled in place when loading.
+    Frozen weights come from where they came from the first time; the persistent buffers of all these models are written. `ema`
+    is filled in place when loading.
     """
 
     def save(wrapped: list, weights: list[dict[str, Tensor]], output_dir: str) -> None:
@@ -157,7 +158,10 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
             module.load_state_dict(saved, strict=False)
         wrapped.clear()
         if ema:
-            for key, value in load_file(Path(input_dir) / "ema.safetensors").items():
+            saved = load_file(file := Path(input_dir) / "ema.safetensors")
+            if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in ema.items()}:
+                raise BadInput(f"{file} does not fit: its names or shapes are not those of this run's EMA")
+            for key, value in saved.items():
                 ema[key].copy_(value)
 
     accelerator.register_save_state_pre_hook(save)

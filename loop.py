@@ -46,14 +46,15 @@ from torch import Tensor
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
 from oneloop.inputs import decoding, encodings, sources
-from oneloop.machine import compilation
+from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.memory import Memory, peak_memory
-from oneloop.machine.placement import at_rest, describe, draw, make_models, move, seed_layers, trained, trains
-from oneloop.machine.processes import company, in_turns, on_main
+from oneloop.machine.placement import at_rest, describe, draw, make_models, move, same_buffers, seed_layers, trained, trains
+from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
 from oneloop.training import ema, validation
 from oneloop.training.guard import Guard
+from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
 from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
@@ -71,10 +72,12 @@ class TrainState:
     """Everything that training changes."""
 
     models: Models
-    """Those that train, as the task made them."""
+    """Those that train or that the task keeps, as the task made them."""
     optims: Optims
     ema: dict[str, Tensor] = field(default_factory=dict)
     """'model.parameter' -> its EMA, for what requires a gradient; empty without EMA."""
+    follows: dict[str, Tensor] = field(default_factory=dict)
+    """'model.parameter' of the models that follow others -> the parameter itself, which is an EMA."""
     step: int = 0
     """Optimizer steps taken."""
     examples: int = 0
@@ -99,6 +102,10 @@ class Learner:
     """As accelerate prepared them."""
     weights: dict[str, Tensor]
     """'model.parameter' -> the parameter, for what requires a gradient."""
+    averages: list[ema.Ema]
+    """What fills `state.ema` and `state.follows`; the first is what is exported."""
+    shared: list[torch.nn.Module]
+    """Modules whose buffers every process takes from the main one after each step."""
     params: dict[str, list[Tensor]]
     """Optimizer -> its parameters."""
     peaks: dict[str, list[float]]
@@ -178,7 +185,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         learner = make_learner(task, cfg, accelerator, manifest, memory)
         identity = {"task": name, "models": {k: describe(m) for k, m in learner.models.items()}}
         refuse_changes(manifest, identity)
-        checkpoint.attach(accelerator, learner.state.models, learner.state.ema)
+        checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
             checkpoint.load(accelerator, saved)
         if accelerator.is_main_process:
@@ -269,24 +276,31 @@ def make_learner(task: Task, cfg: Any, accelerator: Accelerator, manifest: dict[
     """
     base = cfg.base
     models = make_models(task, cfg, accelerator)
-    state = TrainState({k: m for k, m in models.items() if trains(m)}, task.make_optim(models, cfg))
+    state = TrainState(placement.saved(models, task), task.make_optim(models, cfg))
     state.step, state.examples, state.skipped = (manifest[name] for name in ("step", "examples", "skipped"))
     weights = trained(models)
     if base.use_ema:
         state.ema = {key: p.detach().clone() for key, p in weights.items()}
+    shown = ema.Ema(state.ema, list(weights.values()), lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power))
+    averages = [shown, *ema.following(models, task.follows)]
+    state.follows = {key: value for average in averages[1:] for key, value in average.values.items()}
     memory.watch(models, state)
     if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
         several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
         raise BadInput(f"--base.mixed-precision is 'fp16'; expected auto, bf16 or no: {several}")
     if base.compile:
-        compilation.compile_models(state.models, accelerator.device, base.gradient_accumulation_steps)
+        compilation.compile_models(
+            {k: m for k, m in state.models.items() if trains(m)}, accelerator.device, base.gradient_accumulation_steps
+        )
     scale = examples_per_step(cfg, accelerator.num_processes) if base.scale_lr else 1
     return Learner(
         state,
         models,
-        called=models | {k: accelerator.prepare(m) for k, m in state.models.items()},
+        called=models | {k: accelerator.prepare_model(m, evaluation_mode=not trains(m)) for k, m in state.models.items()},
         optims={k: accelerator.prepare(o) for k, o in state.optims.items()},
         weights=weights,
+        averages=averages,
+        shared=[models[name] for name in dict.fromkeys([*task.keeps, *(follow.of for follow in task.follows.values())])],
         params={k: [p for group in o.param_groups for p in group["params"]] for k, o in state.optims.items()},
         peaks={k: [group["lr"] * scale for group in o.param_groups] for k, o in state.optims.items()},
     )
@@ -323,17 +337,17 @@ def warm_up(run: Run, first: Batch) -> None:
     last bits: after this pass a resumed run sums in the order of one that never stopped.
     """
     once = functools.partial(rehearse, run, first)
-    if run.accelerator.num_processes > 2:
-        once()
-    if run.cfg.base.compile:
-        accumulated = run.cfg.base.gradient_accumulation_steps
-        run.report.say(compilation.price(run.accelerator, run.learner.state.models, once, accumulated))
+    with same_buffers(run.learner.models):
+        if run.accelerator.num_processes > 2:
+            once()
+        if run.cfg.base.compile:
+            run.report.say(compilation.price(run.accelerator, once, run.cfg.base.gradient_accumulation_steps))
 
 
 def rehearse(run: Run, first: Batch) -> None:
     """One pass whose gradients are thrown away. Its `step` is the run's last, for losses that start late."""
     rng = Rng.of(run.cfg.base.seed, first["n"].tolist(), device=run.accelerator.device)
-    for loss in losses(run, first, rng, run.learner.called, run.total):
+    for loss in losses(run, first, rng, run.learner.called, run.total, "warm-up"):
         run.accelerator.backward(loss.value)
     for module in run.learner.called.values():
         module.zero_grad()
@@ -352,7 +366,7 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
     state, per_step = learner.state, examples_per_step(run.cfg, accelerator.num_processes)
     size = run.cfg.data.train_batch_size
     stream = run.examples.stream(state.examples + accelerator.process_index * size, size * accelerator.num_processes)
-    meter, checked = Meter(accelerator, len(learner.optims) > 1), set()
+    meter, compared = Meter(accelerator, len(learner.optims) > 1), set()
     signals.training = True
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
     if state.step and validates(run) and not on_main(accelerator, drawn):  # saved, and killed before this
@@ -364,18 +378,20 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
             rng = Rng.of(base.seed, numbers, device=accelerator.device)
             seed_layers(accelerator.device, hash64(base.seed, "layers", numbers[0]))
             with accelerator.accumulate(*(learner.called[name] for name in state.models)):
-                for loss in losses(run, batch, rng, learner.called, state.step):
-                    accelerator.backward(loss.value)
-                    no_leak(loss, learner.params, checked)
+                made = losses(run, batch, rng, learner.called, state.step, "train")
+                for loss in in_order(made, base.gradient_accumulation_steps):
+                    with no_leak(loss, learner.params):
+                        accelerator.backward(loss.value)
                     run.guard.watch(loss, rows)
-                    meter.add("loss", loss.name, loss.value)
-                    for key, value in loss.logs.items():
-                        meter.add(key, "", value)
-                    if accelerator.sync_gradients:  # the batch of the step is complete
+                    meter.descended(loss)
+                    if loss.step and accelerator.sync_gradients:  # the batch of the step is complete
+                        if loss.name not in compared:
+                            same_gradients(accelerator, loss.name, learner.params[loss.name])
+                            compared.add(loss.name)
                         step_optimizer(run, loss.name, factor, meter)
         state.step, state.examples = state.step + 1, state.examples + per_step
-        decay = ema.decay_at(state.step, base.ema_decay, base.ema_power)
-        ema.update(state.ema, learner.weights, decay)
+        share(accelerator, (buffer for module in learner.shared for buffer in module.buffers()))
+        decay, *_ = [average.update(state.step, run.total) for average in learner.averages]
         meter.steps += 1
         report.advance()
         last = state.step == run.total
@@ -400,36 +416,17 @@ def validates(run: Run) -> bool:
     return step == run.total or (every > 0 and step % every == 0)
 
 
-def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int) -> Iterator[Loss]:
+def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int, phase: str) -> Iterator[Loss]:
     """The task's losses on a batch as the data plane made it, computed in the precision of the run; what happens between two
     of them is not."""
     batch = encodings.encode(run.encodings, models, run.examples.ready(batch, run.accelerator.device), run.cfg)
-    made = run.task.loss_fn(models, batch | {"step": step}, rng, run.cfg)
+    made = run.task.loss_fn(models, batch | {"step": step, "total": run.total, "phase": phase}, rng, run.cfg)
     while True:
         with run.accelerator.autocast():
             loss = next(made, None)
         if loss is None:
             return
         yield loss
-
-
-def no_leak(loss: Loss, params: dict[str, list[Tensor]], checked: set[str]) -> None:
-    """Refuse a loss whose gradient lands on another optimizer's parameters. Each loss is looked at once, when it first comes.
-
-    Raises:
-        ValueError: it does, or no optimizer has its name.
-    """
-    if loss.name in checked:
-        return
-    if loss.name not in params:
-        raise ValueError(f"the task yields a loss {loss.name!r}, and its optimizers are: {', '.join(params)}")
-    checked.add(loss.name)
-    for other in params.keys() - checked:
-        if any(p.grad is not None for p in params[other]):
-            raise ValueError(
-                f"the loss {loss.name!r} put gradients on the parameters of {other!r}, which are not its own; "
-                f"look at that model through tasks.frozen(...)"
-            )
 
 
 def step_optimizer(run: Run, name: str, factor: float, meter: Meter) -> None:
@@ -448,13 +445,15 @@ def validate(run: Run) -> None:
     """The loss on held-out examples, and a grid of samples; a sample that fails is a warning, and training goes on."""
     accelerator, base, learner, state = run.accelerator, run.cfg.base, run.learner, run.learner.state
     run.guard.read()
-    run.guard.check_weights(learner.weights, state.ema)
+    run.guard.check_weights(learner.weights, state.ema | state.follows)
     move(learner.models, run.idle, accelerator.device)
     if run.held_out:
         versions = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
         shown = {name: at_rest(learner.models, learner.weights, version) for name, version in versions.items()}
-        measured = lambda batch, rng: losses(run, batch, rng, learner.models, state.step)  # noqa: E731
-        run.report.log(validation.measure(run.held_out, accelerator, measured, shown), state.step)
+        measured = lambda batch, rng: losses(run, batch, rng, learner.models, state.step, "validate")  # noqa: E731
+        with same_buffers(learner.models):
+            measures = validation.measure(run.held_out, accelerator, measured, shown)
+        run.report.log(measures, state.step)
 
     def samples() -> None:
         rng = Rng.of(base.seed, range(base.num_samples), "samples", accelerator.device)
@@ -475,7 +474,7 @@ def save(run: Run) -> Path:
     """A checkpoint of the state, inside the task's export of the EMA; returns the folder that it will be committed to."""
     learner, state = run.learner, run.learner.state
     run.guard.read()
-    run.guard.check_weights(learner.weights, state.ema)
+    run.guard.check_weights(learner.weights, state.ema | state.follows)
 
     def export(folder: Path) -> None:
         count = None if state.step == run.total else EXPORT_EXAMPLES

@@ -50,9 +50,8 @@ def compile_models(models: Models, device: torch.device, accumulated: int) -> No
         module.compile_repeated_blocks(**how) if regions else module.compile(**how)
 
 
-def price(accelerator: Accelerator, models: Models, rehearse: Callable[[], None], accumulated: int) -> str:
+def price(accelerator: Accelerator, rehearse: Callable[[], None], accumulated: int) -> str:
     """Compile now, by passes that leave nothing behind, and say what it cost and when it is repaid."""
-    buffers = [(buffer, buffer.clone()) for module in models.values() for buffer in module.buffers()]
 
     def seconds() -> float:
         began = time.perf_counter()
@@ -65,8 +64,6 @@ def price(accelerator: Accelerator, models: Models, rehearse: Callable[[], None]
         plain = min(seconds() for _ in range(3))
     first = [seconds() for _ in range(3)]  # the first compiles; CUDA graphs are recorded in those after it
     quick = min(seconds() for _ in range(3))
-    for buffer, value in buffers:
-        buffer.copy_(value)
     cost, gain = sum(first) - 3 * quick, (plain - quick) * accumulated
     repaid = f"repaid after {math.ceil(cost / gain):,} steps" if gain > 0 else "not repaid here; --base.no-compile is quicker"
     return f"compiled in {cost:.1f} s: a pass takes {quick:.3g} s rather than {plain:.3g} s, {repaid}"

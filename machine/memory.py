@@ -18,7 +18,8 @@ from oneloop.tasks import Models
 def held(models: Models, state: Any, device: torch.device) -> dict[str, int]:
     """Bytes on the device that last from step to step: weights, gradients, averages, and optimizer states, counted as AdamW's
     two numbers a weight, of one byte each in an 8-bit optimizer."""
-    weights = sum(p.nbytes for m in models.values() for p in m.parameters() if p.device.type == device.type)
+    once = {id(p): p for m in models.values() for p in m.parameters()}  # a model that follows another shares what is frozen
+    weights = sum(p.nbytes for p in once.values() if p.device.type == device.type)
     each = {name: 2 if "8bit" in type(o).__name__ else 8 for name, o in state.optims.items()}
     trained = [(p, each[name]) for name, o in state.optims.items() for group in o.param_groups for p in group["params"]]
     return {

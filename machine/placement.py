@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from oneloop.configs import BadInput
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.tasks import Batch, Images, Models, Rng, Task, hash64
+from oneloop.training.ema import followers
 
 
 def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
@@ -26,7 +28,14 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
     torch.manual_seed(hash64(cfg.base.seed, "models"))
     models = task.make_models(cfg)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
-    return models
+    return models | followers(models, task.follows)
+
+
+def saved(models: Models, task: Task) -> Models:
+    """Those whose state a checkpoint has: what trains, and what the task keeps."""
+    if missing := [name for name in task.keeps if name not in models]:
+        raise ValueError(f"the task keeps {missing[0]!r}, and its models are: {', '.join(models)}")
+    return {name: module for name, module in models.items() if trains(module) or name in task.keeps}
 
 
 def describe(module: torch.nn.Module) -> str:
@@ -60,7 +69,7 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for name, module in models.items():
         training = trains(module)
-        if not training and not any(True for _ in module.parameters()):
+        if not training and not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             continue
         for p in module.parameters():
             if p.is_floating_point():
@@ -88,19 +97,37 @@ def move(models: Models, names: Iterable[str], device: Any) -> None:
 
 @contextlib.contextmanager
 def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
-    """The models as they are shown and exported: averaged weights in place, eval(), no gradients."""
+    """The models as they are shown and exported: the EMA in place, eval(), no gradients.
+
+    Nothing is copied: each parameter points to its EMA meanwhile, and to its own memory, at its address of before, afterwards.
+    So what changes a parameter in place meanwhile changes the EMA.
+    """
     training = {k: m.training for k, m in models.items()}
+    own = {key: weights[key].data for key in ema}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        kept = [weights[key].clone() for key in ema]
-        torch._foreach_copy_([weights[key] for key in ema], list(ema.values())) if ema else None
-        for module in models.values():
-            module.eval()
         try:
+            for key, value in ema.items():
+                weights[key].data = value
+            for module in models.values():
+                module.eval()
             yield
         finally:
-            torch._foreach_copy_([weights[key] for key in ema], kept) if ema else None
+            for key, value in own.items():
+                weights[key].data = value
             for name, module in models.items():
                 module.train(training[name])
+
+
+@contextlib.contextmanager
+def same_buffers(models: Models) -> Iterator[None]:
+    """Every buffer is afterwards what it was before, whatever passes move."""
+    before = [(buffer, buffer.clone()) for module in models.values() for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
 
 
 def draw(

@@ -10,12 +10,13 @@ import contextlib
 import functools
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from oneloop.configs import SIGNALS
 
@@ -63,6 +64,12 @@ def gather(accelerator: Accelerator, value: Any) -> list[Any]:
     values = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(values, value, group=_patient_group())
     return values
+
+
+def share(accelerator: Accelerator, tensors: Iterable[Tensor]) -> None:
+    """Give all processes the main one's values, in place."""
+    for tensor in tensors if accelerator.num_processes > 1 else ():
+        torch.distributed.broadcast(tensor, 0)
 
 
 def largest(accelerator: Accelerator, number: int) -> int:

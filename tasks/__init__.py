@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ Batch = dict[str, Any]
 """Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Pictures
 are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized picture;
 where the data have them, `caption` (a list of B strings) and `label` [B]. In `loss_fn` also `step`, one int: the optimizer
-steps taken before this one, the same for every batch and process that share a step."""
+steps taken before this one, the same for every batch and process that share a step; `total`, the run's optimizer steps; and
+`phase`: "train", "validate", or "warm-up" for a pass whose gradients are thrown away (its `step` is `total`)."""
 Images = dict[str, "Tensor"]
 """What validation shows: name -> pictures [N, 3, H, W] in [0, 1]; one grid for each name."""
 
@@ -41,6 +44,23 @@ class Loss:
     """Scalar: the mean over the B examples, so that layouts of the same batch agree."""
     logs: Mapping[str, Any] = field(default_factory=dict)
     """More scalars to average and log."""
+    step: bool = True
+    """False: backward alone. Its gradient is added to that of the next losses of this name, up to the one that steps, which
+    the same batch has to yield. Call the models anew for each loss, after the one before it was yielded."""
+
+
+@dataclass(frozen=True)
+class Follow:
+    """A model that is the EMA of another: a frozen copy in eval(), moved once an optimizer step and never in between.
+
+    Its parameters are ema <- decay ema + (1 - decay) weight for what trains in the model it follows; parameters frozen there
+    and all buffers are that model's own. It starts as that model starts, checkpoints have it, and no gradient reaches it.
+    """
+
+    of: str
+    """The model that it follows, one that trains; it must survive `copy.deepcopy`."""
+    decay: float | Callable[[int, int], float]
+    """In [0, 1]; or a function of the optimizer steps taken (1, 2, ...) and the run's total."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +102,13 @@ class Task(Generic[C]):
     that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     """column -> its frozen encoding, which the loss sees in its place."""
+    follows: Mapping[str, Follow] = field(default_factory=dict)
+    """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
+    samples and exports show is made by the loop: `--base.use-ema`.)"""
+    keeps: tuple[str, ...] = ()
+    """Models whose persistent buffers are state of the run though nothing in them trains: checkpoints have them. (Those of
+    a model that trains are in every checkpoint anyway.) A loss changes them in place while the phase is "train"; after each
+    optimizer step all processes have those of the main one."""
     float32: tuple[str, ...] = ()
     """Frozen models that stay in float32, whatever the precision of the run."""
     needs: tuple[str, ...] = ()
@@ -164,18 +191,58 @@ def unwrap(module: nn.Module) -> nn.Module:
     return getattr(module, "module", module) if type(module).__name__ == "DistributedDataParallel" else module
 
 
+def _fixed(module: nn.Module) -> nn.Module:
+    """The module with parameters that require no gradient: new module objects around the same storage and the same buffers.
+
+    The original is not touched, so there is nothing to undo; and what recomputes activations in the backward pass calls these
+    objects again, and so does what the forward pass did. A `forward` that closes over the original escapes; the loop refuses
+    the gradients that it leaves there.
+    """
+    from torch import nn
+
+    modules = list(module.modules())
+    trained = (p for m in modules for p in m._parameters.values() if p is not None and p.requires_grad)
+    twins: dict[int, Any] = {id(m): m.__new__(type(m)) for m in modules}
+    twins |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in trained}
+
+    def twin(x: Any) -> Any:
+        kind = type(x)
+        if kind in (dict, OrderedDict):
+            return kind([(k, twin(v)) for k, v in x.items()])
+        if kind in (list, tuple):
+            return kind(map(twin, x))
+        return MethodType(x.__func__, twin(x.__self__)) if kind is MethodType else twins.get(id(x), x)
+
+    for m in modules:
+        twins[id(m)].__setstate__({k: v if k == "_buffers" else twin(v) for k, v in m.__getstate__().items()})
+    return twins[id(module)]
+
+
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """The module as a fixed function: gradients flow through it to its input, none is collected on its parameters.
+    """The module as a fixed function: gradients flow through what it yields to its input, none is collected on its parameters.
 
-    For a loss that looks at another optimizer's module, as a generator's loss looks at the discriminator.
+    For a loss that looks at another optimizer's module, as a generator's loss looks at the discriminator. It holds beyond the
+    context, in a backward pass that recomputes activations. It runs uncompiled.
     """
-    inner = unwrap(module)
-    trains = [p for p in inner.parameters() if p.requires_grad]
-    for p in trains:
-        p.requires_grad_(False)
-    try:
-        yield inner
-    finally:
-        for p in trains:
-            p.requires_grad_(True)
+    yield _fixed(unwrap(module))
+
+
+@contextlib.contextmanager
+def without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """The base inside a module with peft adapters, as a fixed function: the reference model of preference training (Rafailov et
+    al. 2023, arXiv:2305.18290, section 4) at no memory of its own. The module itself keeps its adapters meanwhile.
+
+    Raises:
+        ValueError: it has no adapter.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    base = _fixed(unwrap(module))
+    layers = [m for m in base.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if not layers:
+        raise ValueError(f"tasks.without_adapters: this {type(base).__name__} has no peft adapter")
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield base

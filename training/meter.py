@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from oneloop.tasks import Batch
+from oneloop.machine.processes import gather
+from oneloop.tasks import Batch, Loss
 
 
 class Meter:
@@ -21,6 +23,7 @@ class Meter:
     def __init__(self, accelerator: Accelerator, several: bool):
         self.accelerator, self.several = accelerator, several
         self.values: dict[str, list[Any]] = {}
+        self.open: dict[str, Tensor] = {}  # optimizer -> the sum of its losses that have not stepped yet
         self.since, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     def fetch(self, stream: Iterator[Batch], count: int) -> Iterator[Batch]:
@@ -36,13 +39,27 @@ class Meter:
         key = f"{kind}/{name}" if self.several and name else kind
         self.values.setdefault(key, []).append(value.detach() if isinstance(value, Tensor) else value)
 
+    def descended(self, loss: Loss) -> None:
+        """A loss that was descended, and what it logs; one number for those whose gradients share a step, their sum."""
+        value = self.open.pop(loss.name, 0) + loss.value.detach()
+        if loss.step:
+            self.add("loss", loss.name, value)
+        else:
+            self.open[loss.name] = value
+        for key, logged in loss.logs.items():
+            self.add(key, "", logged)
+
     def read(self, examples: int) -> dict[str, float]:
-        """The means over processes, and the speed with `examples` an update. This waits for the device."""
+        """The means over processes, and the speed with `examples` an update. This waits for the device.
+
+        Processes agree on the names first: one of them may have logged what others did not.
+        """
+        keys = sorted(set().union(*gather(self.accelerator, list(self.values))))
         made = functools.partial(torch.as_tensor, dtype=torch.float32, device=self.accelerator.device)
-        columns = [torch.stack([made(value) for value in self.values[key]]) for key in sorted(self.values)]
+        columns = [torch.stack([made(value) for value in self.values.get(key, [math.nan])]) for key in keys]
         pairs = torch.stack([torch.stack([x.nan_to_num(0, 0, 0).sum(), x.isfinite().sum()]) for x in columns])
         totals = self.accelerator.reduce(pairs, "sum").tolist()
-        values = {key: total / count for key, (total, count) in zip(sorted(self.values), totals, strict=True) if count}
+        values = {key: total / count for key, (total, count) in zip(keys, totals, strict=True) if count}
         now = time.perf_counter()
         speeds = {"pictures_per_second": examples * self.steps, "data_wait": self.waited}
         speeds = {key: amount / (now - self.since) for key, amount in speeds.items()}

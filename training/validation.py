@@ -95,11 +95,12 @@ def mean_losses(
             rows = [order[rank] for rank in ranks]
             keys = Rng.of(0, rows, "validation", device).keys
             rng = Stratified(keys, device, ranks=torch.tensor(ranks, dtype=torch.float32, device=device), count=len(order))
+            descended: dict[str, Tensor] = {}  # optimizer -> the sum of its losses
             for loss in losses(examples.at(torch.tensor(rows)), rng):
-                parts = {("loss", loss.name): loss.value} | {(key, ""): value for key, value in loss.logs.items()}
-                if "timestep" in rng.drawn:
-                    parts[f"q{quarter}", loss.name] = loss.value
-                found += [(part, len(rows), torch.as_tensor(value).detach()) for part, value in parts.items()]
+                descended[loss.name] = descended.get(loss.name, 0) + loss.value.detach()
+                found += [((key, ""), len(rows), torch.as_tensor(value).detach()) for key, value in loss.logs.items()]
+            for name, value in descended.items():
+                found += [((part, name), len(rows), value) for part in ("loss", f"q{quarter}")[: 1 + ("timestep" in rng.drawn)]]
     values = torch.stack([value.float().to(device) for *_, value in found]).tolist() if found else []
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     measured = [(p, n, v) for (p, n, _), v in zip(found, values, strict=True)]

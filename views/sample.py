@@ -63,6 +63,7 @@ def main(settings: Settings) -> None:
     from oneloop.machine import placement
     from oneloop.machine.accelerator import make_accelerator
     from oneloop.tasks import Rng
+    from oneloop.training.ema import following
     from oneloop.views import console
 
     warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
@@ -88,10 +89,11 @@ def main(settings: Settings) -> None:
     models = placement.make_models(task, cfg, accelerator)
     weights = placement.trained(models)
     ema = {key: p.detach().clone() for key, p in weights.items()} if cfg.base.use_ema else {}
-    training = {name: module for name, module in models.items() if placement.trains(module)}
+    training = placement.saved(models, task)
+    followers = {key: value for average in following(models, task.follows) for key, value in average.values.items()}
     for module in training.values():
         accelerator.prepare(module)  # called as in the run: in its precision
-    checkpoint.attach(accelerator, training, ema)
+    checkpoint.attach(accelerator, training, ema | followers)
     checkpoint.load(accelerator, saved)
 
     shown = lambda first, count: data.Fixed(Unopened(task, cfg), count, accelerator.device, num, first)  # noqa: E731
