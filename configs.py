@@ -132,11 +132,12 @@ class Data:
     split: Live[Name] = "train"
     """Split to train on."""
     validation_split: Live[Name | None] = None
-    """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1, whose
-    pictures are chosen by their row and never change. None: nothing."""
+    """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1:
+    that share of the rows, rounded, one of every ten by a hash of its number. Where rows are appended, all of those held out
+    but the last stay. None: nothing."""
     train_data_dir: Live[Folder | None] = None
-    """Folder of pictures, instead of dataset_name: captions from metadata.jsonl, metadata.csv or a .txt beside each picture,
-    labels from subfolders."""
+    """Folder of images, instead of dataset_name, in every format that PIL reads, and HEIC with pillow-heif: captions from
+    metadata.jsonl, metadata.csv or a .txt beside each image, labels from subfolders. Hidden files are left out."""
     cache_dir: Live[Folder | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
     max_train_samples: Live[Count | None] = None
@@ -157,6 +158,8 @@ class Data:
     resolution: Annotated[int, Range(1, 16_384)] = 32
     """Side of the square pictures in pixels: the shorter side is resized to it, then a square is cut. Transparent pictures
     are laid on white."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
+    """How images are resized, with antialiasing."""
     center_crop: bool = False
     """Cut the square from the middle rather than from a random place."""
     random_flip: bool = False
@@ -166,7 +169,7 @@ class Data:
     dataloader_num_workers: Live[Annotated[int, Range(0, 1024)]] = 0
     """Processes that read pictures beside the training, where the decoded set is larger than memory_budget."""
     skip_broken: Live[bool] = False
-    """Leave out pictures that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
+    """Leave out images that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
     memory_budget: Live[Annotated[float, Range(0, 2**20)]] = 2.0
     """GiB for decoded pictures, and as much for encoded ones. A set that fits is decoded once and kept; of a larger one every
     batch is read from the disk."""

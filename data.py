@@ -7,6 +7,7 @@ continue, and processes, batch sizes and loader workers change nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oneloop.configs import BadInput, Data, require
+from oneloop.configs import BadInput, Data
+from oneloop.inputs.crop import corner as centre
 from oneloop.inputs.decoding import Pictures, decode, keep, kept, pixels, place, to_rgb
+from oneloop.inputs.files import LISTED, listed, reason, shown
 from oneloop.inputs.sources import Source, content_hash, select
 from oneloop.machine.processes import signals_blocked
 from oneloop.tasks import Batch, Rng, hash64
@@ -37,20 +40,21 @@ Reader = Callable[[Iterable[str]], dict[str, Tensor]]
 class Examples(torch.utils.data.Dataset):
     """The training set: numbers of the run in, a batch out."""
 
-    def __init__(self, source: Source, cfg: Data, seed: int, pictures: Pictures | None = None):
-        """The examples of a source whose `pictures` were decoded and checked; None: they are here.
+    def __init__(self, source: Source, cfg: Data, seed: int, pictures: Pictures | None = None, report: Path | None = None):
+        """The examples of a source whose images were decoded and checked as `pictures`; None: they are here.
 
         Raises:
-            BadInput: pictures that cannot be read, every one of them named.
+            BadInput: images that cannot be read. The first ten are named, and where they are more, all of them in the file
+                `report`.
         """
         pictures = decode(source, cfg) if pictures is None else pictures
         if pictures.broken:
+            named = f"{len(pictures.broken)} of {source.size} images cannot be read: {_listed(pictures.broken, report)}"
             if not cfg.skip_broken:
-                there = f"{len(pictures.broken)} of {source.size} pictures cannot be read: {'; '.join(pictures.broken)}"
-                raise BadInput(f"{there}; --data.skip-broken leaves them out")
-            source = select(source, pictures.columns["row"].tolist())
-            size = cfg.train_batch_size
-            require(source.size >= size, "data.train_batch_size", size, f"at most {source.size}")
+                raise BadInput(f"{named}; --data.skip-broken leaves them out")
+            source, size = select(source, pictures.columns["row"].tolist()), cfg.train_batch_size
+            if source.size < size:
+                raise BadInput(f"--data.train-batch-size is {size}; expected at most the {source.size} images left: {named}")
         self.source, self.cfg, self.seed, self.size, self.pictures = source, cfg, seed, source.size, pictures
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
         self.unheld = {"pixel_values"} if pictures.pixels is None else set()  # columns that every batch reads from the disk
@@ -60,8 +64,20 @@ class Examples(torch.utils.data.Dataset):
         self.fingerprint = hashlib.blake2b(files + repr((source.captions, source.labels)).encode(), digest_size=16).hexdigest()
 
     def _pixels(self, row: int) -> Tensor:
-        held = self.pictures.pixels
-        return held[row] if held is not None else pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
+        """The image of a row, [3, h, w] uint8.
+
+        Raises:
+            BadInput: it could be read at the start, and cannot now.
+        """
+        if self.pictures.pixels is not None:
+            return self.pictures.pixels[row]
+        try:
+            return pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder throws at a broken file
+            where = f"the image {self.source.name(row)} could be read at the start and cannot be any more ({reason(error)})"
+            raise BadInput(f"{where}; the same command resumes once it is there") from None
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
     def order(self, epoch: int) -> Tensor:
@@ -103,7 +119,7 @@ class Examples(torch.utils.data.Dataset):
     ) -> Batch:
         size, room = (self.pictures.columns[name][rows] for name in ("size", "room"))  # [B, 2] each
         central = crop is None or self.cfg.center_crop
-        corner = room // 2 if central else (crop * (room + 1)).long()  # [B, 2] top, left
+        corner = centre(room, None) if central else (crop * (room + 1)).long()  # [B, 2] top, left
         if "pixel_values" in encoded:
             x = encoded["pixel_values"]([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
         elif self.resident is not None and crop is not None:
@@ -188,7 +204,7 @@ class Examples(torch.utils.data.Dataset):
         numbers = (range(n, n + size) for n in itertools.count(first, stride))
         processes = self.cfg.dataloader_num_workers if self.unheld else 0
         loader = torch.utils.data.DataLoader(
-            self,
+            _Readable(self),
             sampler=numbers,
             batch_size=None,
             collate_fn=_as_it_is,
@@ -197,14 +213,44 @@ class Examples(torch.utils.data.Dataset):
             generator=torch.Generator(),
         )
         with signals_blocked():
-            return iter(loader)
+            return map(_readable, iter(loader))
 
 
-def opened(source: Source, cfg: Data, seed: int, shelf: Path | None) -> Examples:
-    """The examples of a source, with the pictures that are kept on the shelf, or decoded here."""
+@dataclass(frozen=True)
+class _Readable:
+    """Batches for loader workers: what is wrong with an image comes back as a value, since of an exception they make a page."""
+
+    examples: Examples
+
+    def __getitem__(self, numbers: range) -> Batch | BadInput:
+        try:
+            return self.examples[numbers]
+        except BadInput as error:
+            return error
+
+
+def _readable(batch: Batch | BadInput) -> Batch:
+    if isinstance(batch, BadInput):
+        raise batch
+    return batch
+
+
+def _listed(broken: list[str], report: Path | None) -> str:
+    """Some of the images that cannot be read, in words; all in the file `report`, where they are more than that."""
+    rest = " (--base.check lists all)"
+    if report is not None and len(broken) > LISTED:
+        with contextlib.suppress(OSError):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text("\n".join(broken) + "\n", "utf-8")
+            rest = f" (all are in {shown(report, 250)})"
+    return listed(broken, rest)
+
+
+def opened(source: Source, cfg: Data, seed: int, shelf: Path | None, report: Path | None = None) -> Examples:
+    """The examples of a source, with the images that are cached on the shelf, or decoded here. `report`: as of Examples."""
     path = shelf and place(shelf, source, cfg)
     found = path and kept(path, cfg)
-    examples = Examples(source, cfg, seed, found)
+    examples = Examples(source, cfg, seed, found, report)
     examples.place, examples.kept = path, found is not None
     return examples
 

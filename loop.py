@@ -315,11 +315,12 @@ def open_examples(
     accelerator: Accelerator, cfg: Any, source: sources.Source, manifest: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[data.Examples, data.Examples | None]:
     """The examples to train on and those held out, decoded once on each machine, and cached unless `manifest` is of others."""
-    cache = configs.example_cache(cfg)
+    cache, broken = configs.example_cache(cfg), Path(cfg.base.output_dir) / "broken.txt"
 
     def opened() -> list[data.Examples]:
-        sets = [data.opened(s, cfg.data, cfg.base.seed, cache) for s in (source, source.held_out) if s]
-        refuse_changes(manifest, {"data": sets[0].fingerprint})
+        sets = [data.opened(s, cfg.data, cfg.base.seed, cache, broken) for s in (source, source.held_out) if s]
+        if manifest.get("data", sets[0].fingerprint) != sets[0].fingerprint:
+            refuse_changes(manifest, {"data": sets[0].fingerprint}, data_report.differences(sets[0], broken.parent))
         for examples in sets if accelerator.is_local_main_process else ():
             examples.keep(say)
         if accelerator.is_main_process and cache == Path(cfg.base.output_dir) / "examples":

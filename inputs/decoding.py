@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -28,48 +29,102 @@ import numpy as np
 import PIL
 import torch
 import xxhash
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from oneloop.configs import Data
+from oneloop.inputs.crop import corner
+from oneloop.inputs.files import reason
 from oneloop.inputs.sources import Source, content_hash
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One picture.
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture as 8-bit RGB, upright: EXIF orientation applied, deep ranges scaled, transparency laid on white.
+def to_rgb(image: Image.Image, say: Callable[[str], Any] = lambda change: None) -> Image.Image:
+    """Any image as 8-bit sRGB, upright: EXIF orientation applied, deep ranges scaled, colours converted from the embedded
+    profile, transparency laid on white. `say` is called with what else was changed.
 
-    Floating-point pictures are read as [0, 1], or as [0, 255] or [0, 65535] where their values exceed the smaller range.
+    Floating-point images are read as [0, 1], [0, 255] or [0, 65535], in the smallest whose maximum is at least half of theirs;
+    what lies beyond is clipped. An image of a larger range has its half empty: nothing is lost that could be seen.
 
     Raises:
-        ValueError: a floating-point picture that is negative or not finite.
+        ValueError: a floating-point image that is not finite, or falls below zero by more than a twentieth of its range.
     """
     ImageOps.exif_transpose(image, in_place=True)
+    profile, grey = image.info.get("icc_profile"), image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
     if image.mode == "F" or image.mode.startswith("I"):
         x = np.asarray(image).astype(np.float64)
-        if not np.isfinite(x).all() or x.min() < 0:
+        if image.mode == "F":
+            top = next((t for t in (1.0, 255.0, 65535.0) if x.max() <= 2 * t), x.max())
+        else:
+            top = max(65535.0, x.max())
+        if not np.isfinite(x).all() or x.min() < -top / 20:
             raise ValueError("its values are negative or not finite")
-        top = 65535.0 if image.mode != "F" else next((t for t in (1.0, 255.0, 65535.0) if x.max() <= t), x.max())
-        image = Image.fromarray((x / max(top, x.max()) * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        if x.min() < 0 or x.max() > top:
+            say("clipped to their range")
+        image = Image.fromarray((x.clip(0, top) / top * 255).round().astype(np.uint8))
+    clear = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    image = image.convert("RGBA") if clear else image
+    if profile:
+        alpha = image.getchannel("A") if clear else None
+        image = _to_srgb(image, profile, grey, say)
+        if clear:
+            image.putalpha(alpha)
+    if clear:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _to_srgb(image: Image.Image, profile: bytes, grey: bool, say: Callable[[str], Any]) -> Image.Image:
+    """The image in RGB, its colours converted from an embedded ICC profile to sRGB, unless they are sRGB to 2 levels."""
+    try:
+        mode, convert = _conversion(profile)
+    except (OSError, ImportError, ValueError):  # PyCMSError is none of its own kind in every version
+        mode, convert = None, None
+    if mode is None or (mode == "L" and not grey) or (mode == "CMYK") != (image.mode == "CMYK"):
+        say("read as sRGB, since their colour profile cannot be used")
+    elif convert is not None:
+        say("converted to sRGB from their colour profile")
+        return ImageCms.applyTransform(image.convert(mode), convert)
+    return image.convert("RGB")
+
+
+@functools.lru_cache(64)
+def _conversion(profile: bytes) -> tuple[str, Any]:
+    """The mode of images with this profile, and the conversion of such an image to sRGB; None where it changes nothing."""
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[given.profile.xcolor_space.strip()]
+        convert = ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, KeyError) as error:
+        raise ValueError(str(error)) from None
+    if mode == "CMYK":
+        return mode, convert
+    levels = np.linspace(0, 255, 9 if mode == "RGB" else 256).round().astype(np.uint8)
+    probe = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3) if mode == "RGB" else levels[None]
+    probe = Image.fromarray(probe)
+    changed = np.asarray(ImageCms.applyTransform(probe, convert)).astype(int) - np.asarray(probe.convert("RGB"))
+    return mode, convert if np.abs(changed).max() > 2 else None
+
+
 def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, tuple[int, int]]:
-    """An upright RGB picture with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is
-    central. And the room that a crop has after resizing, in height and width."""
-    side = cfg.resolution
-    image = F.resize(image, [side])  # bilinear with antialiasing, as PIL does it
+    """An upright RGB image with its shorter side at the resolution, [3, h, w] uint8; a square already where the crop is
+    central. And the room that a crop has after resizing, in height and width.
+
+    Raises:
+        ValueError: it is so narrow that it would exceed the pixels that PIL takes for an attack.
+    """
+    side, most = cfg.resolution, 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if max(image.size) * side**2 > most * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} is too narrow for a resolution of {side}")
+    image = F.resize(image, [side], interpolation=F.InterpolationMode(cfg.interpolation))  # with antialiasing, as PIL does it
     room = (image.height - side, image.width - side)
     if cfg.center_crop:
-        top, left = room[0] // 2, room[1] // 2
+        top, left = corner(np.array(room), None).tolist()
         image = image.crop((left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), room
 
@@ -92,7 +147,9 @@ class Pictures:
     each, height and width; `file`, a hash of its bytes, and `mark`, one of its pixels, [16] uint8 each; `thumb`, itself as
     8 x 9 pixels, [8, 9, 3] uint8."""
     modes: dict[str, int]
-    """PIL's mode -> pictures."""
+    """PIL's mode -> images."""
+    changes: dict[str, int]
+    """What was changed -> images."""
     broken: list[str]
     """Name and reason of each that cannot be read."""
     pixels: Tensor | list[Tensor] | None
@@ -116,6 +173,7 @@ class _Found:
 
     values: dict[str, Any]
     mode: str
+    changes: list[str]
     pixels: Tensor
 
 
@@ -125,21 +183,22 @@ def _find(source: Source, cfg: Data, skim: bool, rows: range) -> list[_Found | s
     for row in rows:
         try:
             image, raw = source.read(row)
-            mode, whole = image.mode, image.size
+            mode, whole, changes = image.mode, image.size, []
+            if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
+                changes.append("with several frames, of which the first is taken")
             if skim:
                 image.draft(mode, (cfg.resolution, cfg.resolution))
             smaller, turned = image.size != whole, 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
-            image = to_rgb(image)
+            image = to_rgb(image, changes.append)
             size = (whole if turned else whole[::-1]) if smaller else image.size[::-1]
             x, room = pixels(image, cfg)
             file = hashlib.blake2b(raw, digest_size=16).digest()
             mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
             file, mark = (np.frombuffer(digest, np.uint8) for digest in (file, mark))
             values = {"row": row, "size": size, "room": room, "file": file, "mark": mark, "thumb": thumb(image)}
-            found.append(_Found(values, mode, x))
+            found.append(_Found(values, mode, changes, x))
         except Exception as error:  # whatever a decoder throws at a broken file
-            reason = " ".join(str(error).split()) or type(error).__name__
-            found.append(f"{source.name(row)} ({reason})")
+            found.append(f"{source.name(row)} ({reason(error)})")
     return found
 
 
@@ -158,7 +217,7 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pi
     kinds = {name: torch.int64 if name in ("row", "size", "room") else torch.uint8 for name in shapes}
     columns = {name: torch.empty(source.size, *shape, dtype=kinds[name]) for name, shape in shapes.items()}
     arrays = {name: column.numpy() for name, column in columns.items()}
-    held, count, modes, broken = _Held(source.size, cfg.memory_budget * 2**30), 0, Counter(), []
+    held, count, modes, changes, broken = _Held(source.size, cfg.memory_budget * 2**30), 0, Counter(), Counter(), []
     find = functools.partial(_find, source, cfg, skim)
     first, chunks = find(range(1)), [range(i, min(i + 32, source.size)) for i in range(1, source.size, 32)]
     with ThreadPoolExecutor(threads(first[0])) as pool:
@@ -172,11 +231,12 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pi
                 for name, value in found.values.items():
                     arrays[name][count] = value
                 modes[found.mode] += 1
+                changes.update(found.changes)
                 held.add(count, found.pixels)
                 count += 1
             progress(1)
     columns = {name: column[:count] for name, column in columns.items()}
-    return Pictures(columns, dict(modes), broken, None if held.pixels is None else held.pixels[:count])
+    return Pictures(columns, dict(modes), dict(changes), broken, None if held.pixels is None else held.pixels[:count])
 
 
 class _Held:
@@ -205,15 +265,16 @@ class _Held:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kept on disk: a folder with the pixels, one picture after the other, and a safetensors file with everything else.
 
-FORMAT = 1
+FORMAT = 2
 """To be raised with every change to what is made of a picture, or to how it is kept."""
 DAY = 86_400  # seconds
 
 
 def place(folder: Path, source: Source, cfg: Data) -> Path:
     """Where in a folder the pictures of a source are kept: named by all that decides them, without reading one."""
-    decoder = (FORMAT, PIL.__version__, features.version("libjpeg_turbo"))
-    return folder / f"pictures-{content_hash(source.identity(), cfg.resolution, cfg.center_crop, decoder)[:16]}"
+    decoder = (FORMAT, PIL.__version__, *map(features.version, ("libjpeg_turbo", "littlecms2")))
+    parts = (source.identity(), cfg.resolution, cfg.center_crop, cfg.interpolation, decoder)
+    return folder / f"pictures-{content_hash(*parts)[:16]}"
 
 
 def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -> Pictures:
@@ -224,7 +285,7 @@ def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -
     """
     if pictures.broken:
         return pictures
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
+    staged, aside = (path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing") for _ in range(2))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.writing"):  # by a process that was killed
@@ -242,16 +303,25 @@ def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -
             for x in parts:
                 check.update(x.numpy().data)
                 file.write(x.numpy().data)
-        facts = json.dumps({"modes": pictures.modes, "decoded": held is not None, "pixels": check.hexdigest()})
+        facts = {"name": path.name, "modes": pictures.modes, "changes": pictures.changes}
+        facts = json.dumps(facts | {"decoded": held is not None, "pixels": check.hexdigest()})
         file = staged / "columns.safetensors"
         save_file(pictures.columns, file, {"facts": facts, "hash": _hash(pictures.columns, facts)})
         file.chmod((staged / "pixels").stat().st_mode)  # safetensors writes for the owner alone
         mapped = _mapped(pictures, staged, cfg)
-        if (there := kept(path, cfg)) is not None:  # another process was quicker, and may have them mapped
-            return there
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
-        os.rename(staged, path)
-        return mapped
+        for attempt in itertools.count():
+            if (there := kept(path, cfg)) is not None:  # another process was quicker, and may have them mapped
+                return there
+            if attempt:  # a damaged one: moved away whole, since others look there too
+                with contextlib.suppress(FileNotFoundError):
+                    os.rename(path, aside)
+                shutil.rmtree(aside, ignore_errors=True)
+            try:
+                os.rename(staged, path)
+                return mapped
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     except (OSError, SafetensorError, RuntimeError) as error:
         if (there := kept(path, cfg)) is not None:
             return there
@@ -276,7 +346,9 @@ def kept(path: Path, cfg: Data) -> Pictures | None:
         if _hash(columns, told["facts"]) != told["hash"]:
             return None
         facts = json.loads(told["facts"])
-        found = Pictures(columns, facts["modes"], [], None)
+        if facts["name"] != path.name:
+            return None
+        found = Pictures(columns, facts["modes"], facts["changes"], [], None)
         if found.nbytes(cfg) > cfg.memory_budget * 2**30:
             return found
         with open(path / "pixels", "rb") as file:

@@ -117,7 +117,8 @@ def _bytes(x: Tensor) -> memoryview:
 class Encoded:
     """Encodings on disk: a safetensors file for each value, in a folder that names the encoder.
 
-    An entry is named by what was encoded, so it never goes stale; it holds a hash of its content, so it is known to be whole.
+    An entry is named by what was encoded, so it never goes stale; it holds a hash of that name, its folder's and its content,
+    so it is known to be whole and in its place.
     """
 
     folder: Path
@@ -144,13 +145,7 @@ class Encoded:
                 for i, entry in enumerate(entries, start):
                     for name, x in entry.items():
                         columns[name][i] = x
-        places = {mark: i for i, mark in enumerate(marks)}
-
-        def read(wanted: Iterable[str]) -> dict[str, Tensor]:
-            rows = torch.tensor([places[mark] for mark in wanted])
-            return {name: x[rows] for name, x in columns.items()}
-
-        return read, taken
+        return _InMemory({mark: i for i, mark in enumerate(marks)}, columns).read, taken
 
     def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
         """Write the entries of these marks, `size` at a time."""
@@ -169,14 +164,14 @@ class Encoded:
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{mark}.{os.getpid()}.writing")
         columns = {name: x.cpu().contiguous() for name, x in columns.items()}
-        save_file(columns, staged, {"hash": self.hash(columns)})
+        save_file(columns, staged, {"hash": self.hash(mark, columns)})
         staged.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         os.replace(staged, path)
 
-    @staticmethod
-    def hash(columns: dict[str, Tensor]) -> str:
-        """A hash of everything in an entry."""
-        return content_hash(*(part for name in sorted(columns) for part in (name, columns[name].shape, _bytes(columns[name]))))
+    def hash(self, mark: str, columns: dict[str, Tensor]) -> str:
+        """A hash of an entry: of what and by which encoder it is, and everything in it."""
+        parts = (part for name, x in sorted(columns.items()) for part in (name, x.dtype, x.shape, _bytes(x)))
+        return content_hash(self.folder.name, mark, *parts)
 
     def missing(self, marks: list[str]) -> list[str]:
         """Those of the marks without an entry, or with a damaged one."""
@@ -186,6 +181,20 @@ class Encoded:
     def _whole(self, mark: str) -> bool:
         try:
             with safe_open(self.path(mark), "pt") as entry:
-                return (entry.metadata() or {}).get("hash") == self.hash({k: entry.get_tensor(k) for k in entry.keys()})  # noqa: SIM118
+                columns = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118
+                return (entry.metadata() or {}).get("hash") == self.hash(mark, columns)
         except (OSError, SafetensorError):
             return False
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Encodings in memory, as loader workers can be given them."""
+
+    rows: dict[str, int]
+    columns: dict[str, Tensor]
+
+    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
+        """The columns of these values, stacked, [B, ...] each."""
+        rows = torch.tensor([self.rows[mark] for mark in marks])
+        return {name: x[rows] for name, x in self.columns.items()}

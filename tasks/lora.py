@@ -100,7 +100,9 @@ class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for a few photographs."""
 
     base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200))
-    data: Data = field(default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1))
+    data: Data = field(
+        default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1, interpolation="lanczos")
+    )
     lora: Settings = field(default_factory=Settings)
 
     def __post_init__(self):

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from test_settings import refused
-from warm import SHARED, cli, tiny
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from warm import SHARED, cli, start, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import decoding, shapes, sources
+from oneloop.inputs import decoding, encodings, shapes, sources
+from oneloop.tasks import ddpm, lora, vae
 
 
 def gradient(n=16):
@@ -156,8 +160,8 @@ def test_geometry(tmp_path, size, resolution):
     whole = decoding.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
     assert min(whole.shape[1:]) == resolution
     corners = set()
-    for start in range(0, 64, 4):
-        batch = examples[range(start, start + 4)]
+    for first in range(0, 64, 4):
+        batch = examples[range(first, first + 4)]
         assert batch["original_size"].tolist() == [[h, w]] * 4
         for x, (top, left) in zip(batch["pixel_values"].float(), batch["crop_top_left"].tolist(), strict=True):
             mirrored = bool(x[0, 0, 0] > x[0, 0, -1])
@@ -243,16 +247,173 @@ def test_mistakes(tmp_path):
     place = folder(tmp_path)
     refused(run(data__train_data_dir=tmp_path / "no"), "--data.train-data-dir", "there is no such folder")
     (tmp_path / "empty").mkdir()
-    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no pictures")
+    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no images")
     (tmp_path / "empty" / "notes.txt").write_text("x")
-    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no pictures")
+    refused(run(data__train_data_dir=tmp_path / "empty"), "--data.train-data-dir", "holds no images")
     refused(run(data__dataset_name=tmp_path / "nothing"), "--data.dataset-name", "expected `shapes`, a folder")
     refused(run(data__dataset_name="nobody/nothing"), "--data.dataset-name nobody/nothing", "a name on the hub")
     refused(
         run(data__train_data_dir=place, data__caption_column="prompt"), "--data.caption-column is 'prompt'", "columns image"
     )
-    refused(run(data__train_data_dir=place, data__train_batch_size=7), "--data.train-batch-size is 7", "6 pictures")
+    refused(run(data__train_data_dir=place, data__train_batch_size=7), "--data.train-batch-size is 7", "6 images")
     (place / "p3.png").write_bytes((place / "p3.png").read_bytes()[:48])
     (place / "p4.png").write_text("not a picture")
-    refused(run(data__train_data_dir=place), "2 of 6 pictures cannot be read", "p3.png", "p4.png")
+    refused(run(data__train_data_dir=place), "2 of 6 images cannot be read", "p3.png", "p4.png")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Colours, ranges, crops.
+
+
+def profile(kind):
+    """An ICC profile: of Display P3 (its primaries and sRGB's curve, SMPTE EG 432-1), or of grey with a plain gamma of 1.8."""
+    s15 = lambda *numbers: b"".join(struct.pack(">i", round(x * 65536)) for x in numbers)  # noqa: E731
+    text = lambda x: b"desc" + bytes(4) + struct.pack(">I", len(x) + 1) + x + bytes(1 + 4 + 4 + 2 + 1 + 67)  # noqa: E731
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + s15(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    if kind == "grey":
+        tags = {b"kTRC": b"curv" + bytes(4) + struct.pack(">IH", 1, round(1.8 * 256))}
+    else:  # adapted to D50
+        columns = (0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)
+        tags = {name: b"XYZ " + bytes(4) + s15(*xyz) for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)}
+        tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    tags |= {b"desc": text(b"test"), b"wtpt": b"XYZ " + bytes(4) + s15(0.9642, 1, 0.8249), b"cprt": text(b"none")}
+    start, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    space = b"GRAY" if kind == "grey" else b"RGB "
+    head = bytes(8) + b"\x02\x20\0\0" + b"mntr" + space + b"XYZ " + bytes(12) + b"acsp" + bytes(28) + s15(0.9642, 1, 0.8249)
+    return struct.pack(">I", start + len(body)) + head[4:].ljust(124, b"\0") + table + body
+
+
+def test_colours_are_converted_to_srgb(tmp_path):
+    """Display P3's (234, 51, 35) is sRGB's (255, 0, 0): phones store their reds so. What is sRGB already is not touched."""
+    said = []
+
+    def read(image, icc, ending="png"):
+        image.save(tmp_path / f"x.{ending}", icc_profile=icc, **({"quality": 100} if ending == "jpg" else {}))
+        said.clear()
+        with Image.open(tmp_path / f"x.{ending}") as opened:
+            return np.asarray(decoding.to_rgb(opened, said.append)).astype(int)
+
+    red = Image.new("RGB", (8, 8), (234, 51, 35))
+    for ending in ("png", "jpg", "tiff"):
+        assert np.abs(read(red, profile("P3"), ending) - [255, 0, 0]).max() <= 3
+        assert said == ["converted to sRGB from their colour profile"]
+    clear = red.copy()
+    clear.putalpha(Image.fromarray(np.tile(np.uint8([0, 255]), (8, 4))))
+    x = read(clear, profile("P3"))
+    assert (x[:, ::2] == 255).all() and np.abs(x[:, 1::2] - [255, 0, 0]).max() <= 3
+    assert np.abs(read(red.convert("P", palette=Image.Palette.ADAPTIVE), profile("P3")) - [255, 0, 0]).max() <= 3
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert np.array_equal(read(noise, srgb), np.asarray(noise)) and said == []
+    grey = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (2, 1)))
+    linear = (np.arange(256) / 255) ** 1.8
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255
+    for image in (grey, grey.convert("LA")):
+        assert np.abs(read(image, profile("grey"))[0, :, 0] - expected).max() <= 2, image.mode
+    for image, icc in ((noise, b"junk"), (noise, profile("grey"))):
+        assert np.array_equal(read(image, icc), np.asarray(image))
+        assert said == ["read as sRGB, since their colour profile cannot be used"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1.0001), (-0.01, 1.3), (0, 255.5), (-2, 300), (0, 66000)])
+def test_floats_that_overshoot_are_clipped(low, high):
+    top = 1 if high < 2 else 255 if high < 510 else 65535
+    x, said = np.linspace(low, high, 256, dtype=np.float32).reshape(16, 16), []
+    y = np.asarray(decoding.to_rgb(Image.fromarray(x), said.append)).astype(float)
+    assert np.abs(y[..., 0] - x.clip(0, top) / top * 255).max() <= 0.51 and said == ["clipped to their range"]
+
+
+@pytest.mark.parametrize("size", [(20, 15), (15, 20), (19, 15), (18, 15), (17, 15), (15, 22)])
+def test_central_crops_are_torchvisions(tmp_path, size):
+    """Its CenterCrop rounds half of the room to even: a pixel further where the room is 3 more than a multiple of 4."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    noise.save(tmp_path / "x.png")
+    expected = torch.from_numpy(np.array(transforms.CenterCrop(15)(noise))).permute(2, 0, 1)
+    for cut in (True, False):
+        cfg = Data(train_data_dir=str(tmp_path), resolution=15, center_crop=cut, train_batch_size=1)
+        batch = next(data.Examples(sources.open_source(cfg), cfg, 0).fixed(1))
+        top, left = batch["crop_top_left"][0].tolist()
+        assert torch.equal(batch["pixel_values"][0], expected)
+        assert noise.crop((left, top, left + 15, top + 15)) == transforms.CenterCrop(15)(noise)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic", "lanczos"])
+def test_interpolation_is_torchvisions(kind):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    expected = transforms.Resize(16, interpolation=transforms.InterpolationMode(kind))(noise)
+    found = decoding.pixels(noise, Data(resolution=16, interpolation=kind))[0]
+    assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+
+
+def test_interpolation_by_default():
+    """As the official scripts have it: lanczos for the adapters of text-to-image models, else bilinear."""
+    assert [task.Config().data.interpolation for task in (ddpm, vae, lora)] == ["bilinear", "bilinear", "lanczos"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers.
+
+
+@pytest.mark.parametrize("kind", ["shapes", "folder", "table"])
+def test_workers_that_are_started_anew(tmp_path, kind):
+    """As on macOS and Windows: what they are given pickles, part of a set and encodings in memory too."""
+    import datasets
+
+    cfg = Data(num_shapes=9, resolution=8, train_batch_size=2, memory_budget=0, validation_split="0.45")
+    if kind != "shapes":
+        cfg = dataclasses.replace(cfg, train_data_dir=str(folder(tmp_path, 9)), center_crop=True)
+    if kind == "table":
+        paths = sorted(map(str, (tmp_path / "pictures").iterdir()))
+        kinds = datasets.Features(image=datasets.Image())
+        datasets.Dataset.from_dict({"image": paths}, features=kinds).save_to_disk(tmp_path / "set")
+        cfg = dataclasses.replace(cfg, train_data_dir=None, dataset_name=str(tmp_path / "set"))
+    examples = data.Examples(sources.open_source(cfg), cfg, 0)
+    if kind == "shapes":
+        marks = {mark: i for i, mark in enumerate(sorted(examples.distinct("caption")))}
+        table = {"embedding": torch.arange(len(marks)).float()}
+        examples.replace("caption", encodings._InMemory(marks, table).read, True)
+    loader = DataLoader(
+        data._Readable(examples),
+        sampler=[range(0, 2), range(2, 4)],
+        batch_size=None,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    for i, batch in enumerate(loader):
+        assert batch.keys() == examples[range(2 * i, 2 * i + 2)].keys()
+        assert all(torch.equal(x, batch[name]) for name, x in examples[range(2 * i, 2 * i + 2)].items() if name != "caption")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_goes_while_it_trains(tmp_path, workers):
+    """Is the user's, and is named: in one line, in a worker too."""
+    place = folder(tmp_path, 4)
+    cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=8, memory_budget=0, dataloader_num_workers=workers)
+    stream = data.Examples(sources.open_source(cfg), cfg, 0).stream(0, 4)
+    (place / "p3.png").unlink()
+    with pytest.raises(BadInput, match=r"p3.png could be read at the start and cannot be any more \(No such file") as refusal:
+        for _ in range(4):
+            next(stream)
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path):
+    place = folder(tmp_path, 6)
+
+    def patch():
+        real = data.Examples.stream
+
+        def stream(self, *given):
+            (place / "p3.png").write_bytes(b"")
+            return real(self, *given)
+
+        data.Examples.stream = stream
+
+    result = start(tmp_path, *tiny(tmp_path, data__train_data_dir=place, data__memory_budget=0), patch=patch).wait()
+    assert result.code == 2 and "Traceback" not in result.err
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: the image p3.png could be read at the start") and "(the file is empty)" in last

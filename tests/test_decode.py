@@ -42,7 +42,7 @@ def equal(a, b):
     lists = [None if x.pixels is None else list(x.pixels) for x in (a, b)]
     same = lists[0] is lists[1] or all(torch.equal(x, y) for x, y in zip(*lists, strict=True))
     columns = a.columns.keys() == b.columns.keys() and all(torch.equal(x, b.columns[k]) for k, x in a.columns.items())
-    return same and columns and (a.modes, a.broken) == (b.modes, b.broken)
+    return same and columns and (a.modes, a.changes, a.broken) == (b.modes, b.changes, b.broken)
 
 
 @pytest.mark.parametrize("more", [{}, {"center_crop": True}, {"memory_budget": 0.0}], ids=lambda more: "".join(more) or "whole")
@@ -74,6 +74,7 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
         place(),
         place(resolution=12),
         place(center_crop=True),
+        place(interpolation="bicubic"),
         place(max_train_samples=4),
         place(validation_split="0.5"),
     ]
@@ -103,7 +104,7 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
         places.append(place())
     monkeypatch.setattr(decoding.features, "version", lambda name: "another")
     places.append(place())
-    assert len(set(places)) == len(places) == 16
+    assert len(set(places)) == len(places) == 17
 
 
 def test_a_saved_set_that_was_saved_anew_is_another(tmp_path):
@@ -142,7 +143,7 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
 
 def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
     monkeypatch.setattr(decoding.os, "cpu_count", lambda: 16)
-    found = [decoding._Found({"size": (side, side)}, "RGB", None) for side in (8, 64, 130, 512)]
+    found = [decoding._Found({"size": (side, side)}, "RGB", [], None) for side in (8, 64, 130, 512)]
     assert [decoding.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
 
 
@@ -155,7 +156,7 @@ def test_the_format_has_a_number():
     source = dataclasses.replace(sources.open_source(Data(num_shapes=3, train_batch_size=1)), read=lambda i: (pictures[i], b""))
     columns = decoding.decode(source, Data(resolution=16)).columns
     marks = [decoding.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
-    assert (decoding.FORMAT, [mark[:8] for mark in marks]) == (1, ["ce64e1f9", "652b7830", "49bd9559"])
+    assert (decoding.FORMAT, [mark[:8] for mark in marks]) == (2, ["ce64e1f9", "652b7830", "49bd9559"])
 
 
 @pytest.mark.parametrize("part", ["pixels", "columns.safetensors"])
@@ -268,7 +269,7 @@ def test_a_mistake_of_one_is_one_of_all(tmp_path):
     (folder / "3.png").write_bytes(b"no picture")
     results = cli_many(tmp_path, 2, *tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=1), timeout=60)
     assert [result.code for result in results] == [2, 2]
-    refused(results[0], "1 of 6 pictures cannot be read", "3.png")
+    refused(results[0], "1 of 6 images cannot be read", "3.png")
     assert not (tmp_path / "out").exists()
 
 
@@ -278,9 +279,9 @@ def test_nothing_is_kept_of_a_set_with_broken_pictures(tmp_path):
     (folder / "3.png").write_bytes(b"no picture")
     flags = tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, data__skip_broken=True)
     result = cli(tmp_path, *flags)
-    assert result.code == 0 and "1 pictures cannot be read and are left out" in result.err, result.err
+    assert result.code == 0 and "1 images cannot be read and are left out" in result.err, result.err
     assert not (tmp_path / "out" / "examples").exists()
-    refused(cli(tmp_path, *tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, steps=7)), "1 of 6 pictures")
+    refused(cli(tmp_path, *tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, steps=7)), "1 of 6 images")
 
 
 def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
@@ -290,12 +291,12 @@ def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
     assert cli(tmp_path, *tiny(tmp_path, **common)).code == 0
     (kept,) = (tmp_path / "out" / "examples").iterdir()
     Image.new("RGB", (24, 24)).save(folder / "0.png")
-    refused(cli(tmp_path, *tiny(tmp_path, steps=7, **common)), "data was", "is now")
+    refused(cli(tmp_path, *tiny(tmp_path, steps=7, **common)), "data was", "the first image that differs is that of 0.png")
     assert list((tmp_path / "out" / "examples").iterdir()) == [kept]
-    held_out = [row for row in range(18) if data.hash64("validation", row) < 2**63]
+    held_out = sources.held_out_rows(18, "0.5")
     source = sources.open_source(Data(train_data_dir=str(folder), train_batch_size=1))
     (tmp_path / "pictures" / source.name(held_out[0])).write_bytes(b"no picture")
-    refused(cli(tmp_path, *tiny(tmp_path, "new", data__validation_split="0.5", **common)), "1 of 4 pictures cannot be read")
+    refused(cli(tmp_path, *tiny(tmp_path, "new", data__validation_split="0.5", **common)), "1 of 9 images cannot be read")
     assert not (tmp_path / "new").exists()
 
 
@@ -337,6 +338,53 @@ def test_processes_that_keep_at_once(tmp_path):
     for process in [fork(check, tmp_path) for _ in range(4)]:
         assert (result := process.wait()).code == 0, result.err
     assert sorted(path.name for path in (tmp_path / "shelf").iterdir()) == sorted(map(str, range(40)))
+
+
+def test_images_are_bound_to_their_name(tmp_path):
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    decoding.keep(decoding.decode(source, cfg), tmp_path / "a", cfg, pytest.fail)
+    assert decoding.kept(tmp_path / "a", cfg) is not None
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert decoding.kept(tmp_path / "b", cfg) is None
+
+
+def test_one_that_comes_while_a_damaged_one_is_removed(tmp_path, monkeypatch):
+    """Where processes look there is the damaged one, or none, or a whole one: never a part of one."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", shutil.rmtree
+    path.mkdir(parents=True)
+    (path / "columns.safetensors").write_text("junk")
+    (path / "pixels").write_text("junk")
+
+    def rmtree(removed, **given):
+        if (removed / "pixels").exists() and (removed / "pixels").read_bytes() == b"junk":
+            monkeypatch.setattr(shutil, "rmtree", real)
+            (removed / "columns.safetensors").unlink()  # half of it is gone
+            assert equal(decoding.keep(found, path, cfg, pytest.fail), found)
+        real(removed, **given)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
+    assert [p.name for p in path.parent.iterdir()] == ["kept"]
+
+
+def test_one_that_comes_between(tmp_path, monkeypatch):
+    """Another process commits the same images between the look and the renaming, over a damaged folder or none."""
+    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", decoding.os.rename
+    for damaged in (False, True):
+        shutil.rmtree(path.parent, ignore_errors=True)
+        path.mkdir(parents=True) if damaged else None
+        (path / "junk").write_text("x") if damaged else None
+
+        def between(*given):
+            monkeypatch.setattr(decoding.os, "rename", real)
+            decoding.keep(found, path, cfg, pytest.fail)
+            return real(*given)
+
+        monkeypatch.setattr(decoding.os, "rename", between)
+        assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
+        assert [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
 def test_checkpoints_come_first(tmp_path, monkeypatch):

@@ -119,7 +119,7 @@ def test_waiting_for_data_is_a_share(tmp_path):
 def test_fewer_pictures(tmp_path):
     result = ran(tmp_path, *tiny(tmp_path, steps=None, base__num_epochs=1, data__max_train_samples=12))
     assert "3 steps, 12 examples" in result.err
-    refused(cli(tmp_path, *tiny(tmp_path, "other", data__max_train_samples=3)), "--data.train-batch-size is 4", "3 pictures")
+    refused(cli(tmp_path, *tiny(tmp_path, "other", data__max_train_samples=3)), "--data.train-batch-size is 4", "3 images")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,12 +179,12 @@ def test_broken_pictures(tmp_path, pictures):
     (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:400])
     (pictures / "05.png").write_text("not a picture")
     checked = cli(tmp_path, *looking(tmp_path, pictures, base__check=True))
-    refused(checked, "2 pictures cannot be read", "03.png", "05.png", "--data.skip-broken")
+    refused(checked, "2 images cannot be read", "03.png", "05.png", "--data.skip-broken")
     assert "16 can be read, 2 cannot" in checked.out
-    refused(cli(tmp_path, *looking(tmp_path, pictures)), "2 of 18 pictures cannot be read", "--data.skip-broken")
+    refused(cli(tmp_path, *looking(tmp_path, pictures)), "2 of 18 images cannot be read", "--data.skip-broken")
     assert not (tmp_path / "out").exists()
     said = ran(tmp_path, *looking(tmp_path, pictures, data__skip_broken=True, steps=12)).err
-    assert "2 pictures cannot be read and are left out" in said
+    assert "2 images cannot be read and are left out" in said
     assert [name in (tmp_path / "out" / "broken.txt").read_text() for name in ("03.png", "05.png", "04.png")] == [1, 1, 0]
     assert "16 can be read" in ran(tmp_path, *looking(tmp_path, pictures, base__check=True, data__skip_broken=True)).out
 
@@ -217,7 +217,7 @@ def test_a_check_decodes_large_jpegs_smaller(tmp_path):
     assert not torch.equal(found["mark"], whole["mark"]) and torch.equal(found["room"], whole["room"])
     assert (found["thumb"].int() - whole["thumb"].int()).abs().float().mean((1, 2, 3)).max() < 2
     (place / "3.jpg").write_bytes((place / "3.jpg").read_bytes()[:-3000])
-    refused(cli(tmp_path, *looking(tmp_path, place, base__check=True)), "1 pictures cannot be read", "3.jpg")
+    refused(cli(tmp_path, *looking(tmp_path, place, base__check=True)), "1 images cannot be read", "3.jpg")
 
 
 def test_near_twins():

@@ -365,6 +365,21 @@ def test_the_cache_heals_and_notices(tmp_path, built, photos):
     assert "encoding pixel_values once: 4 of 4" in moved.err and "encoding caption" not in moved.err
 
 
+def test_an_encoding_is_bound_to_its_name(tmp_path):
+    """Entries that changed places, in a folder or between encoders, are not what was written, however whole."""
+    one, two = encodings.Encoded(tmp_path / "one"), encodings.Encoded(tmp_path / "two")
+    for mark, x in (("aa", 1.0), ("ab", 2.0)):
+        one.write(mark, {"x": torch.tensor([x])})
+    assert one.missing(["aa", "ab"]) == []
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert two.missing(["aa", "ab"]) == ["aa", "ab"]
+    a, b = one.path("aa").read_bytes(), one.path("ab").read_bytes()
+    one.path("aa").parent.mkdir(exist_ok=True)
+    one.path("aa").write_bytes(b)
+    one.path("ab").write_bytes(a)
+    assert one.missing(["aa", "ab"]) == ["aa", "ab"]
+
+
 def test_what_is_held_fits_the_budget(tmp_path):
     cache, marks = encodings.Encoded(tmp_path), ["aa", "ab", "b"]
     for i, mark in enumerate(marks):
@@ -565,7 +580,7 @@ def test_five_photographs(tmp_path, built):
         ({"lora__pretrained_vae_model_name_or_path": "nobody/nothing"}, "nobody/nothing: not an autoencoder"),
         ({"data": "bare"}, "needs a caption for each picture and found none"),
         ({"data__caption_dropout": 1.5}, "--data.caption-dropout is 1.5"),
-        ({"data__trigger": "{label}"}, "the pictures have no labels"),
+        ({"data__trigger": "{label}"}, "the images have no labels"),
     ],
 )
 def test_bad_input(tmp_path, built, photos, change, says):

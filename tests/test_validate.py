@@ -161,8 +161,22 @@ def test_a_fraction_is_chosen_by_row():
         return names[1]
 
     tenth = held("0.1")
-    assert tenth == held("0.1", train_batch_size=3) and 20 < len(tenth) < 65
-    assert tenth < held("0.3") and tenth <= held("0.1", shapes=500)  # more held out, or more rows: those stay
+    assert tenth == held("0.1", train_batch_size=3) and len(tenth) == 40
+    assert tenth < held("0.1", shapes=500)  # of more rows: those stay
+
+
+@pytest.mark.parametrize("share", ["0.01", "0.1", "0.2", "1/3", "0.5", "0.7", "0.95"])
+def test_a_fraction_is_exact_and_stays(share):
+    """round(share * rows), spread over the set; rows that are appended change the last one at most, and blocks no two alike."""
+    share = "0.3333" if share == "1/3" else share
+    before: list[int] = []
+    for size in range(600):
+        rows = sources.held_out_rows(size, share)
+        assert len(rows) == round(float(share) * size) and rows == sorted(set(rows)) and set(rows) <= set(range(size))
+        assert rows[: len(before) - 1] == before[:-1] and abs(len(rows) - len(before)) <= 1
+        before = rows
+    if share in ("0.1", "0.2"):
+        assert len({row % int(1 / float(share)) for row in rows}) == int(1 / float(share))  # of no period
 
 
 def test_mistakes(tmp_path, splits):
@@ -172,7 +186,7 @@ def test_mistakes(tmp_path, splits):
     for given in ("0", "1", "1.5", "-0.1"):
         refused(run(data__validation_split=given), f"--data.validation-split is '{given}'", "between 0 and 1")
     refused(run(data__validation_split="0.95"), "--data.train-batch-size is 4", "beside the", "--data.validation-split 0.95")
-    refused(run(data__validation_split="0.01"), "--data.validation-split is '0.01'; expected at least 4 pictures")
+    refused(run(data__validation_split="0.01"), "--data.validation-split is '0.01'; expected at least 4 images")
     refused(run(data__validation_split="test"), "--data.validation-split is 'test'", "no splits")
     named = {"data__dataset_name": splits}
     refused(run(**named, data__validation_split="dev"), "--data.validation-split is 'dev'", "has: train, test")

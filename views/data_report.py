@@ -7,10 +7,11 @@ A run decodes every picture once, and says at its start what somebody would want
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from oneloop import checkpoint, data
 from oneloop.configs import BadInput
-from oneloop.inputs import decoding, encodings, sources
+from oneloop.inputs import decoding, encodings, files, sources
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Task
 
@@ -36,6 +37,14 @@ class Survey:
     """Of the data; what it says holds for no other."""
     resolution: int
     pictures: int
+    notes: list[str]
+    """What was left out of the set, or changed in it, when it was opened."""
+    changes: dict[str, int]
+    """What was changed when they were read -> images."""
+    images: list[str]
+    """Hashes of what they are: of each, or of each of LISTED blocks of equal length."""
+    texts: list[str]
+    """The same of their captions and labels."""
     broken: list[str]
     """Name and reason of each."""
     width: list[float]
@@ -133,6 +142,10 @@ def survey(examples: data.Examples) -> Survey:
         fingerprint=examples.fingerprint,
         resolution=side,
         pictures=examples.size,
+        notes=list(source.notes),
+        changes=pictures.changes,
+        images=_images(examples, block_length(examples.size)),
+        texts=_texts(examples, block_length(examples.size)),
         broken=pictures.broken,
         width=spread(size[:, 1]),
         height=spread(size[:, 0]),
@@ -150,10 +163,51 @@ def survey(examples: data.Examples) -> Survey:
     )
 
 
+def block_length(size: int) -> int:
+    """The rows of a block, of which there are at most LISTED."""
+    return -(-size // LISTED)
+
+
+def _images(examples: data.Examples, length: int) -> list[str]:
+    parts = examples.pictures.columns["file"].split(length)
+    return [sources.content_hash(part.contiguous().numpy().data)[:8] for part in parts]
+
+
+def _texts(examples: data.Examples, length: int) -> list[str]:
+    captions, labels = examples.source.captions or [], examples.source.labels or []
+    starts = range(0, examples.size, length)
+    return [sources.content_hash(captions[i : i + length], labels[i : i + length])[:8] for i in starts]
+
+
+def differences(examples: data.Examples, out: Path) -> list[str]:
+    """How a set differs from the one that the run in an output folder began with, as far as its check.json knows."""
+    found = _read(out)
+    if found is None:
+        return []
+    length, name = block_length(found.pictures), examples.source.name
+    said = [f"it had {found.pictures:,} images and has {examples.size:,}"] if found.pictures != examples.size else []
+    for what, before, now in (
+        ("image", found.images, _images(examples, length)),
+        ("caption or label", found.texts, _texts(examples, length)),
+    ):
+        if differ := [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]:
+            first, last = differ[0] * length, min(differ[0] * length + length, examples.size) - 1
+            said.append(f"the first {what} that differs is that of {name(first)}{f' to {name(last)}' if last > first else ''}")
+    return said
+
+
+def left_out_or_changed(found: Survey) -> str:
+    """In one line, or empty."""
+    counted = [f"{count:,} {'image' if count == 1 else 'images'} {change}" for change, count in found.changes.items()]
+    return "; ".join((*found.notes, *counted))
+
+
 def whole(found: Survey) -> Iterator[str]:
     """All of it, a line each."""
     three = lambda x, form: f"{x[0]:{form}} to {x[2]:{form}}, median {x[1]:{form}}"  # noqa: E731
-    yield f"pictures    {found.pictures:,} can be read, {len(found.broken):,} cannot"
+    yield f"images      {found.pictures:,} can be read, {len(found.broken):,} cannot"
+    if said := left_out_or_changed(found):
+        yield f"left out or changed: {said}"
     yield f"width       {three(found.width, '.0f')}"
     yield f"height      {three(found.height, '.0f')}"
     yield f"aspect      {three(found.aspect, '.2f')} (width over height)"
@@ -167,8 +221,6 @@ def whole(found: Survey) -> Iterator[str]:
     yield f"labels      {', '.join(labels[:20]) + more or 'none'}"
     yield f"exact twins {found.exact:,}{examples_of(found.exact_pairs)}"
     yield f"near twins  {found.near:,}{examples_of(found.near_pairs)}"
-    for name in found.broken:
-        yield f"broken      {name}"
 
 
 def examples_of(pairs: list[list[str]]) -> str:
@@ -178,6 +230,8 @@ def examples_of(pairs: list[list[str]]) -> str:
 
 def notable(found: Survey) -> Iterator[str]:
     """What somebody would want to know before training on it."""
+    if said := left_out_or_changed(found):
+        yield f"left out or changed: {said}"
     if found.small:
         yield f"{found.small:,} of {found.pictures:,} pictures are smaller than {found.resolution} pixels and are enlarged"
     if found.cropped[0] > 0.3:
@@ -198,40 +252,54 @@ def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> lis
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
-    path, said = out / "check.json", []
-    try:
-        found = Survey(**json.loads(path.read_text("utf-8")))
-        valid = (found.fingerprint, found.resolution) == (examples.fingerprint, examples.cfg.resolution)
-        notes = list(notable(found)) if valid else []
-    except FileNotFoundError:
-        valid = False
-    except Exception:  # whatever damage does to it: the survey is made anew
-        valid, said = False, [f"warning: {path} is damaged; it is made anew"]
-    if not valid:
+    found, path = _read(out), out / "check.json"
+    damaged = [f"warning: {path} is damaged; it is made anew"] * (found is None and path.exists())
+    if found is None or (found.fingerprint, found.resolution) != (examples.fingerprint, examples.cfg.resolution):
         found = survey(examples)
         checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
-        notes = list(notable(found))
-    said += [f"warning: {text}" for text in notes]
+    found = replace(found, notes=list(examples.source.notes))  # of this start
+    said = damaged + [f"warning: {text}" for text in filter(None, (sources.unused(examples.cfg), *notable(found)))]
     if broken := examples.pictures.broken:
         checkpoint.write(out / "broken.txt", "\n".join(broken) + "\n")
-        said.append(f"warning: {len(broken):,} pictures cannot be read and are left out; {out}/broken.txt names them")
+        said.append(f"warning: {len(broken):,} images cannot be read and are left out; {out}/broken.txt names them")
     return said
 
 
+def _read(out: Path) -> Survey | None:
+    """What an output folder's check.json says, if it says all of it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        found = json.loads((out / "check.json").read_text("utf-8"))
+        kinds = {field.name: field.type.partition("[")[0].partition(" |")[0] for field in fields(Survey)}
+        types = {"str": str, "int": int, "list": list, "dict": dict}
+        if all(found[name] is None or isinstance(found[name], types[kind]) for name, kind in kinds.items()):
+            return Survey(**found)
+    return None
+
+
 def check(task: Task, cfg: Any) -> None:
-    """Open every picture of the training set and of what is held out, and print what is found. Nothing is written.
+    """Open every image of the training set and of what is held out, and print what is there. Nothing is written.
 
     Raises:
-        BadInput: there are broken pictures, and --data.skip-broken was not given.
+        BadInput: there are broken images, and --data.skip-broken was not given.
     """
-    source, broken = sources.open_source(cfg.data, task.needs), []
+    opened = replace(cfg.data, skip_broken=True, memory_budget=0, train_batch_size=1)
+    source, broken, size = sources.open_source(opened, task.needs), [], cfg.data.train_batch_size
     for title, part in (("trained on", source), ("held out", source.held_out)):
         if part is None:
             continue
-        opened = replace(cfg.data, skip_broken=True, memory_budget=0)
-        with tqdm(total=part.size, desc=title, unit="picture", disable=None) as bar:
-            examples = data.Examples(part, opened, cfg.base.seed, decoding.decode(part, opened, bar.update, skim=True))
-        print(f"{title}: {part.summary}", *whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
-        broken += examples.pictures.broken
+        with tqdm(total=part.size, desc=title, unit="image", disable=None) as bar:
+            pictures = decoding.decode(part, opened, bar.update, skim=True)
+        print(f"{title}: {part.summary}")
+        if len(pictures):
+            examples = data.Examples(part, opened, cfg.base.seed, pictures)
+            print(*whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
+        for name in pictures.broken:
+            print(f"broken      {name}")
+        if part is source and len(pictures) < size:
+            print(f"too few     {len(pictures):,} images; --data.train-batch-size is {size:,}, and a run expects as many")
+        broken += pictures.broken
+    if said := sources.unused(cfg.data):
+        print(said)
     if broken and not cfg.data.skip_broken:
-        raise BadInput(f"{len(broken)} pictures cannot be read: {'; '.join(broken)}; --data.skip-broken leaves them out")
+        named = files.listed(broken, " (all are listed above)")
+        raise BadInput(f"{len(broken)} images cannot be read: {named}; --data.skip-broken leaves them out")
