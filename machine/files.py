@@ -1,0 +1,79 @@
+"""Files that are there whole or not at all, and the hidden folder in which a run stages them.
+
+    OUT/.oneloop/lock       locked by the process that writes to OUT; it marks the folder as this program's
+    OUT/.oneloop/...        what is being written, and what is being removed
+
+Everything is written in there and renamed into place, and what has to go is renamed into there first. So what a killed process
+leaves is all in one folder that is known to be this program's, and nothing elsewhere has to be recognised by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+WORK = ".oneloop"
+JUNK = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
+"""Names of files that systems put into every folder, and that are nobody's."""
+
+
+def staged(path: Path) -> Path:
+    """A new name for what becomes, or was, `path`: in the run's hidden folder, or beside it where there is no run."""
+    name = f"{path.name}.{uuid.uuid4().hex[:12]}"
+    work = path.parent / WORK
+    return work / name if work.is_dir() else path.with_name(f".{name}.writing")
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all. No link is followed."""
+    made = staged(path)
+    try:
+        with open(made, "x", encoding="utf-8") as file:
+            file.write(text)
+        flush(made)
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def erase(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as that is possible. No link is followed."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder whole or not at all: renamed away, then erased.
+
+    Raises:
+        OSError: it cannot be renamed; it is as it was.
+    """
+    os.rename(path, away := staged(path))
+    erase(away)
+
+
+def size(folder: Path) -> int:
+    """Bytes in the files of a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def strangers(folder: Path, names: set[str]) -> list[str]:
+    """Files below a folder that have none of these names, but for junk; its own name, where it is a link or no folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name] if os.path.lexists(folder) else []
+    there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = {str(path.relative_to(folder)) for path in there if not any(fnmatch.fnmatch(path.name, junk) for junk in JUNK)}
+    return sorted(found - names)
