@@ -39,7 +39,6 @@ from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
 
-__all__ = ["write"]
 MANIFEST = "manifest.json"
 FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
 """What a manifest holds at least."""
@@ -466,9 +465,14 @@ def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, 
             continue
         if damaged:
             warn(f"continuing from {path}: damaged: {'; '.join(damaged)}")
+        for flaw in flaws(path, part(manifest, False))[:1]:
+            warn(f"warning: {flaw}; training needs only its state, and resumes from that")
         return path, manifest
     if damaged:
         raise BadInput(f"no checkpoint in {folder} is valid ({'; '.join(damaged)}); another --base.output-dir starts anew")
+    others = [name for name in ("metrics.jsonl", "report.html") if (folder / name).is_file() and (folder / name).stat().st_size]
+    if others and not (folder / "lives.jsonl").exists():
+        raise BadInput(f"{folder / others[0]} is not of a run, which would replace it; give another --base.output-dir")
     return None
 
 

@@ -61,7 +61,14 @@ class Examples(torch.utils.data.Dataset):
 
     def _pixels(self, row: int) -> Tensor:
         held = self.pictures.pixels
-        return held[row] if held is not None else pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
+        if held is not None:
+            return held[row]
+        try:
+            return pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a decoder throws at a file that was whole when it was checked
+            raise BadInput(f"{self.source.name(row)} cannot be read: {str(error)[:500] or type(error).__name__}") from None
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
     def order(self, epoch: int) -> Tensor:

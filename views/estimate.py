@@ -135,7 +135,9 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
             raise BadInput(f"--base.output-dir: {place} cannot be written: {error.strerror}") from None
 
     out = on_main(here, temporary)
+    lock = contextlib.ExitStack()
     try:
+        lock.enter_context(checkpoint.lock(out, here))  # by which a later start knows whether it is abandoned
         if here.is_main_process:
             print(f"a short run of {steps} of {total:,} steps, with samples and a checkpoint; it is removed", file=sys.stderr)
         short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
@@ -148,6 +150,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
             host = peak_host() + (grows / 2**30 if grows < room else 0)
             print(drawn_out(cfg, watch, out, source.size / pictures, host))
     finally:
+        lock.close()
         if here.is_main_process:
             shutil.rmtree(out, ignore_errors=True)
 

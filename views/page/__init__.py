@@ -14,13 +14,14 @@ import html
 import io
 import json
 import math
-import os
 import re
 import string
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from oneloop.machine import files
 
 POINTS = 2000
 """Points a line has at most."""
@@ -282,9 +283,4 @@ def _fill(path: Path, title: str, lead: str, body: str, data: dict[str, Any]) ->
         data=json.dumps(data).replace("</", "<\\/"),
         plotly=get_plotlyjs() if data["charts"] else "",
     )
-    staged = path.with_name(f".{path.name}.writing")
-    try:
-        staged.write_text(text, "utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    files.write(path, text)
