@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
-from oneloop.machine.files import WORK, discard, erase, flush, size, staged, strangers, write
+from oneloop.machine.files import WORK, discard, erase, flush, size, staged, steps, strangers, write
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
@@ -116,12 +116,6 @@ def _take(folder: Path, locked: contextlib.ExitStack) -> None:
     for old in work.glob("checkpoint-*.replaced"):  # killed between two renames
         if not os.path.lexists(folder / old.stem):
             os.rename(old, folder / old.stem)
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in the folder, oldest first."""
-    names = (path.name for path in folder.glob("checkpoint-*") if path.is_dir())
-    return sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-(0|[1-9][0-9]*)", name))
 
 
 def _abandoned(folder: Path) -> bool:
@@ -479,8 +473,8 @@ def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, 
 def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambda text: None) -> None:
     """Read the training state of a verified checkpoint into what was prepared and attached.
 
-    What an optimizer's groups were given by the settings (betas, decay) is as today's settings give it; what the optimizer
-    wrote into them itself since (a step size that it estimates, its counts) is state. The loop sets the learning rate.
+    What the settings gave to an optimizer's groups (betas, decay) is as today's settings give it; what was written into them
+    since (a step size that the optimizer estimates, its counts) is state.
 
     Raises:
         BadInput: its files, though they are what was saved, do not hold the state of these models and optimizers.
@@ -503,7 +497,7 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
             for group, own, was, given in zip(
                 optimizer.param_groups, groups, loaded, record["given"] if record else loaded, strict=True
             ):
-                group.update({k: v for k, v in own.items() if k == "lr" or was.get(k) == given.get(k)})
+                group.update({k: v for k, v in own.items() if was.get(k) == given.get(k)})
     except BadInput:
         raise
     except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, *UNREADABLE) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -68,6 +69,12 @@ def discard(path: Path) -> None:
 def size(folder: Path) -> int:
     """Bytes in the files of a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in the folder, oldest first."""
+    names = (path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+    return sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-(0|[1-9][0-9]*)", name))
 
 
 def strangers(folder: Path, names: set[str]) -> list[str]:

@@ -853,6 +853,11 @@ def forget(folder: Path, name: str) -> None:
     sign(folder, files=manifest["files"])
 
 
+def listing(folder: Path) -> dict[str, Any]:
+    """The files that a manifest names."""
+    return json.loads((folder / "manifest.json").read_text())["files"]
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
     "emptied": lambda path: os.truncate(path, 0),
@@ -906,12 +911,12 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {  # nam
     ),
     "a manifest that names a file elsewhere": (
         "manifest.json",
-        lambda new, old, other: sign(new, files=json.loads((new / "manifest.json").read_text())["files"] | {"../../out": {}}),
+        lambda new, old, other: sign(new, files=listing(new) | {"../../out": {"size": 1, "xxh3": ""}}),
     ),
     "a manifest whose files are a list": ("manifest.json", lambda new, old, other: sign(new, files=[])),
     "a manifest whose file is a number": (
         "manifest.json",
-        lambda new, old, other: sign(new, files={"state/model.safetensors": 1}),
+        lambda new, old, other: sign(new, files=listing(new) | {"x": 1}),
     ),
     "a manifest whose step is a text": ("manifest.json", lambda new, old, other: sign(new, step="6")),
     "a manifest without examples": ("manifest.json", lambda new, old, other: sign(new, examples=None)),
@@ -919,7 +924,7 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {  # nam
     "a manifest whose settings are not in groups": ("manifest.json", lambda new, old, other: sign(new, settings={"base": 1})),
     "a manifest that names what no file is called": (
         "state/\0",
-        lambda new, old, other: sign(new, files={"state/\0": {"size": 1, "xxh3": ""}}),
+        lambda new, old, other: sign(new, files=listing(new) | {"state/\0": {"size": 1, "xxh3": ""}}),
     ),
     "a manifest of 100,000 brackets": (
         "manifest.json",

@@ -239,7 +239,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _loads(run: Run) -> str:
     """The lines that load the newest result."""
-    numbers = [int(m[1]) for path in run.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    numbers = files.steps(run.folder)
     if not numbers:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
