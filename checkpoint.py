@@ -480,24 +480,22 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
         BadInput: its files, though they are what was saved, do not hold the state of these models and optimizers.
     """
     state, scaler, optimizers = path / "state", accelerator.scaler, accelerator._optimizers
-    now = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     if scaler is not None and not (state / "scaler.pt").exists():
         accelerator.scaler = None
         say(f"{path} was not saved in fp16: the scale of the loss starts anew")
     try:
         accelerator.load_state(str(state))
-        record = state / "optimizers.json"
-        records = json.loads(record.read_text("utf-8")) if record.exists() else [None] * len(optimizers)
-        for i, (optimizer, groups, record) in enumerate(zip(optimizers, now, records, strict=True)):
-            content = _content(optimizer)
-            if record and record["content"] != content:
+        records = [{"content": _content(optimizer), "given": _groups(optimizer)} for optimizer in optimizers]
+        loaded, file = records, state / "optimizers.json"
+        if file.exists():
+            records = json.loads(file.read_text("utf-8"))
+        for i, (optimizer, own, record, now) in enumerate(zip(optimizers, settings, records, loaded, strict=True)):
+            if record["content"] != now["content"]:
                 file = state / f"optimizer{f'_{i}' if i else ''}.bin"
-                raise BadInput(f"{file} does not fit its optimizer: {content}; expected {record['content']}")
-            loaded = _groups(optimizer)
-            for group, own, was, given in zip(
-                optimizer.param_groups, groups, loaded, record["given"] if record else loaded, strict=True
-            ):
-                group.update({k: v for k, v in own.items() if was.get(k) == given.get(k)})
+                raise BadInput(f"{file} does not fit its optimizer: {now['content']}; expected {record['content']}")
+            for group, values, given, saved in zip(optimizer.param_groups, own, record["given"], now["given"], strict=True):
+                group.update({k: v for k, v in values.items() if saved.get(k) == given.get(k)})
     except BadInput:
         raise
     except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, *UNREADABLE) as error:

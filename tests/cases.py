@@ -301,7 +301,7 @@ def power_cut(out: Path, point: int, record: Path, power: bool = True) -> Callab
             for source, target in renames if power else ():
                 if "/.oneloop/checkpoint-" in source and not source.endswith(".replaced"):
                     os.rename(target, source)
-            for path in (*out.glob("checkpoint-*/**/*"), *out.glob(".oneloop/**/*")) if power else ():
+            for path in (*out.glob("checkpoint-*/**/*"), *out.glob(".oneloop/checkpoint-*/**/*")) if power else ():
                 if path.is_file() and identity(path) not in flushed:
                     os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -73,7 +73,7 @@ def save(accelerator, out, *steps, limit=None, export=export):
 
 def made(out):
     """The names of the checkpoints in a folder."""
-    return sorted(path.name for path in out.glob("[cr]*checkpoint-*"))
+    return sorted(path.name for path in out.iterdir() if re.match("(replaced-)?checkpoint-", path.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,12 +331,12 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
     accelerator, *_ = prepared()
     edits = {
         "ema.safetensors": [lambda x: {}, lambda x: {k: v[:1] for k, v in x.items()}, lambda x: x | {"more": torch.ones(1)}],
-        "model.safetensors": [lambda x: x.pop("bias") and None, lambda x: x | {"weight": torch.ones(2, 5)}],
+        "model.safetensors": [lambda x: {"weight": x["weight"]}, lambda x: x | {"weight": torch.ones(2, 5)}],
         "optimizer.bin": [
             lambda x: x | {"state": {}},
-            lambda x: x["state"].pop(1) and None,
+            lambda x: x | {"state": {0: x["state"][0]}},
             lambda x: x["state"][0].update(exp_avg=torch.ones(3)),
-            lambda x: x["state"][0].pop("step") and None,
+            lambda x: x["state"][0].pop("exp_avg_sq").sum().item() and None,
             lambda x: x | {"param_groups": []},
             lambda x: [1],
             lambda x: x | {"state": None},
@@ -345,7 +345,7 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
         "optimizers.json": [
             "[]",
             "{}",
-            "[null, null]",
+            "[null]",
             '[{"content": 1}]',
             "[[]]",
             "[" * 9999,
@@ -364,6 +364,7 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
         other, *_ = prepared(stepped=False)
         with pytest.raises(BadInput) as error:
             checkpoint.load(other, found)
+            pytest.fail(f"{name}, {i}: loaded")
         assert len(str(error.value)) < 2000 and str(out / "checkpoint-1" / "state") in str(error.value), (name, i)
         if name != "optimizers.json" and i < 9:
             assert name in str(error.value), error.value

@@ -244,7 +244,10 @@ def _loads(run: Run) -> str:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
     done = (run.folder / "export").is_dir() and max(numbers) == run.step
-    return (saved / "load.py").read_text("utf-8").strip().format(path=run.folder / "export" if done else saved)
+    try:
+        return (saved / "load.py").read_text("utf-8").strip().format(path=run.folder / "export" if done else saved)
+    except OSError as error:
+        return f"# {error.filename}: {error.strerror}"
 
 
 def _section(title: str, inner: str) -> str:
