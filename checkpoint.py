@@ -27,14 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
-from oneloop.machine.files import WORK, discard, erase, flush, size, staged, steps, strangers, write
+from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, size, steps, strangers, write
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
@@ -217,9 +216,10 @@ class Saves(contextlib.AbstractContextManager):
                 erase(left)
         self._prune(step)
         here = self.folder.absolute()
-        for left in (left for parent in here.parents for left in parent.glob(".dry-run-*")):
-            if left not in here.parents and _abandoned(left):
-                erase(left)
+        with contextlib.suppress(OSError):
+            for left in (left for parent in here.parents for left in parent.glob(".dry-run-*")):
+                if left not in here.parents and _abandoned(left):
+                    erase(left)
 
     def save(self, step: int, facts: dict[str, Any], export: Callable[[Path], Any]) -> Path:
         """Write what becomes checkpoint-`step`, once the one before is committed; every process calls this. `export` fills the
@@ -270,7 +270,7 @@ class Saves(contextlib.AbstractContextManager):
         flush(staging)
         replaced = self.folder / WORK / f"{final.name}.replaced"
         if os.path.lexists(final) and not _proven(final):
-            replaced = final.with_name(f"replaced-{staged(final).name.removesuffix('.writing').strip('.')}")
+            replaced = final.with_name(f"replaced-{final.name}-{os.urandom(4).hex()}")
             self.say(f"warning: {final} is not as this program wrote it; it is {replaced} now")
         if os.path.lexists(final):  # one that was passed over, or whose export is made anew
             os.rename(final, replaced)
@@ -308,9 +308,10 @@ def _refuses(error: Exception, folder: Path) -> bool:
     if isinstance(error, shutil.Error):
         return True
     if isinstance(error, OSError):
-        named = error.filename is not None
-        below = named and str(error.filename).startswith(str(folder))
-        return below or error.errno in FULL or (error.errno in (errno.EIO, errno.ESTALE) and not named)
+        named = isinstance(error.filename, (str, bytes))
+        if named and Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute()):
+            return True
+        return error.errno in FULL or (error.errno in (errno.EIO, errno.ESTALE) and not named)
     wrote = r"\bserializing: I/O|inline_container|PytorchStreamWriter|iostream|Parent directory .* does not exist"
     return isinstance(error, (SafetensorError, RuntimeError)) and bool(re.search(wrote, str(error)))
 
@@ -324,26 +325,6 @@ def refused(what: Path | str, error: Exception, folder: Path, needed: int) -> St
         free = shutil.disk_usage(folder).free + size(folder / WORK)  # what is staged is removed
         text += f"; it needs more than {max(needed, free):,} bytes, and {free:,} are free"
     return StorageError(text)
-
-
-def listed(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every file in a folder as its name -> size and xxh3, flushed and with the mode that the umask leaves."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:  # safetensors writes for the owner alone
-        path.chmod(folder.stat().st_mode & 0o666)
-    with ThreadPoolExecutor(4) as pool:
-        flushes, hashes = pool.map(flush, files), list(pool.map(_xxh3, files))
-        list(flushes)
-    for path in {folder, *(path.parent for path in files)}:
-        flush(path)
-    pairs = zip(files, hashes, strict=True)
-    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": xxh3} for path, xxh3 in pairs}
-
-
-def _xxh3(path: Path) -> str:
-    """128 bits that tell damage, fifteen times as fast as sha256. They do not tell malice: nothing that is loaded can run."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -388,24 +369,6 @@ def _proven(folder: Path) -> bool:
     with contextlib.suppress(Damaged):
         return not strangers(folder, {MANIFEST, *read(folder)["files"]})
     return False
-
-
-def flaws(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with files of a folder: those that are missing, or not what was written."""
-
-    def look(name: str) -> str | None:
-        path, entry = folder / name, files[name]
-        try:
-            if not path.is_file():
-                return f"{path}: missing"
-            if (length := path.stat().st_size) != entry["size"]:
-                return f"{path}: {length:,} bytes, expected {entry['size']:,}"
-            return None if _xxh3(path) == entry["xxh3"] else f"{path}: its content is not what was saved (xxh3)"
-        except (OSError, ValueError) as error:
-            return f"{path}: {getattr(error, 'strerror', None) or 'not a file name'}"
-
-    with ThreadPoolExecutor(4) as pool:
-        return list(filter(None, pool.map(look, files)))
 
 
 def part(manifest: dict[str, Any], state: bool) -> dict[str, dict[str, Any]]:
@@ -488,7 +451,7 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
         accelerator.load_state(str(state))
         records = [{"content": _content(optimizer), "given": _groups(optimizer)} for optimizer in optimizers]
         loaded, file = records, state / "optimizers.json"
-        if file.exists():
+        if optimizers and file.exists():
             records = json.loads(file.read_text("utf-8"))
         for i, (optimizer, own, record, now) in enumerate(zip(optimizers, settings, records, loaded, strict=True)):
             if record["content"] != now["content"]:

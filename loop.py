@@ -48,6 +48,7 @@ from oneloop.configs import BadInput
 from oneloop.inputs import decoding, encodings, sources
 from oneloop.machine import compilation
 from oneloop.machine.accelerator import make_accelerator
+from oneloop.machine.files import flaws
 from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import at_rest, describe, draw, make_models, move, seed_layers, trained, trains
 from oneloop.machine.processes import company, in_turns, on_main
@@ -184,7 +185,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             saves.tidy(learner.state.step)
         if finished:
             return learner.state
-        if complete and on_main(accelerator, lambda: checkpoint.flaws(saved, checkpoint.part(manifest, False))):
+        if complete and on_main(accelerator, lambda: flaws(saved, checkpoint.part(manifest, False))):
             saved = None  # its export is made anew
 
         # The images, decoded and checked; after the models, whose mistakes take seconds to find. From here on there are files.

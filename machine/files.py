@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import hashlib
 import os
 import re
 import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 WORK = ".oneloop"
 JUNK = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
@@ -84,3 +89,41 @@ def strangers(folder: Path, names: set[str]) -> list[str]:
     there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     found = {str(path.relative_to(folder)) for path in there if not any(fnmatch.fnmatch(path.name, junk) for junk in JUNK)}
     return sorted(found - names)
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file in a folder as its name -> size and xxh3, flushed and with the mode that the umask leaves."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:  # safetensors writes for the owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
+    with ThreadPoolExecutor(4) as pool:
+        flushes, hashes = pool.map(flush, files), list(pool.map(xxh3, files))
+        list(flushes)
+    for path in {folder, *(path.parent for path in files)}:
+        flush(path)
+    pairs = zip(files, hashes, strict=True)
+    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": digest} for path, digest in pairs}
+
+
+def xxh3(path: Path) -> str:
+    """128 bits that tell damage, fifteen times as fast as sha256. They do not tell malice: nothing that is loaded can run."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def flaws(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with files of a folder: those that are missing, or not what was written."""
+
+    def look(name: str) -> str | None:
+        path, entry = folder / name, files[name]
+        try:
+            if not path.is_file():
+                return f"{path}: missing"
+            if (length := path.stat().st_size) != entry["size"]:
+                return f"{path}: {length:,} bytes, expected {entry['size']:,}"
+            return None if xxh3(path) == entry["xxh3"] else f"{path}: its content is not what was saved (xxh3)"
+        except (OSError, ValueError) as error:
+            return f"{path}: {getattr(error, 'strerror', None) or 'not a file name'}"
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(filter(None, pool.map(look, files)))

@@ -42,6 +42,7 @@ import warm
 from warm import ROOT, UNET, Process, Result, checkpoints, cli, digest, distance, metrics, start, start_many, tiny
 
 from oneloop import checkpoint
+from oneloop.machine import files
 from oneloop.tasks import Rng, ddpm
 from oneloop.training.guard import Guard, NonFinite
 from oneloop.views import publish
@@ -843,7 +844,7 @@ def resign(folder: Path, name: str) -> None:
     """Have the manifest agree with a file as it is now, as somebody who means harm would."""
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "manifest.json").read_text())
-    sign(folder, files=manifest["files"] | {name: {"size": len(content), "xxh3": checkpoint._xxh3(folder / name)}})
+    sign(folder, files=manifest["files"] | {name: {"size": len(content), "xxh3": files.xxh3(folder / name)}})
 
 
 def forget(folder: Path, name: str) -> None:

@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_refused_in_a_line(tmp_path):
         file = out / "checkpoint-1" / "state" / name
         file.write_text(edit) if isinstance(edit, str) else change(file, edit)
         manifest = json.loads((out / "checkpoint-1" / "manifest.json").read_text())
-        entry = {"size": file.stat().st_size, "xxh3": checkpoint._xxh3(file)}
+        entry = {"size": file.stat().st_size, "xxh3": files.xxh3(file)}
         sign(out / "checkpoint-1", files=manifest["files"] | {f"state/{name}": entry})
         found, _ = checkpoint.find(out, "latest", lambda text: None)
         other, *_ = prepared(stepped=False)

@@ -74,14 +74,14 @@ def _record(out: Path) -> dict[str, Any]:
 def _whole(out: Path, record: dict[str, Any], manifest: dict[str, Any]) -> bool:
     """Whether OUT/export is the export of the checkpoint with this manifest."""
     wanted = {name: entry for name, entry in record["files"].items() if name != CARD}
-    return record["checkpoint"] == manifest.get("sha256", "") and not checkpoint.flaws(out / "export", wanted)
+    return record["checkpoint"] == manifest.get("sha256", "") and not files.flaws(out / "export", wanted)
 
 
 def _refuse_another(out: Path, record: dict[str, Any]) -> None:
     """Refuse to replace OUT/export where anything in it is not as this program wrote it."""
     export = out / "export"
     there = {name: entry for name, entry in record["files"].items() if os.path.lexists(export / name)}
-    if wrong := files.strangers(export, set(there)) or checkpoint.flaws(export, there):
+    if wrong := files.strangers(export, set(there)) or files.flaws(export, there):
         what = f"{export} holds what this program did not write ({', '.join(wrong[:3])})"
         raise BadInput(f"{what}, and the end of this run would replace it; move it away, or give another --base.output-dir")
 
@@ -98,7 +98,7 @@ def _export(saved: Path, out: Path, manifest: dict[str, Any], card: Callable[[li
         for grid in sorted((out / "samples").glob(f"{step}*.png")):
             shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
         (staged / CARD).write_text(card([path.name for path in sorted(staged.glob("*.png"))]), "utf-8")
-        record = {"checkpoint": manifest["sha256"], "files": checkpoint.listed(staged), "uploaded": None}
+        record = {"checkpoint": manifest["sha256"], "files": files.listed(staged), "uploaded": None}
         if export.exists():
             files.discard(export)
         files.write(out / "export.json", json.dumps(record, indent=1))
