@@ -4,8 +4,9 @@
     OUT/checkpoint-N/state/           what `accelerator.save_state` wrote: `accelerator.load_state` opens it
     OUT/checkpoint-N/manifest.json    the step, the settings, and every file's size and xxh3
 
-A save is staged in a hidden sibling, flushed, renamed in one step, and only then are older ones removed. Nothing is loaded
-but safetensors, JSON and torch files under `weights_only`.
+A save is staged in OUT/.oneloop (machine/files.py), flushed, renamed in one step, and only then are older ones removed. What is
+removed is proven by its manifest to be this program's. A checkpoint is valid when its state is: the export beside it can be
+made anew. Nothing is loaded but safetensors, JSON and torch files under `weights_only`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -25,18 +27,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, size, steps, strangers, write
+from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
 
 MANIFEST = "manifest.json"
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
+"""What a manifest holds at least."""
+LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
+"""Kinds of files that a training state is loaded from."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What only a write is answered with."""
+UNREADABLE = (SafetensorError, pickle.UnpicklingError)
 
 
 class Damaged(Exception):
@@ -44,7 +53,7 @@ class Damaged(Exception):
 
 
 class StorageError(Exception):
-    """A save that the storage refused; earlier checkpoints stand as they were. Exit code 4."""
+    """Something that the storage, or the hub, refused; what was committed before is as it was. Exit code 4."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,79 +61,68 @@ class StorageError(Exception):
 
 
 @contextlib.contextmanager
-def lock(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Make the folder and hold it for this run; afterwards it is gone again if nothing was written.
+def lock(folder: Path, accelerator: Any) -> Iterator[None]:
+    """Make the folder and lock it for this run; afterwards it is gone again if nothing was written.
 
     The lock is the kernel's, so that of a dead process is free, and a forked worker does not inherit it.
 
     Raises:
-        BadInput: the folder cannot be written, or another run holds it.
+        BadInput: the folder cannot be written, or another run has locked it.
         StorageError: later, something in it could not be written.
     """
-    held = contextlib.ExitStack()
-    with held:
-        on_main(accelerator, lambda: _take(folder, held))
+    locked = contextlib.ExitStack()
+    with locked:
+        on_main(accelerator, lambda: _take(folder, locked))
         try:
             yield
         except OSError as error:
-            if error.errno not in REFUSALS and not str(error.filename).startswith(str(folder)):
+            if not _refuses(error, folder):
                 raise
-            raise refused(error.filename or folder, error, folder, 1) from None
+            raise refused(error.filename or folder, error, folder, 0) from None
 
 
-def _take(folder: Path, held: contextlib.ExitStack) -> None:
+def _take(folder: Path, locked: contextlib.ExitStack) -> None:
     created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    path = folder / ".lock"
-    while True:
+    work, path = folder / WORK, folder / WORK / "lock"
+    for attempt in range(10):  # the last holder may remove the folder in between
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context(path.open("a+"))
-        except OSError as error:
-            raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
-        try:
+            work.mkdir(parents=True, exist_ok=True)
+            if work.is_symlink() or (any(work.iterdir()) and not path.is_file()):
+                raise BadInput(f"--base.output-dir {folder}: {work} is not this program's; move it away")
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+            locked.enter_context(file)
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
-        with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break  # else the last holder removed the file in between: what is held keeps nobody out
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                break  # else the last holder removed the file in between: a lock on it keeps nobody out
+        except BlockingIOError:
+            raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError) or attempt == 9:
+                raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
 
     def give_back() -> None:
         with contextlib.suppress(OSError):
-            path.unlink()
-            for parent in created:
-                parent.rmdir()  # fails, as it should, where something was written
+            if os.listdir(work) == ["lock"]:
+                path.unlink()
+                work.rmdir()
+                for parent in created:
+                    parent.rmdir()  # fails, as it should, where something was written
 
-    held.callback(give_back)
-
-
-def tidy(folder: Path) -> None:
-    """Remove what a killed save, prune or writing left behind. For the holder of the lock."""
-    forms = (".checkpoint-*", ".*.removed", ".*.writing", "examples/.*.writing")
-    for left in (path for form in forms for path in folder.glob(form)):
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    locked.callback(give_back)
+    for old in work.glob("checkpoint-*.replaced"):  # killed between two renames
+        if not os.path.lexists(folder / old.stem):
+            os.rename(old, folder / old.stem)
 
 
-def steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in the folder, oldest first."""
-    names = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir())
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    staged = path.with_name(f".{path.name}.writing")
-    try:
-        staged.write_text(text, "utf-8")
-        _flush(staged)
-        os.replace(staged, path)
-    except OSError:
-        staged.unlink(missing_ok=True)
-        raise
+def _abandoned(folder: Path) -> bool:
+    """Whether a process locked this folder and is gone."""
+    with contextlib.suppress(OSError), open(folder / WORK / "lock", "r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,34 +133,34 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
     """Have the accelerator's own save and load write and read what trains, and only that, under plain names.
 
     Frozen weights come from where they came from the first time; the persistent buffers of all these models are written. `ema`
-    is filled in place when loading.
+    is filled in place when loading. Called before the first step: what the optimizers' groups hold now is what the settings
+    gave them.
     """
+    given = [_groups(optimizer) for optimizer in accelerator._optimizers]
 
     def save(wrapped: list, weights: list[dict[str, Tensor]], output_dir: str) -> None:
         for module, state in zip(models.values(), weights, strict=bool(weights)):
-            kept = _trained(module)
+            trained = _trained(module)
             for key in list(state):
                 value = state.pop(key)
-                if (name := key.removeprefix("module.")) in kept:  # as it is called without DDP, so that layouts agree
+                if (name := key.removeprefix("module.")) in trained:  # as it is called without DDP, so that layouts agree
                     state[name] = value
         if ema and accelerator.is_main_process:
             save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, Path(output_dir) / "ema.safetensors")
+        if accelerator.is_main_process:
+            pairs = zip(map(_content, accelerator._optimizers), given, strict=True)
+            records = [{"content": content, "given": groups} for content, groups in pairs]
+            (Path(output_dir) / "optimizers.json").write_text(json.dumps(records, indent=1), "utf-8")
 
     def load(wrapped: list, input_dir: str) -> None:
-        for i, (name, module) in enumerate(models.items()):
-            file = Path(input_dir) / f"model{f'_{i}' if i else ''}.safetensors"
-            saved, module = load_file(file), unwrap(module)
-            missing = _trained(module) ^ saved.keys()
-            if missing:
-                raise BadInput(f"{file} does not fit the model {name!r}: {sorted(missing)[:3]} are in one of them only")
-            module.load_state_dict(saved, strict=False)
+        for i, module in enumerate(models.values()):
+            own = unwrap(module).state_dict()
+            expected = {name: own[name] for name in _trained(module)}
+            saved = _fitting(Path(input_dir) / f"model{f'_{i}' if i else ''}.safetensors", expected)
+            unwrap(module).load_state_dict(saved, strict=False)
         wrapped.clear()
-        if ema:
-            saved = load_file(file := Path(input_dir) / "ema.safetensors")
-            if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in ema.items()}:
-                raise BadInput(f"{file} does not fit: its names or shapes are not those of this run's EMA")
-            for key, value in saved.items():
-                ema[key].copy_(value)
+        for key, value in _fitting(Path(input_dir) / "ema.safetensors", ema).items() if ema else ():
+            ema[key].copy_(value)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -175,131 +173,159 @@ def _trained(module: torch.nn.Module) -> set[str]:
     return set(module.state_dict()) - frozen
 
 
+def _fitting(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which have the names and shapes of the expected ones."""
+    saved = load_file(file)
+    shapes = [{name: list(x.shape) for name, x in tensors.items()} for tensors in (saved, expected)]
+    for name in sorted(saved.keys() | expected.keys()):
+        was, now = (each.get(name, "missing") for each in shapes)
+        if was != now:
+            raise BadInput(f"{file} does not fit the model: {name} is {was}; expected {now}")
+    return saved
+
+
+def _groups(optimizer: Any) -> list[dict[str, str]]:
+    """What an optimizer's groups hold beside parameters, in words that can be compared exactly."""
+    exact = lambda x: repr(x.tolist() if isinstance(x, Tensor) else x)  # noqa: E731
+    return [{k: exact(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def _content(optimizer: Any) -> str:
+    """How many tensors an optimizer's state has, and a hash of their names and shapes."""
+    state = {i: values for i, values in optimizer.state_dict()["state"].items() if isinstance(values, dict)}
+    shapes = [(i, k, list(x.shape)) for i, values in state.items() for k, x in values.items() if isinstance(x, Tensor)]
+    return f"{len(shapes):,} tensors ({hashlib.sha256(repr(sorted(shapes, key=repr)).encode()).hexdigest()[:8]})"
+
+
 class Saves(contextlib.AbstractContextManager):
     """The saves of a run. The training waits while the files are written, which is a copy into the system's memory; a thread
     flushes, hashes, renames and prunes while it goes on. Leaving the context waits for the thread."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None, stands: Callable[[Path], Any]):
-        """Keep the newest `limit` checkpoints, None: all. The thread calls `stands` with each that has come to stand."""
-        self.accelerator, self.folder, self.limit, self.stands = accelerator, folder, limit, stands
-        self.thread, self.last = ThreadPoolExecutor(1), None
+    def __init__(self, accelerator: Accelerator, folder: Path, limit: int | None, say: Callable[[str], Any]):
+        """Keep the newest `limit` checkpoints, None: all. The thread says what it has committed."""
+        self.accelerator, self.folder, self.limit, self.say = accelerator, folder, limit, say
+        self.thread, self.last, self.spared = ThreadPoolExecutor(1), None, set()
 
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown()
 
+    def tidy(self, step: int) -> None:
+        """Finish what a killed process began, in a run that resumes after `step`: remove what it staged or was removing, the
+        checkpoints over the limit, and the folders of dry runs. For the main process, which has the lock."""
+        for left in (self.folder / WORK).iterdir():
+            if left.name != "lock":
+                erase(left)
+        self._prune(step)
+        here = self.folder.absolute()
+        with contextlib.suppress(OSError):
+            for left in (left for parent in here.parents for left in parent.glob(".dry-run-*")):
+                if left not in here.parents and _abandoned(left):
+                    erase(left)
+
     def save(self, step: int, facts: dict[str, Any], export: Callable[[Path], Any]) -> Path:
-        """Write what becomes checkpoint-`step`, where the one before stands; every process calls this. `export` fills the
-        folder and runs on the main process alone.
+        """Write what becomes checkpoint-`step`, once the one before is committed; every process calls this. `export` fills the
+        folder and runs on the main process alone; what it raises itself, every process raises.
 
         Raises:
-            StorageError: the storage refused. What was staged is removed; what stood before stands.
+            StorageError: the storage refused. What was staged is removed; what was committed is as it was.
         """
         self.settle()
-        final, staging = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.saving"
+        final, staging = self.folder / f"checkpoint-{step}", self.folder / WORK / f"checkpoint-{step}"
         main, error = self.accelerator.is_main_process, None
         try:
             if main:
-                shutil.rmtree(staging, ignore_errors=True)
+                erase(staging)
                 (staging / "state").mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             self.accelerator.save_state(str(staging / "state"))
             if main:
                 export(staging)
-        except (OSError, SafetensorError, RuntimeError) as trouble:
+        except Exception as trouble:
             error = trouble
         if errors := [e for e in gather(self.accelerator, error) if e]:
-            raise on_main(self.accelerator, lambda: self._refused(final, staging, errors[0]))
+            outcome = on_main(self.accelerator, lambda: self._failed(final, staging, errors[0]))
+            raise outcome if error is None or isinstance(outcome, StorageError) else error
         if main:
             self.last = final, staging, self.thread.submit(self._finish, final, staging, facts | {"step": step})
         return final
 
     def settle(self) -> None:
-        """Wait until the last save stands; every process calls this.
+        """Wait until the last save is committed; every process calls this.
 
         Raises:
             StorageError: the storage refused it, as above.
         """
 
-        def outcome() -> StorageError | None:
+        def outcome() -> Exception | None:
             (final, staging, thread), self.last = self.last or (None, None, None), None
             error = thread and thread.exception()
-            if error and not isinstance(error, OSError):
-                raise error
-            return error and self._refused(final, staging, error)
+            return error and self._failed(final, staging, error)
 
-        if refusal := on_main(self.accelerator, outcome):
-            raise refusal
+        if error := on_main(self.accelerator, outcome):
+            raise error
 
     def _finish(self, final: Path, staging: Path, facts: dict[str, Any]) -> None:
-        _seal(staging, facts)
-        if final.exists():  # only a damaged one: a run never saves a step twice
-            os.rename(final, self.folder / f".{final.name}.removed")
+        manifest = facts | {"files": listed(staging)}
+        manifest["sha256"] = _digest(manifest)
+        write(staging / MANIFEST, json.dumps(manifest, indent=1))
+        flush(staging)
+        replaced = self.folder / WORK / f"{final.name}.replaced"
+        if os.path.lexists(final) and not _proven(final):
+            replaced = final.with_name(f"replaced-{final.name}-{os.urandom(4).hex()}")
+            self.say(f"warning: {final} is not as this program wrote it; it is {replaced} now")
+        if os.path.lexists(final):  # one that was passed over, or whose export is made anew
+            os.rename(final, replaced)
         os.rename(staging, final)
-        _flush(self.folder)
-        for old in steps(self.folder)[: -self.limit if self.limit else 0]:
-            os.rename(self.folder / f"checkpoint-{old}", self.folder / f".checkpoint-{old}.removed")
-        for removed in self.folder.glob(".checkpoint-*.removed"):
-            shutil.rmtree(removed, ignore_errors=True)
-        self.stands(final)
+        flush(self.folder)
+        erase(self.folder / WORK / f"{final.name}.replaced")
+        self._prune(facts["step"])
+        self.say(f"saved {final}; {final}/load.py loads it")
 
-    def _refused(self, final: Path, staging: Path, error: Exception) -> StorageError:
-        standing = (size(self.folder / f"checkpoint-{step}") for step in steps(self.folder))
-        needed = max([_needed(self.accelerator), size(staging), *standing])
-        shutil.rmtree(staging, ignore_errors=True)
-        return refused(final, error, self.folder, needed)
+    def _prune(self, step: int) -> None:
+        """Remove checkpoints over the limit, of those up to `step`: later ones are damaged. What this program did not write
+        stays, and is said once."""
+        old = [s for s in steps(self.folder) if s <= step][: -self.limit if self.limit else 0]
+        for path in (self.folder / f"checkpoint-{s}" for s in old):
+            reason = "it is not as this program wrote it"
+            with contextlib.suppress(OSError):
+                if _proven(path):
+                    reason = "no permission"
+                    discard(path)
+            if os.path.lexists(path) and path not in self.spared:
+                self.spared.add(path)
+                self.say(f"warning: {path} is over --base.checkpoints-total-limit and was not removed: {reason}")
+
+    def _failed(self, final: Path, staging: Path, error: Exception) -> Exception:
+        """What a save that failed raises, with what it staged removed."""
+        if _refuses(error, self.folder):
+            committed = (size(self.folder / f"checkpoint-{step}") for step in steps(self.folder))
+            error = refused(final, error, self.folder, max([size(staging), *committed]))
+        erase(staging)
+        return error
+
+
+def _refuses(error: Exception, folder: Path) -> bool:
+    """Whether this error is the storage's, which refused a write; others come from reading, computing, or a mistake."""
+    if isinstance(error, shutil.Error):
+        return True
+    if isinstance(error, OSError):
+        named = isinstance(error.filename, (str, bytes))
+        if named and Path(os.fsdecode(error.filename)).absolute().is_relative_to(folder.absolute()):
+            return True
+        return error.errno in FULL or (error.errno in (errno.EIO, errno.ESTALE) and not named)
+    wrote = r"\bserializing: I/O|inline_container|PytorchStreamWriter|iostream|Parent directory .* does not exist"
+    return isinstance(error, (SafetensorError, RuntimeError)) and bool(re.search(wrote, str(error)))
 
 
 def refused(what: Path | str, error: Exception, folder: Path, needed: int) -> StorageError:
-    """The error for something that could not be written into the output folder, and takes at least `needed` bytes."""
+    """The error for something that could not be written into the output folder; where the space did not suffice, it takes more
+    than `needed` bytes, and more than there are."""
     reason = error.args[0][0][2] if isinstance(error, shutil.Error) else getattr(error, "strerror", None) or error
-    free = shutil.disk_usage(folder).free if folder.exists() else 0
-    return StorageError(f"writing {what} failed: {reason}; it needs at least {needed:,} bytes, and {free:,} are free")
-
-
-def size(folder: Path) -> int:
-    """Bytes in the files of a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _needed(accelerator: Accelerator) -> int:
-    """Bytes of the weights that train and the state of their optimizers, the least that a checkpoint takes."""
-    weights = [p for model in accelerator._models for p in model.parameters() if p.requires_grad]
-    state = [v for o in accelerator._optimizers for values in o.state.values() for v in values.values()]
-    return sum(t.nbytes for t in weights + state if isinstance(t, Tensor))
-
-
-def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Flush every file, with the modes that the umask leaves, and write the manifest last."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:  # safetensors writes for the owner alone
-        path.chmod(folder.stat().st_mode & 0o666)
-    with ThreadPoolExecutor(4) as pool:
-        flushes, hashes = pool.map(_flush, files), list(pool.map(_xxh3, files))
-        list(flushes)
-    listed = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": found}
-        for path, found in zip(files, hashes, strict=True)
-    }
-    manifest = facts | {"files": listed}
-    manifest["sha256"] = _digest(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(folder / MANIFEST)
-    for path in {folder, *(path.parent for path in files)}:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _xxh3(path: Path) -> str:
-    """128 bits that tell damage, fifteen times as fast as sha256. They do not tell malice: nothing that is loaded can run."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    text = f"writing {what} failed: {reason}"
+    if re.search(r"[Nn]o space left|os error 28|unexpected pos|iostream|failed writing", str(reason)) and folder.exists():
+        free = shutil.disk_usage(folder).free + size(folder / WORK)  # what is staged is removed
+        text += f"; it needs more than {max(needed, free):,} bytes, and {free:,} are free"
+    return StorageError(text)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -311,62 +337,74 @@ def _digest(manifest: dict[str, Any]) -> str:
 # Find, verify, load.
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, which is what was written, of this step, and names files in its folder.
+
+    Raises:
+        Damaged: it is not.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        wrong = [name for name, kind in FACTS.items() if type(manifest[name]) is not kind]
+        entries = [(Path(name), entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()]
+        wrong += [str(name) for name, length, xxh3 in entries if (type(length), type(xxh3)) != (int, str)]
+        wrong += [name for name, group in manifest["settings"].items() if not isinstance(group, dict)]
+        digest = _digest(manifest)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: {getattr(error, 'strerror', None) or 'not a manifest'}") from None
+    if wrong:
+        raise Damaged(f"{path}: not a manifest: {wrong[0]} is of another type")
+    if manifest["sha256"] != digest:
+        raise Damaged(f"{path}: its content does not have its sha256")
+    if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
+        raise Damaged(f"{path}: is of step {manifest['step']}")
+    for name, *_ in entries:
+        if ".." in name.parts or name.is_absolute():
+            raise Damaged(f"{path}: names {name}, which is elsewhere")
+    return manifest
+
+
+def _proven(folder: Path) -> bool:
+    """Whether this program wrote all there is in a checkpoint's folder."""
+    with contextlib.suppress(Damaged):
+        return not strangers(folder, {MANIFEST, *read(folder)["files"]})
+    return False
+
+
+def part(manifest: dict[str, Any], state: bool) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint's training state, or of the export beside it."""
+    return {name: entry for name, entry in manifest["files"].items() if name.startswith("state/") is state}
+
+
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, once every file is what it says.
+    """The manifest of a checkpoint, once every file of its training state is what it says.
 
     Raises:
         Damaged: naming the first file that is not.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        told, files = manifest["sha256"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{folder / MANIFEST}: {getattr(error, 'strerror', None) or 'not a manifest'}") from None
-    if told != _digest(manifest):
-        raise Damaged(f"{folder / MANIFEST}: its content does not have its sha256")
-    if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
-        raise Damaged(f"{folder / MANIFEST}: is of step {manifest['step']}")
-    for path in (folder / "state").rglob("*"):
-        if path.is_file() and str(path.relative_to(folder)) not in files:
-            raise Damaged(f"{path}: is not in the manifest")
-    for name, expected in files.items():
-        path = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise Damaged(f"{folder / MANIFEST}: names {name}, which is elsewhere")
-        if not path.is_file():
-            raise Damaged(f"{path}: missing")
-        if path.stat().st_size != expected["size"]:
-            raise Damaged(f"{path}: {path.stat().st_size:,} bytes, expected {expected['size']:,}")
-
-    def check(name: str) -> None:
-        if _xxh3(folder / name) != files[name]["xxh3"]:
-            raise Damaged(f"{folder / name}: its content is not what was saved (xxh3)")
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(check, files))
+    manifest = read(folder)
+    for name in strangers(folder / "state", {name.removeprefix("state/") for name in part(manifest, True)}):
+        if Path(name).suffix in LOADED:
+            raise Damaged(f"{folder / 'state' / name}: is not in the manifest")
+    for flaw in flaws(folder, part(manifest, True)):
+        raise Damaged(flaw)
     return manifest
 
 
-def holds(folder: Path, manifest: dict[str, Any]) -> bool:
-    """Whether a folder has the export of the checkpoint with this manifest, rather than that of an earlier one, or none."""
-    files = {k: v for k, v in manifest.get("files", {}).items() if not k.startswith("state/") and k != "load.py"}
-    return all((folder / k).is_file() and _xxh3(folder / k) == v["xxh3"] for k, v in files.items())
-
-
 def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to continue from and its manifest; None to start.
+    """The checkpoint to resume from and its manifest; None to start.
 
     `choice` is latest, none, or a path. With latest, a damaged checkpoint is passed over with one warning.
 
     Raises:
-        BadInput: the path is not a valid checkpoint, starting over would mix two runs, or no checkpoint there is valid.
+        BadInput: the path is not a valid checkpoint, starting over would mix two runs, no checkpoint there is valid, or a run
+            that starts would replace what is not this program's.
     """
     flag, there = "--base.resume-from-checkpoint", steps(folder)
-    if choice == "none":
-        if there:
-            raise BadInput(f"{flag} none starts over, but {folder} holds a run; give another --base.output-dir or remove it")
-        return None
-    if choice != "latest":
+    if choice == "none" and there:
+        raise BadInput(f"{flag} none starts over, but {folder} holds a run; give another --base.output-dir or remove it")
+    if choice not in ("latest", "none"):
         path = Path(choice).expanduser()
         try:
             manifest = verify(path)
@@ -385,28 +423,49 @@ def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, 
             continue
         if damaged:
             warn(f"continuing from {path}: damaged: {'; '.join(damaged)}")
+        for flaw in flaws(path, part(manifest, False))[:1]:
+            warn(f"warning: {flaw}; training needs only its state, and resumes from that")
         return path, manifest
     if damaged:
         raise BadInput(f"no checkpoint in {folder} is valid ({'; '.join(damaged)}); another --base.output-dir starts anew")
+    others = [name for name in ("metrics.jsonl", "report.html") if (folder / name).is_file() and (folder / name).stat().st_size]
+    if others and not (folder / "lives.jsonl").exists():
+        raise BadInput(f"{folder / others[0]} is not of a run, which would replace it; give another --base.output-dir")
     return None
 
 
-def load(accelerator: Accelerator, path: Path) -> None:
+def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambda text: None) -> None:
     """Read the training state of a verified checkpoint into what was prepared and attached.
 
-    Hyper-parameters in the optimizers' groups (rates, betas, decay) stay as the settings made them.
+    What the settings gave to an optimizer's groups (betas, decay) is as today's settings give it; what was written into them
+    since (a step size that the optimizer estimates, its counts) is state.
 
     Raises:
-        BadInput: its files, though they are what was saved, do not hold a training state.
+        BadInput: its files, though they are what was saved, do not hold the state of these models and optimizers.
     """
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
+    state, scaler, optimizers = path / "state", accelerator.scaler, accelerator._optimizers
+    settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+    if scaler is not None and not (state / "scaler.pt").exists():
+        accelerator.scaler = None
+        say(f"{path} was not saved in fp16: the scale of the loss starts anew")
     try:
-        accelerator.load_state(str(path / "state"))
+        accelerator.load_state(str(state))
+        records = [{"content": _content(optimizer), "given": _groups(optimizer)} for optimizer in optimizers]
+        loaded, file = records, state / "optimizers.json"
+        if optimizers and file.exists():
+            records = json.loads(file.read_text("utf-8"))
+        for i, (optimizer, own, record, now) in enumerate(zip(optimizers, settings, records, loaded, strict=True)):
+            if record["content"] != now["content"]:
+                file = state / f"optimizer{f'_{i}' if i else ''}.bin"
+                raise BadInput(f"{file} does not fit its optimizer: {now['content']}; expected {record['content']}")
+            for group, values, given, saved in zip(optimizer.param_groups, own, record["given"], now["given"], strict=True):
+                group.update({k: v for k, v in values.items() if saved.get(k) == given.get(k)})
     except BadInput:
         raise
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise BadInput(f"{getattr(error, 'filename', None) or path / 'state'} cannot be loaded: {error}") from None
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, *UNREADABLE) as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"{getattr(error, 'filename', None) or state} cannot be loaded: {str(error)[:500]}") from None
+    finally:
+        accelerator.scaler = scaler
     accelerator.step = 0  # an update begins: batches are counted from here, whatever was accumulated before
-    for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
-        for group, values in zip(optimizer.param_groups, kept, strict=True):
-            group.update(values)

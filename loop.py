@@ -48,6 +48,7 @@ from oneloop.configs import BadInput
 from oneloop.inputs import decoding, encodings, sources
 from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
+from oneloop.machine.files import flaws
 from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import at_rest, describe, draw, make_models, move, same_buffers, seed_layers, trained, trains
 from oneloop.machine.processes import company, in_turns, on_main, share
@@ -60,7 +61,7 @@ from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
 from oneloop.views.introduction import introduce
-from oneloop.views.publish import publish
+from oneloop.views.publish import owed, publish
 from oneloop.views.trackers import check_trackers
 
 EXPORT_EXAMPLES = 1024
@@ -157,9 +158,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     check_trackers(cfg.base)
     accelerator = make_accelerator(cfg.base, out)
     report, memory = Report(accelerator, out, cfg), Memory(cfg, accelerator.device)
-    saves = checkpoint.Saves(
-        accelerator, out, cfg.base.checkpoints_total_limit, lambda saved: report.say(f"saved {saved}; {saved}/load.py loads it")
-    )
+    saves = checkpoint.Saves(accelerator, out, cfg.base.checkpoints_total_limit, report.say)
     with (
         checkpoint.lock(out, accelerator),
         closing(report),
@@ -176,7 +175,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             refuse_changes(manifest, {"task": name}, configs.changes(manifest["settings"], cfg))
         total = length(cfg, source.size, manifest, accelerator.num_processes)
         factor_at = schedule(cfg.base, total)
-        finished = manifest["step"] >= total and on_main(accelerator, lambda: checkpoint.holds(out / "export", manifest))
+        complete = manifest["step"] >= total
+        finished = not on_main(accelerator, lambda: owed(out, cfg, manifest, complete))
         if finished:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {manifest['step']} of {total} steps; {longer}")
@@ -187,11 +187,13 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         refuse_changes(manifest, identity)
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
-            checkpoint.load(accelerator, saved)
+            checkpoint.load(accelerator, saved, report.say)
         if accelerator.is_main_process:
-            checkpoint.tidy(out)
+            saves.tidy(learner.state.step)
         if finished:
             return learner.state
+        if complete and on_main(accelerator, lambda: flaws(saved, checkpoint.part(manifest, False))):
+            saved = None  # its export is made anew
 
         # The images, decoded and checked; after the models, whose mistakes take seconds to find. From here on there are files.
         examples, held_out = open_examples(accelerator, cfg, source, manifest, report.say)

@@ -44,6 +44,8 @@ def main() -> None:
     ema = {"model.weight": model.weight.detach().clone()}
     checkpoint.attach(accelerator, {"model": model}, ema)
 
+    facts = {"task": "none", "examples": 0, "skipped": 0, "settings": {}}
+
     def export(folder: Path) -> None:
         save_file({"weight": model.weight.detach()}, folder / "model.safetensors")
 
@@ -64,7 +66,7 @@ def main() -> None:
                     if kind == "copied":
                         copied()
                     elif kind.startswith("safe"):
-                        saves.save(step, {}, export)
+                        saves.save(step, facts, export)
                         times[kind].append(time.perf_counter() - began)
                         saves.settle()
                         kind = kinds[4]
@@ -73,7 +75,7 @@ def main() -> None:
                         accelerator.save_state(str(folder / "plain" / "state"))
                         export(folder / "plain")
                         for path in (folder / "plain").rglob("*") if kind != "plain" else ():
-                            checkpoint._flush(path)
+                            checkpoint.flush(path)
                     times[kind].append(time.perf_counter() - began)
                     shutil.rmtree(folder / "plain", ignore_errors=True)
     took = {kind: min(values) for kind, values in times.items()}  # what others do on the machine only adds

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
@@ -39,6 +40,7 @@ from oneloop.configs import Data
 from oneloop.inputs.crop import corner
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import Source, content_hash
+from oneloop.machine.files import erase, strangers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One picture.
@@ -332,9 +334,16 @@ def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -
 
 
 def tidy(folder: Path, used: set[Path]) -> None:
-    """Remove what is kept in a run's own folder of sets that it no longer uses."""
+    """Remove what is cached in a run's own folder of sets that it no longer uses, and what killed processes left of it. What
+    this program did not write stays."""
     for path in set(folder.glob("pictures-*")) - used:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path / "columns.safetensors", "pt") as file:
+            if "hash" in (file.metadata() or {}) and not strangers(path, {"columns.safetensors", "pixels"}):
+                erase(path)
+    staged = r"\.pictures-[0-9a-f]{16}\.[0-9a-f]{32}\.writing|\.[0-9a-f]+(-mirrored)?\.\d+\.writing"
+    for path in (path for form in (".*.writing", "*/??/.*.writing") for path in folder.glob(form)):
+        if re.fullmatch(staged, path.name):
+            erase(path)
 
 
 def kept(path: Path, cfg: Data) -> Pictures | None:

@@ -42,6 +42,7 @@ import warm
 from warm import ROOT, UNET, Process, Result, checkpoints, cli, digest, distance, metrics, start, start_many, tiny
 
 from oneloop import checkpoint
+from oneloop.machine import files
 from oneloop.tasks import Rng, ddpm
 from oneloop.training.guard import Guard, NonFinite
 from oneloop.views import publish
@@ -272,7 +273,7 @@ def killed_at_random(seed: int, folder: Path) -> str:
     until(lambda: not first or any(step >= first for step in checkpoint.steps(out)), process)
     time.sleep(rng.uniform(0, 0.5 if first else 1.5))
     ended = kill(process).code != -signal.SIGKILL
-    inside = bool([name for name in litter(out) if "checkpoint" in name])
+    inside = bool(list(out.glob(".oneloop/checkpoint-*")))
     stood = valid(out)
     assert first == 0 or (stood and stood[-1] >= first), f"{stood} after step {first} was saved"
     [result] = ends([start(folder, *flags)], 0)
@@ -299,15 +300,15 @@ def power_cut(out: Path, point: int, record: Path, power: bool = True) -> Callab
         def cut() -> None:
             state["over"] = True
             for source, target in renames if power else ():
-                if source.endswith(".saving"):
+                if "/.oneloop/checkpoint-" in source and not source.endswith(".replaced"):
                     os.rename(target, source)
-            for path in out.glob("*checkpoint-*/**/*") if power else ():
+            for path in (*out.glob("checkpoint-*/**/*"), *out.glob(".oneloop/checkpoint-*/**/*")) if power else ():
                 if path.is_file() and identity(path) not in flushed:
                     os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
         def event(kind: str, path: str) -> None:
-            state["began"] |= path.endswith(".saving")
+            state["began"] |= "/.oneloop/checkpoint-" in path
             if not state["began"] or state["over"] or not path.startswith(str(out)) or path.endswith("metrics.jsonl"):
                 return
             if state["count"] == point:
@@ -358,7 +359,9 @@ def before(folder: Path, kept: int | None, steps: int) -> list[str]:
         shutil.copytree(whole / f"checkpoint-{step}", out / f"checkpoint-{step}")
         shutil.copy(whole / "metrics.jsonl", out)
     if kept is None:  # a run that is made longer: its shorter self was published
-        shutil.copytree(reference(make=saving, limit=None, steps=steps - 1) / "export", out / "export")
+        shorter = reference(make=saving, limit=None, steps=steps - 1)
+        shutil.copytree(shorter / "export", out / "export")
+        shutil.copy(shorter / "export.json", out)
     return saving(folder, limit=kept or None, steps=steps)
 
 
@@ -744,7 +747,7 @@ def dead_lock(folder: Path) -> None:
     holder = start(folder, *signalling(folder), patch=slow(60))
     until(lambda: (folder / "out" / "metrics.jsonl").exists(), holder)
     kill(holder)
-    assert (folder / "out" / ".lock").exists()
+    assert (folder / "out" / ".oneloop" / "lock").exists()
     ends([start(folder, *signalling(folder))], 0)
     equal(folder / "out", reference(make=signalling))
 
@@ -757,7 +760,7 @@ def lock_race(folder: Path) -> None:
 
         def lockf(file: Any, operation: int) -> None:
             checkpoint.fcntl.lockf = really
-            (folder / "out" / ".lock").unlink()
+            (folder / "out" / ".oneloop" / "lock").unlink()
             really(file, operation)
 
         checkpoint.fcntl.lockf = lockf
@@ -811,7 +814,7 @@ def process_dies(phase: str, rank: int, folder: Path) -> None:
             case "state":
                 accelerate.Accelerator.save_state = here(2, accelerate.Accelerator.save_state)
             case "sealing":
-                checkpoint._seal = here(2, checkpoint._seal)
+                checkpoint.listed = here(2, checkpoint.listed)
             case "publishing":
                 publish.publish = here(1, publish.publish)
 
@@ -841,7 +844,7 @@ def resign(folder: Path, name: str) -> None:
     """Have the manifest agree with a file as it is now, as somebody who means harm would."""
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "manifest.json").read_text())
-    sign(folder, files=manifest["files"] | {name: {"size": len(content), "xxh3": checkpoint._xxh3(folder / name)}})
+    sign(folder, files=manifest["files"] | {name: {"size": len(content), "xxh3": files.xxh3(folder / name)}})
 
 
 def forget(folder: Path, name: str) -> None:
@@ -849,6 +852,11 @@ def forget(folder: Path, name: str) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"][name]
     sign(folder, files=manifest["files"])
+
+
+def listing(folder: Path) -> dict[str, Any]:
+    """The files that a manifest names."""
+    return json.loads((folder / "manifest.json").read_text())["files"]
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
@@ -861,9 +869,9 @@ FILES = (
     "state/model.safetensors",
     "state/ema.safetensors",
     "state/optimizer.bin",
-    "unet/diffusion_pytorch_model.safetensors",
     "manifest.json",
 )
+EXPORTED = ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "load.py")
 CORRUPTIONS: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {  # name -> the file to be named, what is done to
     # (the newest checkpoint, the one before it, the same of another run)
     **{
@@ -904,7 +912,24 @@ CORRUPTIONS: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {  # nam
     ),
     "a manifest that names a file elsewhere": (
         "manifest.json",
-        lambda new, old, other: sign(new, files=json.loads((new / "manifest.json").read_text())["files"] | {"../../out": {}}),
+        lambda new, old, other: sign(new, files=listing(new) | {"../../out": {"size": 1, "xxh3": ""}}),
+    ),
+    "a manifest whose files are a list": ("manifest.json", lambda new, old, other: sign(new, files=[])),
+    "a manifest whose file is a number": (
+        "manifest.json",
+        lambda new, old, other: sign(new, files=listing(new) | {"x": 1}),
+    ),
+    "a manifest whose step is a text": ("manifest.json", lambda new, old, other: sign(new, step="6")),
+    "a manifest without examples": ("manifest.json", lambda new, old, other: sign(new, examples=None)),
+    "a manifest whose settings are a list": ("manifest.json", lambda new, old, other: sign(new, settings=[1])),
+    "a manifest whose settings are not in groups": ("manifest.json", lambda new, old, other: sign(new, settings={"base": 1})),
+    "a manifest that names what no file is called": (
+        "state/\0",
+        lambda new, old, other: sign(new, files=listing(new) | {"state/\0": {"size": 1, "xxh3": ""}}),
+    ),
+    "a manifest of 100,000 brackets": (
+        "manifest.json",
+        lambda new, old, other: (new / "manifest.json").write_text("[" * 100_000),
     ),
     "a manifest that is a list": ("manifest.json", lambda new, old, other: (new / "manifest.json").write_text("[]")),
     "a folder in the place of a file": (
@@ -937,6 +962,8 @@ def corruption() -> Iterator[tuple[str, Case]]:
     for name in CORRUPTIONS:
         yield f"{name}: passed over", functools.partial(passed_over, name)
         yield f"{name}: given by hand", functools.partial(given_by_hand, name)
+    for file, how in itertools.product(EXPORTED, DAMAGE):
+        yield f"{file}: {how}: named, and resumed from", functools.partial(export_damaged, file, how)
     yield "all checkpoints damaged", all_damaged
     yield "a file that is missing, and from the manifest too", conspiracy
     yield "metrics.jsonl ends in noise", metrics_damaged
@@ -970,6 +997,18 @@ def given_by_hand(name: str, folder: Path) -> None:
     result = cli(folder, *checkpointed(folder, "new", base__resume_from_checkpoint=path))
     one_line(result, 2, str(path / CORRUPTIONS[name][0]))
     assert not (folder / "new").exists()
+
+
+def export_damaged(file: str, how: str, folder: Path) -> None:
+    """What is damaged beside a state costs a line: the run resumes from that state, and ends Equal."""
+    whole, out = reference(make=checkpointed), folder / "out"
+    for step in (4, 6):
+        shutil.copytree(whole / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    DAMAGE[how](out / "checkpoint-6" / file)
+    (out / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    [result] = ends([start(folder, *checkpointed(folder))], 0)
+    assert "continuing after step 6" in result.err and f"checkpoint-6/{file}" in result.err, result.err
+    equal(out, whole)
 
 
 def all_damaged(folder: Path) -> None:
@@ -1188,11 +1227,10 @@ def full_disk(i: int, count: int, folder: Path) -> str:
             return "no room to begin"
         if all(result.code == 0 for result in results):
             return "it fitted"
-        one_line(results[0], 4, " are free", "it needs at least ")
+        one_line(results[0], 4, " are free", "it needs more than ")
         assert all(result.code == 4 for result in results), [(result.code, result.err) for result in results]
         stood = valid(disk / "out")
-        left = [name for name in litter(disk) if not name.endswith(".lock")]
-        assert not left, left
+        assert not litter(disk), litter(disk)
         room = (size - 8192) // one  # checkpoints that certainly fit
         assert len(stood) >= min(room, 4) - 1, f"{stood} of {room}"
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

@@ -135,9 +135,10 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
         except OSError as error:
             raise BadInput(f"--base.output-dir: {place} cannot be written: {error.strerror}") from None
 
-    with Signals(here):  # from here on a signal leaves through what removes the folder
+    with Signals(here), contextlib.ExitStack() as stack:  # from here on a signal leaves through what removes the folder
         out = on_main(here, temporary)
         try:
+            stack.enter_context(checkpoint.lock(out, here))  # by which a later start knows whether it is abandoned
             if here.is_main_process:
                 said = f"a short run of {steps} of {counted(total, 'step')}, with samples and a checkpoint; it is removed"
                 print(said, file=sys.stderr)
@@ -151,6 +152,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
                 host = peak_host() + (grows / 2**30 if grows < room else 0)
                 print(drawn_out(cfg, watch, out, source.size / pictures, host))
         finally:
+            stack.close()
             if here.is_main_process:
                 shutil.rmtree(out, ignore_errors=True)
 

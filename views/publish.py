@@ -1,45 +1,114 @@
-"""The export of a finished run by itself, with its card, uploaded where asked."""
+"""The export of a finished run by itself, with its card, uploaded where asked; and what of that is still owed.
+
+OUT/export.json says what OUT/export holds: the checkpoint it was made from, its files, and where it was uploaded. So a start
+knows what an earlier one did not finish, and that it replaces nothing that this program did not write.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from oneloop import checkpoint, configs
+from oneloop.configs import BadInput
+from oneloop.machine import files
+
+CARD = "README.md"
+"""The one file of an export that people edit, and are done all the same."""
 
 
 def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
-    """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it."""
-    staged, export, removed = out / ".export.writing", out / "export", out / ".export.removed"
-    skipped = {"state", "manifest.json", "load.py"}
+    """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it. What is
+    done already is not done again.
+
+    Raises:
+        BadInput: OUT/export is not as this program wrote it. StorageError: it could not be written, or not uploaded.
+    """
+    record, manifest, repository = _record(out), checkpoint.read(saved), cfg.base.hub_model_id or out.name
     loads = (saved / "load.py").read_text("utf-8").strip()
+    if not _whole(out, record, manifest):
+        record = _export(saved, out, manifest, functools.partial(_card, out, cfg, found, step, loads), step)
+    if cfg.base.push_to_hub and record["uploaded"] != repository:
+        try:
+            import huggingface_hub
+
+            repo = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
+            huggingface_hub.upload_folder(repo_id=repo, folder_path=out / "export", commit_message=f"{step} optimizer steps")
+        except Exception as error:  # whatever the hub and the network throw
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            text = f"{out}/export was not uploaded to {repository}: {reason}; the same command tries again"
+            raise checkpoint.StorageError(text) from None
+        files.write(out / "export.json", json.dumps(record | {"uploaded": repository}, indent=1))
+    return loads.format(path=out / "export")
+
+
+def owed(out: Path, cfg: Any, manifest: dict[str, Any], complete: bool) -> bool:
+    """Whether a run whose last checkpoint has this manifest still owes its export, an upload or its page.
+
+    Raises:
+        BadInput: OUT/export is not as this program wrote it, and the end of this run would replace it.
+    """
+    record, (page, metrics) = _record(out), (out / "report.html", out / "metrics.jsonl")
+    if not (complete and _whole(out, record, manifest)):
+        _refuse_another(out, record)
+        return True
+    late = not page.exists() or (metrics.exists() and page.stat().st_mtime < metrics.stat().st_mtime)
+    return late or (cfg.base.push_to_hub and record["uploaded"] != (cfg.base.hub_model_id or out.name))
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """What export.json says; nothing where it is damaged."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        record = json.loads((out / "export.json").read_text("utf-8"))
+        if all((entry["size"], entry["xxh3"]) and ".." not in Path(name).parts for name, entry in record["files"].items()):
+            return {name: record[name] for name in ("checkpoint", "files", "uploaded")}
+    return {"checkpoint": None, "files": {}, "uploaded": None}
+
+
+def _whole(out: Path, record: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether OUT/export is the export of the checkpoint with this manifest."""
+    wanted = {name: entry for name, entry in record["files"].items() if name != CARD}
+    return record["checkpoint"] == manifest.get("sha256", "") and not files.flaws(out / "export", wanted)
+
+
+def _refuse_another(out: Path, record: dict[str, Any]) -> None:
+    """Refuse to replace OUT/export where anything in it is not as this program wrote it."""
+    export = out / "export"
+    there = {name: entry for name, entry in record["files"].items() if os.path.lexists(export / name)}
+    if wrong := files.strangers(export, set(there)) or files.flaws(export, there):
+        what = f"{export} holds what this program did not write ({', '.join(wrong[:3])})"
+        raise BadInput(f"{what}, and the end of this run would replace it; move it away, or give another --base.output-dir")
+
+
+def _export(saved: Path, out: Path, manifest: dict[str, Any], card: Callable[[list[str]], str], step: int) -> dict[str, Any]:
+    """Write OUT/export anew, whole or not at all, and its record, which is returned."""
+    export, staged, ours = out / "export", files.staged(out / "export"), checkpoint.part(manifest, False)
+    _refuse_another(out, _record(out))
     try:
-        shutil.copytree(saved, staged, ignore=lambda folder, names: skipped if folder == str(saved) else ())
+        for name in ours.keys() - {"load.py"}:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(saved / name, staged / name)
+        staged.mkdir(parents=True, exist_ok=True)
         for grid in sorted((out / "samples").glob(f"{step}*.png")):
             shutil.copy(grid, staged / grid.name.replace(f"{step}-", "").replace(f"{step}.", "samples."))
-        pictures = [path.name for path in sorted(staged.glob("*.png"))]
-        (staged / "README.md").write_text(_card(out, cfg, found, step, loads, pictures), "utf-8")
+        (staged / CARD).write_text(card([path.name for path in sorted(staged.glob("*.png"))]), "utf-8")
+        record = {"checkpoint": manifest["sha256"], "files": files.listed(staged), "uploaded": None}
+        if export.exists():
+            files.discard(export)
+        files.write(out / "export.json", json.dumps(record, indent=1))
+        os.rename(staged, export)
+        files.flush(out)
     except OSError as error:
-        shutil.rmtree(staged, ignore_errors=True)
-        needed = sum(
-            checkpoint.size(path) if path.is_dir() else path.stat().st_size
-            for path in saved.iterdir()
-            if path.name not in skipped
-        )
-        raise checkpoint.refused(export, error, out, needed) from None
-    if export.exists():
-        os.rename(export, removed)
-    os.rename(staged, export)
-    shutil.rmtree(removed, ignore_errors=True)
-    if cfg.base.push_to_hub:
-        import huggingface_hub
-
-        repo = huggingface_hub.create_repo(cfg.base.hub_model_id or out.name, exist_ok=True).repo_id
-        huggingface_hub.upload_folder(repo_id=repo, folder_path=export, commit_message=f"{step} optimizer steps")
-    return loads.format(path=export)
+        raise checkpoint.refused(export, error, out, sum(entry["size"] for entry in ours.values())) from None
+    finally:
+        files.erase(staged)
+    return record
 
 
 def _card(out: Path, cfg: Any, found: str, step: int, loads: str, grids: list[str]) -> str:

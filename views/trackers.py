@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import urllib.parse
+from pathlib import Path
 
 from oneloop import configs
 from oneloop.configs import BadInput
@@ -28,6 +29,11 @@ def check_trackers(base: configs.Base) -> None:
     if base.push_to_hub:
         import huggingface_hub
 
+        name = base.hub_model_id or Path(base.output_dir).name
+        try:
+            huggingface_hub.utils.validate_repo_id(name)
+        except huggingface_hub.errors.HFValidationError as error:
+            raise BadInput(f"--base.hub-model-id: {name!r} is not the name of a repository: {error}") from None
         if not huggingface_hub.get_token():
             raise BadInput("--base.push-to-hub needs a login: run `hf auth login`, or set HF_TOKEN")
 

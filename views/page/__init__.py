@@ -12,7 +12,6 @@ import functools
 import html
 import io
 import json
-import os
 import re
 import shlex
 import string
@@ -20,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from oneloop.machine import files
 
 POINTS = 2000
 """Points a line has at most."""
@@ -278,7 +279,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 def _loads(run: Run) -> str:
     """The lines that load the newest result."""
-    numbers = [int(m[1]) for path in run.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-([0-9]+)", path.name))]
+    numbers = files.steps(run.folder)
     if not numbers:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
@@ -325,9 +326,4 @@ def _fill(path: Path, title: str, lead: str, body: str, data: dict[str, Any]) ->
         data=json.dumps(data).replace("</", "<\\/"),
         plotly=get_plotlyjs() if data["charts"] else "",
     )
-    staged = path.with_name(f".{path.name}.writing")
-    try:
-        staged.write_text(text, "utf-8", "replace")  # a record may hold half a character
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+    files.write(path, text.encode("utf-8", "replace").decode("utf-8"))  # a record may hold half a character

@@ -1,0 +1,129 @@
+"""Files that are there whole or not at all, and the hidden folder in which a run stages them.
+
+    OUT/.oneloop/lock       locked by the process that writes to OUT; it marks the folder as this program's
+    OUT/.oneloop/...        what is being written, and what is being removed
+
+Everything is written in there and renamed into place, and what has to go is renamed into there first. So what a killed process
+leaves is all in one folder that is known to be this program's, and nothing elsewhere has to be recognised by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+WORK = ".oneloop"
+JUNK = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
+"""Names of files that systems put into every folder, and that are nobody's."""
+
+
+def staged(path: Path) -> Path:
+    """A new name for what becomes, or was, `path`: in the run's hidden folder, or beside it where there is no run."""
+    name = f"{path.name}.{uuid.uuid4().hex[:12]}"
+    work = path.parent / WORK
+    return work / name if work.is_dir() else path.with_name(f".{name}.writing")
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all. No link is followed."""
+    made = staged(path)
+    try:
+        with open(made, "x", encoding="utf-8") as file:
+            file.write(text)
+        flush(made)
+        os.replace(made, path)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def erase(path: Path) -> None:
+    """Remove a file, a link or a folder, as far as that is possible. No link is followed."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder whole or not at all: renamed away, then erased.
+
+    Raises:
+        OSError: it cannot be renamed; it is as it was.
+    """
+    os.rename(path, away := staged(path))
+    erase(away)
+
+
+def size(folder: Path) -> int:
+    """Bytes in the files of a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in the folder, oldest first."""
+    names = (path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+    return sorted(int(name[11:]) for name in names if re.fullmatch("checkpoint-(0|[1-9][0-9]*)", name))
+
+
+def strangers(folder: Path, names: set[str]) -> list[str]:
+    """Files below a folder that have none of these names, but for junk; its own name, where it is a link or no folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return [folder.name] if os.path.lexists(folder) else []
+    there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = {str(path.relative_to(folder)) for path in there if not any(fnmatch.fnmatch(path.name, junk) for junk in JUNK)}
+    return sorted(found - names)
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file in a folder as its name -> size and xxh3, flushed and with the mode that the umask leaves."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:  # safetensors writes for the owner alone
+        path.chmod(folder.stat().st_mode & 0o666)
+    with ThreadPoolExecutor(4) as pool:
+        flushes, hashes = pool.map(flush, files), list(pool.map(xxh3, files))
+        list(flushes)
+    for path in {folder, *(path.parent for path in files)}:
+        flush(path)
+    pairs = zip(files, hashes, strict=True)
+    return {str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3": digest} for path, digest in pairs}
+
+
+def xxh3(path: Path) -> str:
+    """128 bits that tell damage, fifteen times as fast as sha256. They do not tell malice: nothing that is loaded can run."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def flaws(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with files of a folder: those that are missing, or not what was written."""
+
+    def look(name: str) -> str | None:
+        path, entry = folder / name, files[name]
+        try:
+            if not path.is_file():
+                return f"{path}: missing"
+            if (length := path.stat().st_size) != entry["size"]:
+                return f"{path}: {length:,} bytes, expected {entry['size']:,}"
+            return None if xxh3(path) == entry["xxh3"] else f"{path}: its content is not what was saved (xxh3)"
+        except (OSError, ValueError) as error:
+            return f"{path}: {getattr(error, 'strerror', None) or 'not a file name'}"
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(filter(None, pool.map(look, files)))
