@@ -32,6 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import time
@@ -191,7 +192,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         report.open(learner.state.step, total, source.summary, identity["models"])
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(configs.run_file(cfg), indent=2) + "\n")
-        for text in (*data_report.remarks(accelerator, examples, out), *encodings.remarks(examples, task.encodings, cfg)):
+        remarks = (data_report.remarks(accelerator, examples, out), encodings.remarks(examples, task.encodings, cfg))
+        for text in itertools.chain(*remarks, task.remarks(learner.models, cfg)):
             report.say(text)
         frozen = {k: e for k, e in task.encodings.items() if not any(map(trains, named(learner.models, e.models)))}
         idle = encodings.encode_once(examples, frozen, learner.models, cfg, accelerator, report.say)

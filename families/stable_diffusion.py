@@ -15,6 +15,7 @@ import functools
 import importlib
 import json
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+TRAINED = "unet"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 ENCODERS = ("text_encoder", "text_encoder_2")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checkpoint: what it says of itself, and its parts.
@@ -57,28 +60,41 @@ def config(s: Any, part: str) -> dict[str, Any]:
     return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
 
 
+def kind(s: Any) -> str:
+    """The class of the checkpoint's pipeline, by its own word."""
+    return config(s, "")["_class_name"]
+
+
 def is_xl(s: Any) -> bool:
-    """Whether the checkpoint is an SDXL, by its own word."""
-    return config(s, "")["_class_name"] == "StableDiffusionXLPipeline"
+    """Whether the checkpoint is an SDXL."""
+    return kind(s) == "StableDiffusionXLPipeline"
 
 
-def check(s: Any, group: str, resolution: int) -> None:
-    """Refuse what cannot work, from the checkpoint's configs alone.
-
-    Raises:
-        BadInput: it is no diffusers model, another kind of model, or does not fit the settings.
-    """
+def check_files(s: Any, group: str, known: Collection[str]) -> None:
+    """Refuse what is not a diffusers model of one of the known pipelines, with its configs."""
     name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
     check_vae(s, group)
     try:
-        kind = config(s, "").get("_class_name")
-        parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")} if kind in PIPELINES else {}
+        index = config(s, "")
+        made = index.get("_class_name")
+        for part in ("vae", "unet", "transformer", "scheduler") if made in known else ():
+            config(s, part) if index.get(part) else None
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0]
         wanted = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
         raise BadInput(f"{flag} {name}: not a diffusers model ({reason}); expected {wanted}") from None
-    if kind not in PIPELINES:
-        raise BadInput(f"{flag} {name} is a {kind}; expected a {' or a '.join(PIPELINES)}")
+    if made not in known:
+        raise BadInput(f"{flag} {name} is a {made}; expected one of {', '.join(known)}")
+
+
+def check(s: Any, group: str, resolution: int) -> None:
+    """Refuse what cannot work, from the configs of a checkpoint of Stable Diffusion alone.
+
+    Raises:
+        BadInput: it does not fit the settings.
+    """
+    name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
+    parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")}
     channels, given = parts["unet"].get("in_channels", 4), parts["vae"].get("latent_channels", 4)
     if channels != given:
         other = s.pretrained_vae_model_name_or_path
@@ -114,8 +130,8 @@ def check_vae(s: Any, group: str) -> None:
         raise BadInput(f"{flag} {name}: holds a {kind}; expected {expected}")
 
 
-def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
-    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes."""
+def load(s: Any, group: str, parts: tuple[str, ...], **more: Any) -> Models:
+    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes, which get `more`."""
     import transformers
 
     if not os.isatty(2):
@@ -132,7 +148,7 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
             flag = f"--{group}.pretrained-vae-model-name-or-path {name}"
         try:
             made = getattr(importlib.import_module(library), kind)
-            models[part] = made.from_pretrained(name, **where).requires_grad_(False)
+            models[part] = made.from_pretrained(name, **where, **more).requires_grad_(False)
         except (OSError, ValueError) as error:
             variant = f" (--{group}.variant {s.variant})" if s.variant else ""
             raise BadInput(f"{flag}{variant}: {part} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
@@ -195,9 +211,9 @@ def prediction_type(s: Any) -> str:
 # overflows in float16 (`force_upcast` in its config), and it is called once for each picture.
 
 
-def encode_pictures(vae: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Pictures [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
-    posterior = vae.encode(x).latent_dist
+def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
+    posterior = models["vae"].encode(x).latent_dist
     return {"latent_mean": posterior.mean, "latent_std": posterior.std}
 
 
@@ -248,6 +264,11 @@ def caption_key(s: Any) -> tuple[Any, ...]:
     """What decides how a caption is encoded beside the encoders."""
     words = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length) for tokenizer in tokenizers_of(s)]
     return (*words, config(s, "").get("force_zeros_for_empty_prompt"))
+
+
+def remarks(models: Models, s: Any) -> Iterator[str]:
+    """What there is to say of the checkpoint before it trains: nothing."""
+    yield from ()
 
 
 def too_long(captions: list[str], s: Any) -> str | None:
@@ -301,8 +322,24 @@ def pipeline(models: Models, s: Any) -> Any:
     return made
 
 
+def arguments(s: Any, side: int) -> dict[str, Any]:
+    """How the pipeline is called to draw one sample; what is not asked for is its own."""
+    asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
+    asked |= {"negative_prompt": s.negative_prompt or None}
+    return {"height": side, "width": side, **{key: value for key, value in asked.items() if value is not None}}
+
+
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
+    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
+    call = arguments(s, side)
+    negative = {"negative_prompt": [s.negative_prompt] * len(prompts)} if s.negative_prompt else {}
+    latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
+    return decode(models["vae"], latents)
+
+
 def load_lines(s: Any) -> str:
-    """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does; for `str.format`."""
+    """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does, and load the adapters of the folder
+    `path`; for `str.format`."""
     kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
     more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
     lines = ""
@@ -318,7 +355,7 @@ def load_lines(s: Any) -> str:
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})
         changes = "".join(f", {key}={quoted(value)}" for key, value in told.items())
         lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{changes})\n"
-    return lines
+    return lines + 'pipeline.load_lora_weights("{path}")\n'
 
 
 def quoted(value: Any) -> str:

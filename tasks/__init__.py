@@ -84,6 +84,8 @@ class Task(Generic[C]):
     """column -> its frozen encoding, which the loss sees in its place."""
     float32: tuple[str, ...] = ()
     """Frozen models that stay in float32, whatever the precision of the run."""
+    remarks: Callable[[Models, C], Iterable[str]] = lambda models, cfg: ()
+    """What there is to say of the models, a line each, said once before training."""
     needs: tuple[str, ...] = ()
     """Columns without which the task cannot work: `caption`, `label`."""
 
