@@ -125,7 +125,7 @@ def test_loss_is_the_official_formula(built, photos, kind, settings):
     texts = CAPTIONS + CAPTIONS[:2]
     batch = {"original_size": original, "crop_top_left": corner}
     with torch.no_grad():
-        batch |= lora.encode_pictures(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
+        batch |= lora.encode_images(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
         (ours,) = [loss.value for loss in lora.loss_fn(models, batch, rng, cfg)]
 
         # train_text_to_image_lora(_sdxl).py, with their names.
@@ -494,7 +494,7 @@ def test_loading_lines_run(tmp_path, built, photos):
     more = {"lora__prediction_type": "v_prediction", "lora__rescale_betas_zero_snr": "True", "base__max_train_steps": 1}
     trained(tmp_path, built["sd"], photos, **more)
     lines = (tmp_path / "out" / "checkpoint-1" / "load.py").read_text()
-    code = lines.format(path=tmp_path / "out" / "checkpoint-1").replace("guidance_scale=7.5", "height=32, width=32")
+    code = lines.format(path=tmp_path / "out" / "checkpoint-1")
 
     def run():
         with contextlib.chdir(tmp_path):
@@ -560,7 +560,11 @@ def test_five_photographs(tmp_path, built):
         ({"model": "nowhere"}, "not a diffusers model"),
         ({"model": "nobody/nothing"}, "--lora.pretrained-model-name-or-path nobody/nothing: not a diffusers model"),
         ({"data__example_cache": "/dev/null/cache"}, "--data.example-cache: /dev/null/cache"),
-        ({"model": "flux"}, "is a FluxPipeline; expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"),
+        (
+            {"model": "pixart"},
+            "is a PixArtSigmaPipeline; expected one of StableDiffusionPipeline, StableDiffusionXLPipeline, ZImage",
+        ),
+        ({"lora__flow_shift": 3.0}, "--lora.flow-shift is 3.0: a StableDiffusionPipeline has no use for it; leave it out"),
         ({"model": "inpainting"}, "its UNet takes 9 channels, its VAE gives 4"),
         ({"lora__variant": "fp16"}, "--lora.variant fp16"),
         ({"lora__pretrained_vae_model_name_or_path": "/dev/null"}, "/dev/null: not an autoencoder"),
@@ -583,8 +587,8 @@ def test_bad_input(tmp_path, built, photos, change, says):
         model = tmp_path / "nowhere"
     elif wrong:
         model = shutil.copytree(built["sd"], tmp_path / wrong)
-        if wrong == "flux":
-            tiny_models.edit(model / "model_index.json", _class_name="FluxPipeline")
+        if wrong == "pixart":
+            tiny_models.edit(model / "model_index.json", _class_name="PixArtSigmaPipeline")
         else:
             tiny_models.edit(model / "unet" / "config.json", in_channels=9)
     if change.pop("data", None):
