@@ -114,7 +114,8 @@ class Settings:
         require(self.logit_std > 0, "lora.logit_std", self.logit_std, "more than 0")
         require(-1 <= self.mode_scale <= 1.75, "lora.mode_scale", self.mode_scale, "-1 to 1.75")
         for name in ("flow_shift", "max_sequence_length"):
-            require((getattr(self, name) or 1) > 0, f"lora.{name}", getattr(self, name), "more than 0, or None")
+            given = getattr(self, name)
+            require(given is None or given > 0, f"lora.{name}", given, "more than 0, or None")
         require(self.snr_gamma is None or self.snr_gamma > 0, "lora.snr_gamma", self.snr_gamma, "more than 0, or None")
         require((given := self.num_inference_steps) is None or given >= 1, "lora.num_inference_steps", given, "at least 1")
         for name in ("learning_rate", "noise_offset", "input_perturbation", "guidance_scale"):
