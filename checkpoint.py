@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine import internals
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
 
@@ -259,8 +260,9 @@ def size(folder: Path) -> int:
 
 def _needed(accelerator: Accelerator) -> int:
     """Bytes of the weights that train and the state of their optimizers, the least that a checkpoint takes."""
-    weights = [p for model in accelerator._models for p in model.parameters() if p.requires_grad]
-    state = [v for o in accelerator._optimizers for values in o.state.values() for v in values.values()]
+    models, optimizers = internals.prepared(accelerator)
+    weights = [p for model in models for p in model.parameters() if p.requires_grad]
+    state = [v for o in optimizers for values in o.state.values() for v in values.values()]
     return sum(t.nbytes for t in weights + state if isinstance(t, Tensor))
 
 
@@ -395,7 +397,8 @@ def load(accelerator: Accelerator, path: Path) -> None:
     Raises:
         BadInput: its files, though they are what was saved, do not hold a training state.
     """
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in accelerator._optimizers]
+    _, optimizers = internals.prepared(accelerator)
+    groups = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     try:
         accelerator.load_state(str(path / "state"))
     except BadInput:
@@ -403,6 +406,6 @@ def load(accelerator: Accelerator, path: Path) -> None:
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise BadInput(f"{getattr(error, 'filename', None) or path / 'state'} cannot be loaded: {error}") from None
     accelerator.step = 0  # an update begins: batches are counted from here, whatever was accumulated before
-    for optimizer, kept in zip(accelerator._optimizers, groups, strict=True):
+    for optimizer, kept in zip(optimizers, groups, strict=True):
         for group, values in zip(optimizer.param_groups, kept, strict=True):
             group.update(values)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
 from oneloop.families import stable_diffusion
+from oneloop.machine import internals
 from oneloop.tasks import Models
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def adapt(module: nn.Module, s: Any, **where: Any) -> None:
 
     alpha = s.rank if s.alpha is None else s.alpha
     kind = {"use_dora": s.use_dora, "use_rslora": s.use_rslora, "init_lora_weights": "gaussian"}
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
+    internals.inject(module, LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
 
 
 def check_targets(s: Any, group: str) -> None:
@@ -51,22 +52,20 @@ def check_targets(s: Any, group: str) -> None:
 def save(models: Models, path: Path, s: Any, settings: str) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, under kohya's names. Their ranks and alphas are in the
     file, and so is the text `settings`."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     weights: dict[str, Tensor] = {}
     told: dict[str, Any] = {}
     for name in ("unet", *stable_diffusion.ENCODERS):
-        if name in models and hasattr(models[name], "peft_config"):
-            adapter = models[name].peft_config["default"].to_dict() | {"base_model_name_or_path": None}
-            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.items()}
+        state, adapter = internals.injected(models[name]) if name in models else ({}, None)
+        if adapter:
+            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.to_dict().items()}
             # Recent versions of transformers leave `text_model` out of some names; every reader knows the names with it.
             inside = "" if name == "unet" or hasattr(models[name], "text_model") else "text_model."
-            for key, x in get_peft_model_state_dict(models[name], save_embedding_layers=False).items():
+            for key, x in state.items():
                 weights[f"{name}.{inside}{key}"] = x.detach().float().cpu().contiguous()
     about = {"format": "pt", "oneloop": settings}
-    save_file(weights, path / WEIGHTS, about | {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)})
+    save_file(weights, path / WEIGHTS, about | {internals.adapter_metadata_key(): json.dumps(told, sort_keys=True)})
     if s.kohya:
         known = {"ss_network_module": "networks.lora", "ss_network_dim": str(s.rank), "ss_network_alpha": str(kohya_alpha(s))}
         save_file(kohya(weights, s), path / KOHYA, about | known)

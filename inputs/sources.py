@@ -20,6 +20,7 @@ from PIL import Image
 
 from oneloop.configs import BadInput, Data, fraction, require
 from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_shape
+from oneloop.machine import internals
 from oneloop.tasks import hash64
 
 
@@ -178,10 +179,11 @@ def _open_rows(cfg: Data, setting: str = "split") -> Source:
     @functools.cache
     def identity() -> str:
         outside = [path for chunk in encoded.data.column(image).chunks for path in _outside(chunk)]
-        if len(outside) == len(rows) and encoded._indices is None:  # a folder: whatever else is in it, these are the pictures
+        fingerprint, chosen = internals.fingerprint(encoded)
+        if len(outside) == len(rows) and not chosen:  # a folder: whatever else is in it, these are the pictures
             return content_hash([(os.path.abspath(path), _stamp(path)) for path in outside])
         outside += [file["filename"] for file in encoded.cache_files]
-        return content_hash(encoded._fingerprint, [(path, _stamp(path)) for path in outside])
+        return content_hash(fingerprint, [(path, _stamp(path)) for path in outside])
 
     captions, source = None, caption
     if caption is not None:

@@ -124,22 +124,22 @@ class Rng:
         return replace(self, keys=self.keys[part], numbers=self.numbers[part])
 
     def _keys(self, purpose: str, ndim: int) -> Tensor:
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        keys = _random.fold_in(self.keys, hash64(purpose))
+        keys = philox().fold_in(self.keys, hash64(purpose))
         return keys.view(len(keys), *[1] * ndim, 2)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal numbers, [B, *shape] float32."""
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        return _random.normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+        return philox().normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), [B, *shape] float32."""
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        return _random.uniform(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+        return philox().uniform(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
         """Uniform integers in [0, high), [B, *shape] int64; `high` at most 2^24, the steps of a float32 in [0, 1)."""
