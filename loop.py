@@ -59,6 +59,7 @@ from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
 from oneloop.views.introduction import introduce
+from oneloop.views.loading import load_file
 from oneloop.views.publish import publish
 from oneloop.views.trackers import check_trackers
 
@@ -215,7 +216,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if code := signals.agreed():
             report.say(f"stopped by a signal after step {learner.state.step}; saved {saved}; the same command resumes")
             raise SystemExit(code)
-        lines = on_main(accelerator, lambda: publish(saved, out, cfg, source.summary, learner.state.step))
+        lines = on_main(accelerator, lambda: publish(saved, out, cfg, source.summary, learner.state.step, task.card(cfg)))
         took = f"{clock(time.perf_counter() - started)}, {peak_memory(accelerator.device)}"
         report.say(f"done in {took}; images are in {out}/samples, the result in {out}/export:\n\n{lines}")
         return learner.state
@@ -482,7 +483,7 @@ def save(run: Run) -> Path:
         seen = data.Fixed(run.examples, run.cfg.data.train_batch_size, run.accelerator.device, count)
         with at_rest(learner.models, learner.weights, state.ema):
             lines = run.task.export_fn(learner.models, seen, folder, run.cfg)
-        (folder / "load.py").write_text(lines + "\n")
+        (folder / "load.py").write_text(load_file(lines), "utf-8")
 
     now = {"examples": state.examples, "skipped": state.skipped}
     return run.saves.save(state.step, run.manifest | now, export)

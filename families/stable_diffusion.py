@@ -11,14 +11,16 @@ Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Model
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
-import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
+from oneloop.families import hub
+from oneloop.families.hub import is_local, read
 from oneloop.tasks import Batch, Models, unwrap
 
 if TYPE_CHECKING:
@@ -30,23 +32,6 @@ ENCODERS = ("text_encoder", "text_encoder_2")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checkpoint: what it says of itself, and its parts.
-
-
-def is_local(name: str) -> bool:
-    """Whether it names a folder rather than a model on the hub, which is `owner/name`."""
-    return Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1
-
-
-@functools.cache
-def read(name: str, revision: str | None, file: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint, without any of its weights."""
-    if is_local(name):
-        path = Path(name).expanduser() / file
-    else:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(name, file, revision=revision))
-    return json.loads(path.read_text("utf-8"))
 
 
 def config(s: Any, part: str) -> dict[str, Any]:
@@ -68,32 +53,46 @@ def check(s: Any, group: str, resolution: int) -> None:
     Raises:
         BadInput: it is no diffusers model, another kind of model, or does not fit the settings.
     """
-    name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
     check_vae(s, group)
-    try:
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with readable(flag, "a diffusers model", MODEL):
         kind = config(s, "").get("_class_name")
-        parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")} if kind in PIPELINES else {}
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        wanted = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
-        raise BadInput(f"{flag} {name}: not a diffusers model ({reason}); expected {wanted}") from None
-    if kind not in PIPELINES:
-        raise BadInput(f"{flag} {name} is a {kind}; expected a {' or a '.join(PIPELINES)}")
-    channels, given = parts["unet"].get("in_channels", 4), parts["vae"].get("latent_channels", 4)
+        if kind not in PIPELINES:
+            raise BadInput(f"{flag} is a {kind}; expected a {' or a '.join(PIPELINES)}")
+        _check_parts(s, group, flag, resolution)
+
+
+MODEL = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
+VAE = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
+
+
+@contextlib.contextmanager
+def readable(what: str, kind: str, expected: str) -> Iterator[None]:
+    """Reads a checkpoint's files: whatever is wrong with them is a line that begins with `what`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except hub.Unavailable as error:
+        raise BadInput(f"{what}: {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"{what}: not {kind} ({reason}); expected {expected}") from None
+
+
+def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
+    vae, unet, said = (config(s, part) for part in ("vae", "unet", "scheduler"))
+    channels, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != given:
         other = s.pretrained_vae_model_name_or_path
         expected = f"another --{group}.pretrained-vae-model-name-or-path" if other else "a text-to-image model"
-        raise BadInput(
-            f"{flag} {name}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}"
-        )
-    factor = 2 ** (len(parts["vae"].get("block_out_channels", [0])) - 1)
+        raise BadInput(f"{flag}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}")
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
-    said, otherwise = parts["scheduler"], overrides(s)
+    otherwise = overrides(s)
     predicts = (said | otherwise).get("prediction_type", "epsilon")
     if "Flow" in said.get("_class_name", "") or predicts not in ("epsilon", "v_prediction", "sample"):
-        raise BadInput(
-            f"{flag} {name}: its {said.get('_class_name')} predicts {predicts}; expected epsilon, v_prediction or sample"
-        )
+        raise BadInput(f"{flag}: its {said.get('_class_name')} predicts {predicts}; expected epsilon, v_prediction or sample")
     if (said | otherwise).get("rescale_betas_zero_snr") and predicts == "epsilon":
         raise BadInput(
             f"--{group}.prediction-type is 'epsilon' with a zero-terminal-SNR schedule, whose last step is pure noise: to "
@@ -104,38 +103,43 @@ def check(s: Any, group: str, resolution: int) -> None:
 def check_vae(s: Any, group: str) -> None:
     """Refuse what is no autoencoder, from its config alone."""
     name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
-    expected = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
-    try:
+    with readable(f"{flag} {name}", "an autoencoder", VAE):
         kind = config(s, "vae").get("_class_name") if name else "AutoencoderKL"
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BadInput(f"{flag} {name}: not an autoencoder ({reason}); expected {expected}") from None
-    if kind != "AutoencoderKL":
-        raise BadInput(f"{flag} {name}: holds a {kind}; expected {expected}")
+        if kind != "AutoencoderKL":
+            raise BadInput(f"{flag} {name}: holds a {kind}; expected {VAE}")
 
 
 def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
-    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes."""
+    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes. Its scheduler and its
+    tokenizers are opened too, so that their mistakes come before anything is written.
+
+    Raises:
+        BadInput: something of it cannot be loaded.
+    """
     import transformers
 
     if not os.isatty(2):
         transformers.logging.disable_progress_bar()
-    index, models = config(s, ""), {}
-    for part in parts:
-        library, kind = index.get(part) or (None, None)
-        if kind is None:
-            continue
-        name, where = s.pretrained_model_name_or_path, {"subfolder": part, "revision": s.revision, "variant": s.variant}
-        flag = f"--{group}.pretrained-model-name-or-path {name}"
+    models, name = {}, s.pretrained_model_name_or_path
+    flag = f"--{group}.pretrained-model-name-or-path {name}"
+    with readable(flag, "a diffusers model", MODEL):
+        index = {part: config(s, "").get(part) or (None, None) for part in parts}
+        named = {part: (library, kind) for part, (library, kind) in index.items() if kind is not None}
+        made = scheduler(s)
+        if not hasattr(made, "add_noise") or not alphas_cumprod(s, "cpu").isfinite().all():
+            raise ValueError(f"its scheduler is a {type(made).__name__} without a schedule of noise")
+    variant = f" (--{group}.variant {s.variant})" if s.variant else ""
+    for part, (library, kind) in named.items():
         if part == "vae" and s.pretrained_vae_model_name_or_path:
-            name, where = s.pretrained_vae_model_name_or_path, {}
-            flag = f"--{group}.pretrained-vae-model-name-or-path {name}"
-        try:
-            made = getattr(importlib.import_module(library), kind)
-            models[part] = made.from_pretrained(name, **where).requires_grad_(False)
-        except (OSError, ValueError) as error:
-            variant = f" (--{group}.variant {s.variant})" if s.variant else ""
-            raise BadInput(f"{flag}{variant}: {part} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+            own = s.pretrained_vae_model_name_or_path
+            what = f"--{group}.pretrained-vae-model-name-or-path {own}: vae"
+            models[part] = hub.load("diffusers", "AutoencoderKL", own, what)
+        else:
+            where = {"subfolder": part, "revision": s.revision, "variant": s.variant}
+            models[part] = hub.load(library, kind, name, f"{flag}{variant}: {part}", **where)
+        models[part].requires_grad_(False)
+    with readable(flag, "a diffusers model", MODEL):
+        tokenizers_of(s)
     return models
 
 
@@ -145,7 +149,9 @@ def tokenizers(name: str, revision: str | None, xl: bool) -> tuple[Any, ...]:
     from transformers import AutoTokenizer
 
     parts = ("tokenizer", "tokenizer_2") if xl else ("tokenizer",)
-    return tuple(AutoTokenizer.from_pretrained(name, subfolder=part, revision=revision) for part in parts)
+    where = {"revision": revision, "local_files_only": not is_local(name) and hub.unreachable() is not None}
+    source = Path(name).expanduser() if is_local(name) else name
+    return tuple(AutoTokenizer.from_pretrained(source, subfolder=part, **where) for part in parts)
 
 
 def tokenizers_of(s: Any) -> tuple[Any, ...]:

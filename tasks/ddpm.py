@@ -148,7 +148,7 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg)).save_pretrained(path)
     return (
         "from diffusers import DDPMPipeline\n"
-        'pipeline = DDPMPipeline.from_pretrained("{path}")\n'
+        "pipeline = DDPMPipeline.from_pretrained({path})\n"
         f'pipeline(num_inference_steps={cfg.ddpm.ddpm_num_inference_steps}).images[0].save("sample.png")'
     )
 
@@ -160,4 +160,5 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    card=lambda cfg: {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]},
 )

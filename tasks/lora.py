@@ -13,11 +13,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from oneloop import configs
 from oneloop.configs import BadInput, Base, Data, Live, require
-from oneloop.families import adapters, stable_diffusion
+from oneloop.families import adapters, hub, stable_diffusion
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
 
@@ -199,15 +199,24 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    s, settings = cfg.lora, configs.to_dict(cfg)
+    s, settings = cfg.lora, configs.portable(configs.to_dict(cfg), cfg)
     settings["base"]["output_dir"] = None
     adapters.save(models, path, s, json.dumps(settings))
     how = f"num_inference_steps={s.num_inference_steps}, guidance_scale={s.guidance_scale}"
     return (
         stable_diffusion.load_lines(s)
-        + 'pipeline.load_lora_weights("{path}")\n'
+        + "pipeline.load_lora_weights({path})\n"
         + f'pipeline({stable_diffusion.quoted(prompts(examples, cfg)[0])}, {how}).images[0].save("sample.png")'
     )
+
+
+def card(cfg: Config) -> dict[str, Any]:
+    """What the hub's page of adapters needs. `base_model` is a name on the hub; for a folder there is none."""
+    s, trigger = cfg.lora, cfg.data.trigger
+    base = hub.card(s.pretrained_model_name_or_path, s.revision)
+    family = "stable-diffusion-xl" if stable_diffusion.is_xl(s) else "stable-diffusion"
+    prompt = {"instance_prompt": trigger} if trigger else {}
+    return base | {"pipeline_tag": "text-to-image", "tags": ["lora", "text-to-image", "template:sd-lora", family]} | prompt
 
 
 task = Task(
@@ -217,6 +226,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    card=card,
     encodings={
         "pixel_values": Encoding(fn=encode_pictures, models=("vae",)),
         "caption": Encoding(

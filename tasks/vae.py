@@ -341,11 +341,13 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         shift = {} if vae.config.shift_factor is None else {"shift_factor": mean}
         vae.register_to_config(scaling_factor=1 / std, **shift)
     vae.save_pretrained(path)
+    scale, shift = "vae.config.scaling_factor", "vae.config.shift_factor"
+    moved, back = ("", "") if vae.config.shift_factor is None else (f" - {shift}", f" + {shift}")
     return (
         "from diffusers import AutoencoderKL\n"
-        'vae = AutoencoderKL.from_pretrained("{path}")\n'
-        "encode = lambda x: vae.encode(x).latent_dist.sample() * vae.config.scaling_factor  # x [B, 3, H, W] in [-1, 1]\n"
-        "decode = lambda z: vae.decode(z / vae.config.scaling_factor).sample"
+        "vae = AutoencoderKL.from_pretrained({path})\n"
+        f"encode = lambda x: (vae.encode(x).latent_dist.sample(){moved}) * {scale}  # x [B, 3, H, W] in [-1, 1]\n"
+        f"decode = lambda z: vae.decode(z / {scale}{back}).sample"
     )
 
 
