@@ -43,8 +43,8 @@ def file(name: str, revision: str | None, path: str) -> Path:
     """A file of a checkpoint.
 
     Raises:
-        Unavailable: the hub cannot be reached and the file is not in its cache, or it does not give it to this user. OSError: the
-            checkpoint has no such file.
+        Unavailable: the hub cannot be reached and the file is not in its cache, or it does not give it to this user.
+        OSError: the checkpoint has no such file.
     """
     if is_local(name):
         return Path(name).expanduser() / path
@@ -84,8 +84,8 @@ def read(name: str, revision: str | None, path: str) -> dict[str, Any]:
 
 
 def card(name: str, revision: str | None) -> dict[str, str]:
-    """What the card of what was made from this model says of it: `base_model` where it is on the hub, and its license as its own
-    card says it; without one, that the license is its own."""
+    """What a card says of the model that something was made from: `base_model` where it is on the hub, and its license as its
+    own card has it; where it has none, that the license is that of the base model."""
     on_hub = {} if is_local(name) else {"base_model": name}
     try:
         text = file(name, revision, "README.md").read_text("utf-8", errors="replace")
