@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families import stable_diffusion
+from oneloop.families import hub, stable_diffusion
 from oneloop.machine import internals
 from oneloop.tasks import Models
 
@@ -38,7 +38,8 @@ def check_targets(s: Any, group: str) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}: its UNet"
+    with torch.device("meta"), hub.readable(flag, "a UNet2DConditionModel", "one that diffusers can make"):
         unet = UNet2DConditionModel.from_config(stable_diffusion.config(s, "unet"))
     layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     for target in s.target_modules:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,20 @@ def file(name: str, revision: str | None, path: str) -> Path:
         status = getattr(error.response, "status_code", "an error")
         more = "; `hf auth login` with a token that may read it" if status in (401, 403) else ""
         raise Unavailable(f"the hub answers {status} for {path}{more}") from None
+
+
+@contextlib.contextmanager
+def readable(what: str, kind: str, expected: str) -> Iterator[None]:
+    """Reads a checkpoint's files: whatever is wrong with them is a line that begins with `what`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Unavailable as error:
+        raise BadInput(f"{what}: {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"{what}: not {kind} ({reason}); expected {expected}") from None
 
 
 @functools.cache

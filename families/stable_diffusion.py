@@ -11,10 +11,8 @@ Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Model
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +53,7 @@ def check(s: Any, group: str, resolution: int) -> None:
     """
     check_vae(s, group)
     flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-    with readable(flag, "a diffusers model", MODEL):
+    with hub.readable(flag, "a diffusers model", MODEL):
         kind = config(s, "").get("_class_name")
         if kind not in PIPELINES:
             raise BadInput(f"{flag} is a {kind}; expected a {' or a '.join(PIPELINES)}")
@@ -64,20 +62,6 @@ def check(s: Any, group: str, resolution: int) -> None:
 
 MODEL = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
 VAE = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
-
-
-@contextlib.contextmanager
-def readable(what: str, kind: str, expected: str) -> Iterator[None]:
-    """Reads a checkpoint's files: whatever is wrong with them is a line that begins with `what`."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except hub.Unavailable as error:
-        raise BadInput(f"{what}: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"{what}: not {kind} ({reason}); expected {expected}") from None
 
 
 def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
@@ -103,7 +87,7 @@ def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
 def check_vae(s: Any, group: str) -> None:
     """Refuse what is no autoencoder, from its config alone."""
     name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
-    with readable(f"{flag} {name}", "an autoencoder", VAE):
+    with hub.readable(f"{flag} {name}", "an autoencoder", VAE):
         kind = config(s, "vae").get("_class_name") if name else "AutoencoderKL"
         if kind != "AutoencoderKL":
             raise BadInput(f"{flag} {name}: holds a {kind}; expected {VAE}")
@@ -122,7 +106,7 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
         transformers.logging.disable_progress_bar()
     models, name = {}, s.pretrained_model_name_or_path
     flag = f"--{group}.pretrained-model-name-or-path {name}"
-    with readable(flag, "a diffusers model", MODEL):
+    with hub.readable(flag, "a diffusers model", MODEL):
         index = {part: config(s, "").get(part) or (None, None) for part in parts}
         named = {part: (library, kind) for part, (library, kind) in index.items() if kind is not None}
         made = scheduler(s)
@@ -138,7 +122,7 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
             where = {"subfolder": part, "revision": s.revision, "variant": s.variant}
             models[part] = hub.load(library, kind, name, f"{flag}{variant}: {part}", **where)
         models[part].requires_grad_(False)
-    with readable(flag, "a diffusers model", MODEL):
+    with hub.readable(flag, "a diffusers model", MODEL):
         tokenizers_of(s)
     return models
 

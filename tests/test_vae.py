@@ -150,13 +150,13 @@ def test_adaptive_weight_is_the_formula(make):
     auto, x = models["vae"], batch["pixel_values"]
     y, _, _, seen = auto(x, rng.normal("posterior", 2, 8, 8))
     match, doubt = vae.each((y - x).abs()), -vae.each(models["discriminator"](y))
-    got = vae.adaptive_weight(match, doubt, y, seen, auto.decoder.conv_out)
+    got = vae.adaptive_weight(match, doubt, y, seen, auto.decoder.conv_out, "taming")
     norm = lambda loss: torch.autograd.grad(loss, auto.decoder.conv_out.weight, retain_graph=True)[0].norm()  # noqa: E731
     assert got.tolist() == pytest.approx([(norm(m) / (norm(d) + 1e-6)).item() for m, d in zip(match, doubt, strict=True)], 1e-4)
     assert not got.requires_grad and got.shape == (3,)
-    flat = vae.adaptive_weight(match, doubt * 1e-9, y, seen, auto.decoder.conv_out)
+    flat = vae.adaptive_weight(match, doubt * 1e-9, y, seen, auto.decoder.conv_out, "taming")
     assert flat.max() <= 1e4
-    assert (vae.adaptive_weight(match * 1e6, doubt * 1e-9, y, seen, auto.decoder.conv_out) == 1e4).all()
+    assert (vae.adaptive_weight(match * 1e6, doubt * 1e-9, y, seen, auto.decoder.conv_out, "taming") == 1e4).all()
 
 
 def test_discriminator_starts_when_told(make):
