@@ -52,28 +52,26 @@ def file(name: str, revision: str | None, path: str) -> Path:
         return Path(name).expanduser() / path
     from huggingface_hub import errors, hf_hub_download
 
-    why = unreachable()
-    page = f"https://huggingface.co/{name}"
+    why, page = unreachable(), f"https://huggingface.co/{name}"
+    absent = f"there is no model of this name on the hub, or it is private; check {page}, or log in with `hf auth login`"
     try:
         return Path(hf_hub_download(name, path, revision=revision, local_files_only=why is not None))
     except errors.GatedRepoError:
         raise Unavailable(f"it is gated: accept its terms at {page}, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
-        raise Unavailable(
-            f"there is no model of this name on the hub, or it is private; check {page}, or log in with `hf auth login`"
-        ) from None
+        raise Unavailable(absent) from None
     except errors.RevisionNotFoundError:
         raise Unavailable(f"it has no branch, tag or commit {revision!r} on the hub") from None
     except errors.RemoteEntryNotFoundError:
         raise FileNotFoundError(f"it has no {path}") from None
-    except errors.LocalEntryNotFoundError:
-        raise Unavailable(f"{why or 'the hub cannot be reached'}; {WAY_OUT}") from None
     except errors.HFValidationError as error:
         raise Unavailable(f"no name of a model: {str(error).partition(chr(10))[0]}") from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an error")
-        more = "; `hf auth login` with a token that may read it" if status in (401, 403) else ""
-        raise Unavailable(f"the hub answers {status} for {path}{more}") from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
+        status = getattr(getattr(error if why else error.__cause__ or error, "response", None), "status_code", None)
+        if status is None:
+            raise Unavailable(f"{why or 'the hub cannot be reached'}; {WAY_OUT}") from None
+        more = "; log in with a token that may read it (`hf auth login`)" if status == 403 else ""
+        raise Unavailable(absent if status == 401 else f"the hub answers {status} for {path}{more}") from None
 
 
 @contextlib.contextmanager

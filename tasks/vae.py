@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
-from oneloop.configs import BadInput, Base, Data, Live, read_model_config, require
+from oneloop.configs import BadInput, Base, Data, Live, portable, read_model_config, require
 from oneloop.families import building, hub
 from oneloop.maths import diffusion, image_quality
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, unwrap
@@ -344,6 +344,8 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         mean, std = latent_scale(vae, examples)
         shift = {} if vae.config.shift_factor is None else {"shift_factor": mean}
         vae.register_to_config(scaling_factor=1 / std, **shift)
+    if "_name_or_path" in vae.config:
+        vae.register_to_config(_name_or_path=portable(vae.config["_name_or_path"], cfg))
     vae.save_pretrained(path)
     scale, shift = "vae.config.scaling_factor", "vae.config.shift_factor"
     moved, back = ("", "") if vae.config.shift_factor is None else (f" - {shift}", f" + {shift}")
