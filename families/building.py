@@ -26,18 +26,30 @@ def build(
     """
     import diffusers
 
-    made = getattr(diffusers, kind)
+    made, lists = getattr(diffusers, kind), ("block_out_channels", "down_block_types", "up_block_types")
+    lengths = {key: len(config[key]) for key in lists if isinstance(config.get(key), list)}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        counts = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise BadInput(f"{what}: {counts}; expected lists of one length, an entry for each level")
     if (error := fault(made, config, shape, call)) is not None:
-        culprit = next((key for key in config if fault(made, without(config, key), shape, call) is None), None)
+        culprit = next((key for key in config if fault(made, usual(kind, config, key), shape, call) is None), None)
         key = f" with {culprit} = {config[culprit]!r}" if culprit else ""
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(f"{what}: no {kind} can be made of it{key}: {reason}") from None
     return made.from_config(dict(config))
 
 
-def without(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The config with a key left at its default."""
-    return {k: v for k, v in config.items() if k != key}
+def usual(kind: str, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The config with one key as it works beside most others: at a plain value, or else at its default."""
+    levels = len(config["block_out_channels"]) if isinstance(config.get("block_out_channels"), list) else 4
+    middle = {"UNet2DModel": "", "AutoencoderKL": "Encoder"}[kind]
+    plain = {
+        "norm_num_groups": 1,
+        "block_out_channels": [32] * levels,
+        "down_block_types": [f"Down{middle}Block2D"] * levels,
+        "up_block_types": [f"Up{middle.replace('En', 'De')}Block2D"] * levels,
+    }
+    return {k: plain.get(k) if k == key else v for k, v in config.items() if k != key or k in plain}
 
 
 def fault(

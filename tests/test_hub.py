@@ -18,38 +18,40 @@ CODE = """
 import sys
 from oneloop.configs import BadInput
 from oneloop.families import hub
-try:
-    with hub.readable(sys.argv[1], "a diffusers model", "another"):
-        print(hub.read(sys.argv[1], sys.argv[2] or None, "model_index.json"))
-    print(hub.card(sys.argv[1], None))
-except BadInput as error:
-    print(error)
+for name in sys.argv[1:]:
+    try:
+        with hub.readable(name, "a diffusers model", "another"):
+            print(hub.read(name, "v9" if "Revision" in name else None, "model_index.json"), hub.card(name, None))
+    except BadInput as error:
+        print(error)
 """
 
 
-def ask(tmp_path, name="owner/model", revision="", **env):
-    """What a process says that reads a model's index, and the seconds it took."""
+def ask(tmp_path, *names, **env):
+    """What a process says that reads the indexes of these models, and the seconds it took."""
     own = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN") and "proxy" not in k.lower()}
     own |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"} | env
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", CODE, name, revision], env=own, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *(names or ["owner/model"])], env=own, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip(), time.monotonic() - started
 
 
 @contextlib.contextmanager
-def served(status, code=None, files=None):
-    """A hub on this machine that answers with one status, or has some files."""
+def served(files=None):
+    """A hub on this machine that answers for the model owner/STATUS-CODE with this status and code, or has some files."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             body = (files or {}).get(self.path.rpartition("/")[2])
-            self.send_response(200 if body is not None else status)
-            for key, value in {"X-Error-Code": code, "X-Repo-Commit": "0" * 40 if body else None}.items():
+            model = "404-EntryNotFound" if files or self.path.count("/") < 2 else self.path.split("/")[2]
+            status, _, code = model.partition("-")
+            self.send_response(int(status) if body is None else 200)
+            headers = {"X-Error-Code": code} if body is None else {"X-Repo-Commit": "0" * 40, "ETag": f'"{len(body)}"'}
+            for key, value in (headers | {"Content-Length": str(len(body or b""))}).items():
                 self.send_header(key, value) if value else None
-            if body is not None:
-                self.send_header("ETag", f'"{len(body)}"')
-            self.send_header("Content-Length", str(len(body or b"")))
             self.end_headers()
             return body or b""
 
@@ -79,30 +81,33 @@ def test_offline_says_who_asked_for_it(tmp_path):
     assert "since HF_HUB_OFFLINE is set" in said and "a folder that save_pretrained wrote" in said and took < 15
 
 
-@pytest.mark.parametrize(
-    ("status", "code", "says"),
-    [
-        (401, None, "no model of this name on the hub, or it is private"),
-        (401, "RepoNotFound", "no model of this name on the hub, or it is private"),
-        (404, "RepoNotFound", "no model of this name on the hub, or it is private"),
-        (403, "GatedRepo", "it is gated: accept its terms at https://huggingface.co/owner/model"),
-        (401, "GatedRepo", "it is gated: accept its terms"),
-        (403, None, "the hub answers 403 for model_index.json; log in with a token that may read it"),
-        (404, "RevisionNotFound", "it has no branch, tag or commit 'v9' on the hub"),
-        (418, None, "the hub answers 418 for model_index.json"),
-        (404, "EntryNotFound", "not a diffusers model (it has no model_index.json)"),
-    ],
-)
-def test_what_the_hub_refuses_is_a_line(tmp_path, status, code, says):
-    with served(status, code) as endpoint:
-        said, took = ask(tmp_path, revision="v9" if code == "RevisionNotFound" else "", HF_ENDPOINT=endpoint)
-    assert says in said and said.count("\n") == 0 and took < 15, said
+ABSENT = "there is no model of this name on the hub, or it is private; check https://huggingface.co/owner/"
+REFUSED = {
+    "401": ABSENT,
+    "401-RepoNotFound": ABSENT,
+    "404-RepoNotFound": ABSENT,
+    "403-GatedRepo": "it is gated: accept its terms at https://huggingface.co/owner/403-GatedRepo, then log in",
+    "401-GatedRepo": "it is gated: accept its terms",
+    "403": "the hub answers 403 for model_index.json; log in with a token that may read it",
+    "418": "the hub answers 418 for model_index.json",
+    "404-RevisionNotFound": "it has no branch, tag or commit 'v9' on the hub",
+    "404-EntryNotFound": "not a diffusers model (it has no model_index.json)",
+}
+
+
+def test_what_the_hub_refuses_is_a_line(tmp_path):
+    with served() as endpoint:
+        said, took = ask(tmp_path, *(f"owner/{name}" for name in REFUSED), HF_ENDPOINT=endpoint)
+    lines = said.splitlines()
+    assert len(lines) == len(REFUSED) and took < 15, said
+    for line, (name, says) in zip(lines, REFUSED.items(), strict=True):
+        assert line.startswith(f"owner/{name}: {says}"), line
 
 
 def test_a_hub_that_answers_is_read_and_its_cache_serves_without_it(tmp_path):
     files = {"model_index.json": b'{"_class_name": "X"}', "README.md": b"---\nlicense: mit\n---\n"}
-    expected = "{'_class_name': 'X'}\n{'base_model': 'owner/model', 'license': 'mit'}"
-    with served(404, "EntryNotFound", files) as endpoint:
+    expected = "{'_class_name': 'X'} {'base_model': 'owner/model', 'license': 'mit'}"
+    with served(files) as endpoint:
         assert ask(tmp_path, HF_ENDPOINT=endpoint)[0] == expected
     said, took = ask(tmp_path, HF_ENDPOINT=endpoint)
     assert said == expected and took < 15
