@@ -83,7 +83,16 @@ def readable(what: str, kind: str, expected: str) -> Iterator[None]:
         raise
     except Unavailable as error:
         raise BadInput(f"{what}: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadInput(f"{what}: not {kind} ({reason}); expected {expected}") from None
 
