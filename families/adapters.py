@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families import stable_diffusion
+from oneloop.families import hub, stable_diffusion
 from oneloop.machine import internals
 from oneloop.tasks import Models
 
@@ -57,8 +57,10 @@ def check_targets(s: Any, group: str, part: str) -> None:
 
     if s.target_modules in (None, ("all-linear",)):
         return
-    with torch.device("meta"):
-        module = getattr(diffusers, stable_diffusion.config(s, "")[part][1]).from_config(stable_diffusion.config(s, part))
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}: its {part}"
+    kind = stable_diffusion.config(s, "")[part][1]
+    with torch.device("meta"), hub.readable(flag, f"a {kind}", "one that diffusers can make"):
+        module = getattr(diffusers, kind).from_config(stable_diffusion.config(s, part))
     for target in s.target_modules:
         if not layers(module, (target,)):
             ends = {".".join(name.split(".")[i:]) for name in layers(module, ".*") for i in range(-3, 0)}

@@ -88,8 +88,8 @@ class Family:
     """Further arguments of the pipeline, for samples that are what training saw."""
     together: bool = True
     """Whether the pipeline draws a batch of prompts as it draws each alone."""
-    load_lora: str = 'pipeline.load_lora_weights("{path}")'
-    """The line of Python that loads adapters from the folder `path`."""
+    load_lora: str = "pipeline.load_lora_weights({path})"
+    """The line of Python that loads adapters from the folder whose name is the variable {path}."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
     """Mends a loaded transformer, in place, before it trains; its output at inference stays the same."""
 
@@ -581,7 +581,7 @@ HUNYUAN_IMAGE = Family(
     guided_by="distilled_guidance_scale",  # true guidance is a component of its own
     # The pipeline has no load_lora_weights.
     load_lora=(
-        'pipeline.transformer.load_lora_adapter("{path}", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")'
+        'pipeline.transformer.load_lora_adapter({path}, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")'
     ),
 )
 

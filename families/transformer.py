@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families import adapters, flow, latents
+from oneloop.families import adapters, flow, hub, latents
 from oneloop.families.flow import Family
-from oneloop.families.stable_diffusion import config, quoted
-from oneloop.families.stable_diffusion import load as load_parts
+from oneloop.families.stable_diffusion import MODEL, config, load_parts, quoted
 from oneloop.maths import flow as maths
 from oneloop.tasks import Models, unwrap
 
@@ -40,6 +39,11 @@ def family(s: Any) -> Family:
 def distilled(s: Any) -> bool:
     """Whether the checkpoint was distilled to few steps, by its own configs."""
     return family(s).distilled(config(s, ""), config(s, TRAINED), config(s, "scheduler"))
+
+
+def tag(s: Any) -> str:
+    """The family's name as the hub's pages have it."""
+    return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
 
 
 def check(s: Any, group: str, resolution: int) -> None:
@@ -66,6 +70,8 @@ def load(s: Any, group: str, precision: str) -> Models:
     import torch
 
     narrow = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
+    with hub.readable(f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}", "a diffusers model", MODEL):
+        parts(s)  # before what takes long
     models = load_parts(s, group, ("vae", *ENCODERS)) | load_parts(s, group, (TRAINED,), **narrow)
     transformer, vae = models[TRAINED], models["vae"]
     family(s).prepare(transformer)

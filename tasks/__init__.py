@@ -77,15 +77,17 @@ class Task(Generic[C]):
     """Draw `len(rng)` images of a grid, those of `rng.numbers`, with the EMA in place; `examples` begins with a batch of as
     many fixed examples. Called for at most a batch of the training at a time, for fewer where the memory does not suffice."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
-    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
-    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it. Models
-    that only encode may lie on the CPU."""
+    """Write a folder that diffusers opens. Returns the lines of Python that load it, for `str.format`, with `{path}` for a
+    variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
+    evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     """column -> its frozen encoding, which the loss sees in its place."""
     float32: tuple[str, ...] = ()
     """Frozen models that stay in float32, whatever the precision of the run."""
     remarks: Callable[[Models, C], Iterable[str]] = lambda models, cfg: ()
     """What there is to say of the models, a line each, said once before training."""
+    card: Callable[[C], Mapping[str, Any]] = lambda cfg: {}
+    """What the head of the export's README says beside its library: `base_model`, `license`, `pipeline_tag`, `tags`."""
     needs: tuple[str, ...] = ()
     """Columns without which the task cannot work: `caption`, `label`."""
 

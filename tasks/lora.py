@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from oneloop import configs
 from oneloop.configs import BadInput, Base, Data, Live, require
-from oneloop.families import adapters, flow, latents, stable_diffusion, transformer
+from oneloop.families import adapters, flow, hub, latents, stable_diffusion, transformer
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
 from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
@@ -265,12 +265,24 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    s, settings = cfg.lora, configs.to_dict(cfg)
+    s, settings = cfg.lora, configs.portable(configs.to_dict(cfg), cfg)
     settings["base"]["output_dir"] = None
     adapters.save(models, path, s, json.dumps(settings))
     how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, cfg.data.resolution).items())
     how = "prompt=" + stable_diffusion.quoted(prompts(examples, cfg)[0]) + how.replace("{", "{{").replace("}", "}}")
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
+
+
+def card(cfg: Config) -> dict[str, Any]:
+    """What the hub's page of adapters needs. `base_model` is a name on the hub; for a folder there is none."""
+    s, trigger = cfg.lora, cfg.data.trigger
+    base = hub.card(s.pretrained_model_name_or_path, s.revision)
+    prompt = {"instance_prompt": trigger} if trigger else {}
+    return (
+        base
+        | {"pipeline_tag": "text-to-image", "tags": ["lora", "text-to-image", "template:sd-lora", family(s).tag(s)]}
+        | prompt
+    )
 
 
 task = Task(
@@ -280,6 +292,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    card=card,
     encodings={
         "pixel_values": Encoding(fn=encode_images, models=("vae",), key=lambda cfg: stable_diffusion.kind(cfg.lora)),
         "caption": Encoding(

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a process that has asked for a GPU cannot fork; tests/gpu.py is a process of its own
 for name in ("WANDB_API_KEY", "HF_TOKEN", "WANDB_MODE"):
     os.environ.pop(name, None)
 packages = tempfile.mkdtemp()  # holds the package under its name, for the processes that tests start too

@@ -137,7 +137,9 @@ def test_averages_are_in_place_for_samples_and_exports_only(tmp_path):
         return "load"
 
     task = toy(loss_fn, sample_fn=sample_fn, export_fn=export_fn)
-    cfg = settings(tmp_path / "out", max_train_steps=3, use_ema=True, ema_decay=0.5, ema_power=10.0, max_grad_norm=0)
+    cfg = settings(
+        tmp_path / "out", max_train_steps=3, use_ema=True, ema_decay=0.5, ema_power=10.0, max_grad_norm=0, num_samples=4
+    )
     state = loop.run(task, cfg)
     # weights -1, -2, -3; averages -1 (decay 0), -1.5, -2.25 (decay 0.5)
     assert state.models["a"].w[0] == -3 and state.models["a"].training

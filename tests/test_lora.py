@@ -26,6 +26,7 @@ from oneloop.families import adapters, stable_diffusion
 from oneloop.inputs import encodings, shapes, sources
 from oneloop.maths import diffusion
 from oneloop.tasks import Rng, lora
+from oneloop.views.loading import load_lines
 
 CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
 
@@ -462,7 +463,7 @@ def test_the_export_gives_the_pictures_of_the_run(tmp_path, built, photos, kind)
     result = trained(tmp_path, built[kind], photos, **more, **asked, **steps)
     wanted = shown(tmp_path / "out" / "samples" / "12.png", 32)
     export = tmp_path / "out" / "export"
-    assert f'pipeline.load_lora_weights("{export}")' in result.out + result.err
+    assert f"path = {str(export)!r}" in result.out + result.err
     bare = DiffusionPipeline.from_pretrained(built[kind])
     assert np.abs(picture(bare) - wanted).max() > 12
     places = [(export, adapters.WEIGHTS), (tmp_path / "out" / "checkpoint-12", None), (export, adapters.KOHYA)]
@@ -493,8 +494,7 @@ def test_loading_lines_run(tmp_path, built, photos):
     """The lines that the run prints are the ones that load it, for a schedule told otherwise too."""
     more = {"lora__prediction_type": "v_prediction", "lora__rescale_betas_zero_snr": "True", "base__max_train_steps": 1}
     trained(tmp_path, built["sd"], photos, **more)
-    lines = (tmp_path / "out" / "checkpoint-1" / "load.py").read_text()
-    code = lines.format(path=tmp_path / "out" / "checkpoint-1")
+    code = load_lines(tmp_path / "out" / "checkpoint-1", tmp_path / "out" / "checkpoint-1")
 
     def run():
         with contextlib.chdir(tmp_path):
@@ -558,7 +558,10 @@ def test_five_photographs(tmp_path, built):
         ({"lora__validation_prompts": ("a", "b", "c")}, "--base.num-samples is 2; expected at least 3"),
         ({"model": "photos"}, "not a diffusers model"),
         ({"model": "nowhere"}, "not a diffusers model"),
-        ({"model": "nobody/nothing"}, "--lora.pretrained-model-name-or-path nobody/nothing: not a diffusers model"),
+        (
+            {"model": "nobody/nothing"},
+            "--lora.pretrained-model-name-or-path nobody/nothing: the hub is not asked, since HF_HUB_OFFLINE",
+        ),
         ({"data__example_cache": "/dev/null/cache"}, "--data.example-cache: /dev/null/cache"),
         (
             {"model": "pixart"},
@@ -568,7 +571,7 @@ def test_five_photographs(tmp_path, built):
         ({"model": "inpainting"}, "its UNet takes 9 channels, its VAE gives 4"),
         ({"lora__variant": "fp16"}, "--lora.variant fp16"),
         ({"lora__pretrained_vae_model_name_or_path": "/dev/null"}, "/dev/null: not an autoencoder"),
-        ({"lora__pretrained_vae_model_name_or_path": "nobody/nothing"}, "nobody/nothing: not an autoencoder"),
+        ({"lora__pretrained_vae_model_name_or_path": "nobody/nothing"}, "nobody/nothing: the hub is not asked"),
         ({"data": "bare"}, "needs a caption for each picture and found none"),
         ({"data__caption_dropout": 1.5}, "--data.caption-dropout is 1.5"),
         ({"data__trigger": "{label}"}, "the pictures have no labels"),
@@ -603,3 +606,64 @@ def test_bad_input(tmp_path, built, photos, change, says):
     assert result.code == 2 and says in result.err, (result.code, result.err)
     assert result.err.strip().splitlines()[-1].startswith("error: ")
     assert "example-cache" in says or not (tmp_path / "out").exists()
+
+
+def broken(folder, how):
+    """Break a copy of a checkpoint in one way."""
+    index, weights = folder / "model_index.json", "diffusion_pytorch_model.safetensors"
+    if how == "list":
+        (folder / "unet" / "config.json").write_text("[]")
+    elif how == "junk":
+        (folder / "unet" / weights).write_bytes(b"junk" * 100)
+    elif how == "half":
+        state = load_file(folder / "unet" / weights)
+        save_file({k: v for k, v in state.items() if "conv_in" not in k}, folder / "unet" / weights, {"format": "pt"})
+    elif how == "other shapes":
+        state = load_file(folder / "vae" / weights)
+        save_file({k: v.repeat(*[2] * v.ndim) for k, v in state.items()}, folder / "vae" / weights, {"format": "pt"})
+    elif how == "scheduler":
+        tiny_models.edit(folder / "scheduler" / "scheduler_config.json", _class_name="NoScheduler")
+    elif how == "no class":
+        tiny_models.edit(folder / "scheduler" / "scheduler_config.json", _class_name=None)
+    elif how == "betas":
+        tiny_models.edit(folder / "scheduler" / "scheduler_config.json", beta_start="high")
+    elif how == "library":
+        tiny_models.edit(index, unet=["evil", "Model"])
+    elif how == "pair":
+        tiny_models.edit(index, unet=7)
+    elif how == "blocks":
+        tiny_models.edit(folder / "unet" / "config.json", block_out_channels=[0, 0])
+    elif how == "channels":
+        tiny_models.edit(folder / "vae" / "config.json", block_out_channels=7)
+    elif how == "tokenizer":
+        for path in (folder / "tokenizer").iterdir():
+            path.write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("list", "unet/config.json holds a list, not an object"),
+        ("junk", "unet cannot be loaded"),
+        ("half", "of its weights are missing, such as conv_in"),
+        ("other shapes", "vae cannot be loaded"),
+        ("scheduler", "NoScheduler"),
+        ("no class", "not a diffusers model"),
+        ("betas", "not a diffusers model"),
+        ("library", "unet is a Model of 'evil'; expected a class of models of diffusers or transformers"),
+        ("pair", "not a diffusers model"),
+        ("blocks", "its UNet"),
+        ("channels", "not a diffusers model"),
+        ("tokenizer", "not a diffusers model"),
+    ],
+)
+def test_a_broken_checkpoint_is_a_line(tmp_path, built, photos, how, says):
+    model = shutil.copytree(built["sd"], tmp_path / "model")
+    broken(model, how)
+    (tmp_path / "evil.py").write_text("open('imported', 'w')")
+    result = cli(tmp_path, *command(tmp_path, model, photos))
+    line = result.err.strip().splitlines()[-1]
+    assert result.code == 2 and says in line and line.startswith(f"error: --lora.pretrained-model-name-or-path {model}"), (
+        result.err
+    )
+    assert len(line) < 1000 and not (tmp_path / "out").exists() and not (tmp_path / "imported").exists()

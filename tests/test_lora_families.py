@@ -17,7 +17,7 @@ from warm import cli_many, digest, distance, flags, fork, metrics
 
 from oneloop import configs, data, loop
 from oneloop.configs import BadInput, Base, Data
-from oneloop.families import flow, latents, stable_diffusion, transformer
+from oneloop.families import flow, hub, latents, transformer
 from oneloop.inputs import encodings, sources
 from oneloop.maths import flow as maths
 from oneloop.tasks import Rng, lora
@@ -305,8 +305,8 @@ def test_the_export_draws_the_samples_of_the_run(tmp_path, built, moved, name):
     run drew."""
     cfg, models = moved(name)
     s, examples = cfg.lora, [{"caption": CAPTIONS[1:2]}]
-    lines = lora.export_fn(models, examples, tmp_path, cfg).format(path=tmp_path).splitlines()
-    scope = {}
+    lines = lora.export_fn(models, examples, tmp_path, cfg).format(path="path").splitlines()
+    scope = {"path": tmp_path}
     exec("\n".join(lines[:-1]), scope)
     fresh, rng = scope["pipeline"], Rng.of(0, range(1), "samples")
     with torch.no_grad():
@@ -332,7 +332,7 @@ def _metadata(folder):
 def test_the_last_line_draws(tmp_path, built, moved, monkeypatch):
     cfg, models = moved("Flux2KleinPipeline")
     monkeypatch.chdir(tmp_path)
-    exec(lora.export_fn(models, [{"caption": ["a {dog}"]}], tmp_path, cfg).format(path=tmp_path), {})
+    exec(lora.export_fn(models, [{"caption": ["a {dog}"]}], tmp_path, cfg).format(path="path"), {"path": tmp_path})
     assert Image.open("sample.png").size == (SIDE, SIDE)
 
 
@@ -384,7 +384,7 @@ def test_checkpoints_that_cannot_train_are_refused(tmp_path, built):
     (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder_4": [None, None]}))
     with pytest.raises(BadInput, match="has no text_encoder_4; expected a folder that save_pretrained of its whole pipeline"):
         config(folder)
-    stable_diffusion.read.cache_clear()
+    hub.read.cache_clear()
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
     with pytest.raises(BadInput, match=r"is a WanPipeline; expected one of StableDiffusionPipeline, .*HiDreamImagePipeline$"):
         config(folder)

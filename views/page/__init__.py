@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from oneloop.views.loading import load_lines
+
 POINTS = 2000
 """Points a line has at most."""
 GRIDS = 24
@@ -243,7 +245,7 @@ def _loads(run: Run) -> str:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
     done = (run.folder / "export").is_dir() and max(numbers) == run.step
-    return (saved / "load.py").read_text("utf-8").strip().format(path=run.folder / "export" if done else saved)
+    return load_lines(saved, run.folder / "export" if done else saved)
 
 
 def _section(title: str, inner: str) -> str:
