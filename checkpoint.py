@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine import internals
 from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, size, steps, strangers, write
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
@@ -136,7 +137,8 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
     is filled in place when loading. Called before the first step: what the optimizers' groups hold now is what the settings
     gave them.
     """
-    given = [_groups(optimizer) for optimizer in accelerator._optimizers]
+    optimizers = internals.prepared(accelerator)[1]
+    given = [_groups(optimizer) for optimizer in optimizers]
 
     def save(wrapped: list, weights: list[dict[str, Tensor]], output_dir: str) -> None:
         for module, state in zip(models.values(), weights, strict=bool(weights)):
@@ -148,7 +150,7 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
         if ema and accelerator.is_main_process:
             save_file({k: v.detach().cpu().contiguous() for k, v in ema.items()}, Path(output_dir) / "ema.safetensors")
         if accelerator.is_main_process:
-            pairs = zip(map(_content, accelerator._optimizers), given, strict=True)
+            pairs = zip(map(_content, optimizers), given, strict=True)
             records = [{"content": content, "given": groups} for content, groups in pairs]
             (Path(output_dir) / "optimizers.json").write_text(json.dumps(records, indent=1), "utf-8")
 
@@ -443,7 +445,7 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
     Raises:
         BadInput: its files, though they are what was saved, do not hold the state of these models and optimizers.
     """
-    state, scaler, optimizers = path / "state", accelerator.scaler, accelerator._optimizers
+    state, scaler, (_, optimizers) = path / "state", accelerator.scaler, internals.prepared(accelerator)
     settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     if scaler is not None and not (state / "scaler.pt").exists():
         accelerator.scaler = None

@@ -434,6 +434,44 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(cfg)))
 
 
+def portable(value: T, cfg: Any) -> T:
+    """Settings or a text, as others may read them: each path of this machine in the settings of `cfg` is its last name.
+
+    `value` is made of dicts, lists and texts, such as `to_dict(cfg)`; in a text a path may stand as Python or JSON quotes it.
+    """
+    pairs: dict[str, str] = {}
+    for path in filter(is_path, texts(to_dict(cfg))):
+        for form in (path, os.path.expanduser(path), os.path.abspath(os.path.expanduser(path))):
+            name = os.path.basename(os.path.abspath(os.path.expanduser(path)))
+            pairs |= {quote(form): quote(name) for quote in (str, lambda x: repr(x)[1:-1], lambda x: json.dumps(x)[1:-1])}
+
+    def shorten(inner: Any) -> Any:
+        if isinstance(inner, dict):
+            return {key: shorten(x) for key, x in inner.items()}
+        if isinstance(inner, list):
+            return list(map(shorten, inner))
+        for path in sorted(pairs, key=len, reverse=True) if isinstance(inner, str) else ():
+            inner = inner.replace(path, pairs[path]) if os.sep in path or inner == path else inner
+        return inner
+
+    return shorten(value)
+
+
+def texts(value: Any) -> list[str]:
+    """Every text in nested dicts and lists."""
+    inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, str) else [text for x in inner for text in texts(x)]
+
+
+def is_path(setting: str) -> bool:
+    """Whether a text names a place on this machine: it is absolute, and its first folder is there, or it has several parts and
+    is there. A name on the hub and a name alone are no paths."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        path = Path(setting).expanduser()
+        return len(path.parts) > 1 and (Path(*path.parts[:2]) if path.is_absolute() else path).exists()
+    return False
+
+
 def run_file(cfg: Any) -> dict[str, Any]:
     """What run.json holds: the settings, and the import path of a task outside tasks/."""
     module = type(cfg).__module__

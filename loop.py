@@ -32,6 +32,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import time
@@ -50,7 +51,18 @@ from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.files import flaws
 from oneloop.machine.memory import Memory, peak_memory
-from oneloop.machine.placement import at_rest, describe, draw, make_models, move, same_buffers, seed_layers, trained, trains
+from oneloop.machine.placement import (
+    altered,
+    at_rest,
+    draw,
+    identity,
+    make_models,
+    move,
+    same_buffers,
+    seed_layers,
+    trained,
+    trains,
+)
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
 from oneloop.training import ema, validation
@@ -61,6 +73,7 @@ from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
 from oneloop.views.introduction import introduce
+from oneloop.views.loading import load_file
 from oneloop.views.publish import owed, publish
 from oneloop.views.trackers import check_trackers
 
@@ -183,8 +196,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory)
-        identity = {"task": name, "models": {k: describe(m) for k, m in learner.models.items()}}
-        refuse_changes(manifest, identity)
+        facts = {"task": name} | identity(learner.models)
+        refuse_changes(manifest, {"task": name}, altered(manifest, learner.models) if resumed else ())
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
             checkpoint.load(accelerator, saved, report.say)
@@ -197,15 +210,16 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # The images, decoded and checked; after the models, whose mistakes take seconds to find. From here on there are files.
         examples, held_out = open_examples(accelerator, cfg, source, manifest, report.say)
-        report.open(learner.state.step, total, source.summary, identity["models"])
+        report.open(learner.state.step, total, source.summary, facts["models"])
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(configs.run_file(cfg), indent=2) + "\n")
-        for text in (*data_report.remarks(accelerator, examples, out), *encodings.remarks(examples, task.encodings, cfg)):
+        remarks = (data_report.remarks(accelerator, examples, out), encodings.remarks(examples, task.encodings, cfg))
+        for text in itertools.chain(*remarks, task.remarks(learner.models, cfg)):
             report.say(text)
         frozen = {k: e for k, e in task.encodings.items() if not any(map(trains, named(learner.models, e.models)))}
         idle = encodings.encode_once(examples, frozen, learner.models, cfg, accelerator, report.say)
         move(learner.models, idle, "cpu")
-        manifest = identity | {
+        manifest = facts | {
             "module": type(cfg).__module__,
             "data": examples.fingerprint,
             "settings": configs.to_dict(cfg),
@@ -224,7 +238,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if code := signals.agreed():
             report.say(f"stopped by a signal after step {learner.state.step}; saved {saved}; the same command resumes")
             raise SystemExit(code)
-        lines = on_main(accelerator, lambda: publish(saved, out, cfg, source.summary, learner.state.step))
+        lines = on_main(accelerator, lambda: publish(saved, out, cfg, source.summary, learner.state.step, task.card(cfg)))
         took = f"{clock(time.perf_counter() - started)}, {peak_memory(accelerator.device)}"
         report.say(f"done in {took}; images are in {out}/samples, the result in {out}/export:\n\n{lines}")
         return learner.state
@@ -484,7 +498,7 @@ def save(run: Run) -> Path:
         seen = data.Fixed(run.examples, run.cfg.data.train_batch_size, run.accelerator.device, count)
         with at_rest(learner.models, learner.weights, state.ema):
             lines = run.task.export_fn(learner.models, seen, folder, run.cfg)
-        (folder / "load.py").write_text(lines + "\n")
+        (folder / "load.py").write_text(load_file(lines), "utf-8")
 
     now = {"examples": state.examples, "skipped": state.skipped}
     return run.saves.save(state.step, run.manifest | now, export)

@@ -1,5 +1,6 @@
-"""Low-rank adapters on a latent diffusion model's UNet and text encoders: added, and written in the forms that others read.
-Plain functions; `s` is a task's settings: rank, alpha, dropout, target_modules, use_dora, use_rslora, kohya.
+"""Low-rank adapters on the UNet or transformer of a latent diffusion model and on its text encoders: added, and written in the
+forms that others read. Plain functions; `s` is a task's settings: rank, alpha, dropout, target_modules, use_dora, use_rslora,
+kohya.
 
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
 """
@@ -7,11 +8,14 @@ Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.0
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families import stable_diffusion
+from oneloop.families import hub, stable_diffusion
+from oneloop.machine import internals
 from oneloop.tasks import Models
 
 if TYPE_CHECKING:
@@ -27,46 +31,89 @@ def adapt(module: nn.Module, s: Any, **where: Any) -> None:
 
     alpha = s.rank if s.alpha is None else s.alpha
     kind = {"use_dora": s.use_dora, "use_rslora": s.use_rslora, "init_lora_weights": "gaussian"}
-    module.add_adapter(LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
+    internals.inject(module, LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where))
 
 
-def check_targets(s: Any, group: str) -> None:
-    """Refuse targets that are no layer of the UNet, before its weights are loaded."""
+def layers(module: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
+    """Names of a module's layers that targets mean: ends of names, a regular expression for the whole name, or ("all-linear",).
+    Convolutions are layers, but not linear ones."""
+    import torch
+
+    kinds = torch.nn.Linear if targets == ("all-linear",) else (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, m in module.named_modules() if isinstance(m, kinds)]
+    if targets == ("all-linear",):
+        return names
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
+    return [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
+
+
+def check_targets(s: Any, group: str, part: str) -> None:
+    """Refuse targets that are no layer of this part of the checkpoint, before its weights are loaded."""
     import difflib
 
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(stable_diffusion.config(s, "unet"))
-    layers = [name for name, m in unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    if s.target_modules in (None, ("all-linear",)):
+        return
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}: its {part}"
+    kind = stable_diffusion.config(s, "")[part][1]
+    with torch.device("meta"), hub.readable(flag, f"a {kind}", "one that diffusers can make"):
+        module = getattr(diffusers, kind).from_config(stable_diffusion.config(s, part))
     for target in s.target_modules:
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            ends = {".".join(name.split(".")[i:]) for name in layers for i in range(-3, 0)}
+        if not layers(module, (target,)):
+            ends = {".".join(name.split(".")[i:]) for name in layers(module, ".*") for i in range(-3, 0)}
             ends = sorted(end for end in ends if not end.partition(".")[0].isdigit())
             close = difflib.get_close_matches(target, ends, 1, 0) or ends[:1]
             raise BadInput(f"--{group}.target-modules: {target!r} is the end of no layer's name; the nearest is {close[0]!r}")
 
 
+def silent(module: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> list[str]:
+    """Those of a module's layers whose output does not move the loss: no gradient reaches them, or all of it is zero.
+
+    A zero that asks for its gradient is added to each output, so that no weight needs one.
+    """
+    import torch
+
+    zeros: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def add(name: str, output: Tensor) -> Tensor:
+        zeros[name].append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[name][-1]
+
+    listeners = [
+        module.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: add(name, output)) for name in names
+    ]
+    try:
+        with torch.enable_grad():
+            value = loss()
+    finally:
+        for listener in listeners:
+            listener.remove()
+    every = [zero for several in zeros.values() for zero in several]
+    grads = dict(zip(map(id, every), torch.autograd.grad(value, every, allow_unused=True), strict=True))
+    reached = lambda zero: grads[id(zero)] is not None and bool(grads[id(zero)].any())  # noqa: E731
+    return [name for name, several in zeros.items() if not any(map(reached, several))]
+
+
 def save(models: Models, path: Path, s: Any, settings: str) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, under kohya's names. Their ranks and alphas are in the
     file, and so is the text `settings`."""
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     weights: dict[str, Tensor] = {}
     told: dict[str, Any] = {}
-    for name in ("unet", *stable_diffusion.ENCODERS):
-        if name in models and hasattr(models[name], "peft_config"):
-            adapter = models[name].peft_config["default"].to_dict() | {"base_model_name_or_path": None}
-            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.items()}
+    for name in ("unet", "transformer", *stable_diffusion.ENCODERS):
+        state, adapter = internals.injected(models[name]) if name in models else ({}, None)
+        if adapter:
+            told |= {f"{name}.{key}": sorted(v) if isinstance(v, set) else v for key, v in adapter.to_dict().items()}
             # Recent versions of transformers leave `text_model` out of some names; every reader knows the names with it.
-            inside = "" if name == "unet" or hasattr(models[name], "text_model") else "text_model."
-            for key, x in get_peft_model_state_dict(models[name], save_embedding_layers=False).items():
+            inside = "" if name not in stable_diffusion.ENCODERS or hasattr(models[name], "text_model") else "text_model."
+            for key, x in state.items():
                 weights[f"{name}.{inside}{key}"] = x.detach().float().cpu().contiguous()
     about = {"format": "pt", "oneloop": settings}
-    save_file(weights, path / WEIGHTS, about | {LORA_ADAPTER_METADATA_KEY: json.dumps(told, sort_keys=True)})
+    save_file(weights, path / WEIGHTS, about | {internals.adapter_metadata_key(): json.dumps(told, sort_keys=True)})
     if s.kohya:
         known = {"ss_network_module": "networks.lora", "ss_network_dim": str(s.rank), "ss_network_alpha": str(kohya_alpha(s))}
         save_file(kohya(weights, s), path / KOHYA, about | known)

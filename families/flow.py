@@ -57,6 +57,8 @@ class Family:
     """Layers that get adapters: ends of names, or a regular expression for the whole name."""
     length: int
     """T, the default of inference."""
+    encoders: int = 1
+    """Text encoders that it cannot do without."""
     patch: int = 2
     """Height and width of a token in latent pixels."""
     multiple: int = 16
@@ -70,6 +72,8 @@ class Family:
     """The batch-norm's epsilon where the pipeline has its own; None: the autoencoder's."""
     shift: Callable[[Any, int, Mapping[str, Any]], float] = static_or_dynamic
     """(scheduler, tokens, the pipeline's config) -> alpha of maths.flow.shift, as inference has it at this size."""
+    weighting: str = "none"
+    """The official script's default for which sigmas training draws; `none`: uniform."""
     distilled: Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], bool] = says_distilled
     """(configs of pipeline, transformer, scheduler) -> whether training it unlearns a distillation to few steps."""
     few_steps: int = 8
@@ -82,8 +86,10 @@ class Family:
     """What samples shall not look like unless the user says; None: the pipeline's own. Pipelines take a list, one a prompt."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline, for samples that are what training saw."""
-    load_lora: str = 'pipeline.load_lora_weights("{path}")'
-    """The line of Python that loads adapters from the folder `path`."""
+    together: bool = True
+    """Whether the pipeline draws a batch of prompts as it draws each alone."""
+    load_lora: str = "pipeline.load_lora_weights({path})"
+    """The line of Python that loads adapters from the folder whose name is the variable {path}."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
     """Mends a loaded transformer, in place, before it trains; its output at inference stays the same."""
 
@@ -284,6 +290,7 @@ FLUX = Family(
     velocity=flux_velocity,
     targets=(*JOINT, *FEED_FORWARD),
     length=512,
+    encoders=2,
     distilled=lambda index, transformer, scheduler: not transformer.get("guidance_embeds"),  # schnell
     few_steps=4,
 )
@@ -401,7 +408,7 @@ def sd3_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Colu
     )[0]
 
 
-SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256)
+SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256, encoders=2, weighting="logit_normal")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chroma.
@@ -567,13 +574,14 @@ HUNYUAN_IMAGE = Family(
     velocity=hunyuan_image_velocity,
     targets=(*JOINT, *FEED_FORWARD, "proj_mlp"),
     length=1000,
+    encoders=2,
     patch=1,
     multiple=32,
     distilled=lambda index, transformer, scheduler: bool(transformer.get("guidance_embeds")),
     guided_by="distilled_guidance_scale",  # true guidance is a component of its own
     # The pipeline has no load_lora_weights.
     load_lora=(
-        'pipeline.transformer.load_lora_adapter("{path}", weight_name="pytorch_lora_weights.safetensors", prefix="transformer")'
+        'pipeline.transformer.load_lora_adapter({path}, weight_name="pytorch_lora_weights.safetensors", prefix="transformer")'
     ),
 )
 
@@ -631,6 +639,7 @@ COGVIEW4 = Family(
     velocity=cogview4_velocity,
     targets=("to_q", "to_k", "to_v", "to_out.0"),
     length=1024,
+    together=False,
     shift=cogview4_shift,
     prepare=cogview4_prepare,
 )
@@ -688,6 +697,7 @@ HIDREAM = Family(
     velocity=hidream_velocity,
     targets=("to_q", "to_k", "to_v", "to_out"),
     length=128,
+    encoders=4,
     prepare=hidream_prepare,
 )
 

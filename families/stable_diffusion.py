@@ -12,41 +12,27 @@ Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Model
 from __future__ import annotations
 
 import functools
-import importlib
-import json
 import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
+from oneloop.families import hub
+from oneloop.families.hub import is_local, read
 from oneloop.tasks import Batch, Models, unwrap
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+TRAINED = "unet"
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 ENCODERS = ("text_encoder", "text_encoder_2")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checkpoint: what it says of itself, and its parts.
-
-
-def is_local(name: str) -> bool:
-    """Whether it names a folder rather than a model on the hub, which is `owner/name`."""
-    return Path(name).expanduser().exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1
-
-
-@functools.cache
-def read(name: str, revision: str | None, file: str) -> dict[str, Any]:
-    """A JSON file of a checkpoint, without any of its weights."""
-    if is_local(name):
-        path = Path(name).expanduser() / file
-    else:
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(name, file, revision=revision))
-    return json.loads(path.read_text("utf-8"))
 
 
 def config(s: Any, part: str) -> dict[str, Any]:
@@ -57,43 +43,56 @@ def config(s: Any, part: str) -> dict[str, Any]:
     return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
 
 
+def kind(s: Any) -> str:
+    """The class of the checkpoint's pipeline, by its own word."""
+    return config(s, "")["_class_name"]
+
+
 def is_xl(s: Any) -> bool:
-    """Whether the checkpoint is an SDXL, by its own word."""
-    return config(s, "")["_class_name"] == "StableDiffusionXLPipeline"
+    """Whether the checkpoint is an SDXL."""
+    return kind(s) == "StableDiffusionXLPipeline"
+
+
+def check_files(s: Any, group: str, known: Collection[str]) -> None:
+    """Refuse what is not a diffusers model of one of the known pipelines, from its configs alone."""
+    check_vae(s, group)
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with hub.readable(flag, "a diffusers model", MODEL):
+        index = config(s, "")
+        if (made := index.get("_class_name")) not in known:
+            raise BadInput(f"{flag} is a {made}; expected one of {', '.join(known)}")
+        for part in ("vae", "unet", "transformer", "scheduler"):
+            config(s, part) if index.get(part) else None
 
 
 def check(s: Any, group: str, resolution: int) -> None:
-    """Refuse what cannot work, from the checkpoint's configs alone.
+    """Refuse what cannot work, from the configs of a checkpoint of Stable Diffusion alone.
 
     Raises:
-        BadInput: it is no diffusers model, another kind of model, or does not fit the settings.
+        BadInput: it does not fit the settings.
     """
-    name, flag = s.pretrained_model_name_or_path, f"--{group}.pretrained-model-name-or-path"
-    check_vae(s, group)
-    try:
-        kind = config(s, "").get("_class_name")
-        parts = {part: config(s, part) for part in ("vae", "unet", "scheduler")} if kind in PIPELINES else {}
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        wanted = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
-        raise BadInput(f"{flag} {name}: not a diffusers model ({reason}); expected {wanted}") from None
-    if kind not in PIPELINES:
-        raise BadInput(f"{flag} {name} is a {kind}; expected a {' or a '.join(PIPELINES)}")
-    channels, given = parts["unet"].get("in_channels", 4), parts["vae"].get("latent_channels", 4)
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with hub.readable(flag, "a diffusers model", MODEL):
+        _check_parts(s, group, flag, resolution)
+
+
+MODEL = "a name on the hub, or a folder that save_pretrained wrote, with a model_index.json"
+VAE = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
+
+
+def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
+    vae, unet, said = (config(s, part) for part in ("vae", "unet", "scheduler"))
+    channels, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != given:
         other = s.pretrained_vae_model_name_or_path
         expected = f"another --{group}.pretrained-vae-model-name-or-path" if other else "a text-to-image model"
-        raise BadInput(
-            f"{flag} {name}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}"
-        )
-    factor = 2 ** (len(parts["vae"].get("block_out_channels", [0])) - 1)
+        raise BadInput(f"{flag}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}")
+    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
     require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
-    said, otherwise = parts["scheduler"], overrides(s)
+    otherwise = overrides(s)
     predicts = (said | otherwise).get("prediction_type", "epsilon")
     if "Flow" in said.get("_class_name", "") or predicts not in ("epsilon", "v_prediction", "sample"):
-        raise BadInput(
-            f"{flag} {name}: its {said.get('_class_name')} predicts {predicts}; expected epsilon, v_prediction or sample"
-        )
+        raise BadInput(f"{flag}: its {said.get('_class_name')} predicts {predicts}; expected epsilon, v_prediction or sample")
     if (said | otherwise).get("rescale_betas_zero_snr") and predicts == "epsilon":
         raise BadInput(
             f"--{group}.prediction-type is 'epsilon' with a zero-terminal-SNR schedule, whose last step is pure noise: to "
@@ -104,38 +103,51 @@ def check(s: Any, group: str, resolution: int) -> None:
 def check_vae(s: Any, group: str) -> None:
     """Refuse what is no autoencoder, from its config alone."""
     name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
-    expected = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
-    try:
+    with hub.readable(f"{flag} {name}", "an autoencoder", VAE):
         kind = config(s, "vae").get("_class_name") if name else "AutoencoderKL"
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BadInput(f"{flag} {name}: not an autoencoder ({reason}); expected {expected}") from None
-    if kind != "AutoencoderKL":
-        raise BadInput(f"{flag} {name}: holds a {kind}; expected {expected}")
+        if kind != "AutoencoderKL":
+            raise BadInput(f"{flag} {name}: holds a {kind}; expected {VAE}")
 
 
 def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
-    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes."""
+    """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes. Its scheduler and its
+    tokenizers are opened too, so that their mistakes come before anything is written.
+
+    Raises:
+        BadInput: something of it cannot be loaded.
+    """
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with hub.readable(flag, "a diffusers model", MODEL):
+        made = scheduler(s)
+        if not hasattr(made, "add_noise") or not alphas_cumprod(s, "cpu").isfinite().all():
+            raise ValueError(f"its scheduler is a {type(made).__name__} without a schedule of noise")
+    models = load_parts(s, group, parts)
+    with hub.readable(flag, "a diffusers model", MODEL):
+        tokenizers_of(s)
+    return models
+
+
+def load_parts(s: Any, group: str, parts: tuple[str, ...], **more: Any) -> Models:
+    """Those of the parts that the checkpoint has, frozen; `from_pretrained` gets `more`."""
     import transformers
 
     if not os.isatty(2):
         transformers.logging.disable_progress_bar()
-    index, models = config(s, ""), {}
-    for part in parts:
-        library, kind = index.get(part) or (None, None)
-        if kind is None:
-            continue
-        name, where = s.pretrained_model_name_or_path, {"subfolder": part, "revision": s.revision, "variant": s.variant}
-        flag = f"--{group}.pretrained-model-name-or-path {name}"
+    models, name = {}, s.pretrained_model_name_or_path
+    flag = f"--{group}.pretrained-model-name-or-path {name}"
+    with hub.readable(flag, "a diffusers model", MODEL):
+        index = {part: config(s, "").get(part) or (None, None) for part in parts}
+        named = {part: (library, kind) for part, (library, kind) in index.items() if kind is not None}
+    variant = f" (--{group}.variant {s.variant})" if s.variant else ""
+    for part, (library, kind) in named.items():
         if part == "vae" and s.pretrained_vae_model_name_or_path:
-            name, where = s.pretrained_vae_model_name_or_path, {}
-            flag = f"--{group}.pretrained-vae-model-name-or-path {name}"
-        try:
-            made = getattr(importlib.import_module(library), kind)
-            models[part] = made.from_pretrained(name, **where).requires_grad_(False)
-        except (OSError, ValueError) as error:
-            variant = f" (--{group}.variant {s.variant})" if s.variant else ""
-            raise BadInput(f"{flag}{variant}: {part} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+            own = s.pretrained_vae_model_name_or_path
+            what = f"--{group}.pretrained-vae-model-name-or-path {own}: vae"
+            models[part] = hub.load("diffusers", "AutoencoderKL", own, what)
+        else:
+            where = {"subfolder": part, "revision": s.revision, "variant": s.variant, **more}
+            models[part] = hub.load(library, kind, name, f"{flag}{variant}: {part}", **where)
+        models[part].requires_grad_(False)
     return models
 
 
@@ -145,7 +157,9 @@ def tokenizers(name: str, revision: str | None, xl: bool) -> tuple[Any, ...]:
     from transformers import AutoTokenizer
 
     parts = ("tokenizer", "tokenizer_2") if xl else ("tokenizer",)
-    return tuple(AutoTokenizer.from_pretrained(name, subfolder=part, revision=revision) for part in parts)
+    where = {"revision": revision, "local_files_only": not is_local(name) and hub.unreachable() is not None}
+    source = Path(name).expanduser() if is_local(name) else name
+    return tuple(AutoTokenizer.from_pretrained(source, subfolder=part, **where) for part in parts)
 
 
 def tokenizers_of(s: Any) -> tuple[Any, ...]:
@@ -195,9 +209,9 @@ def prediction_type(s: Any) -> str:
 # overflows in float16 (`force_upcast` in its config), and it is called once for each picture.
 
 
-def encode_pictures(vae: torch.nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Pictures [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
-    posterior = vae.encode(x).latent_dist
+def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
+    posterior = models["vae"].encode(x).latent_dist
     return {"latent_mean": posterior.mean, "latent_std": posterior.std}
 
 
@@ -248,6 +262,16 @@ def caption_key(s: Any) -> tuple[Any, ...]:
     """What decides how a caption is encoded beside the encoders."""
     words = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length) for tokenizer in tokenizers_of(s)]
     return (*words, config(s, "").get("force_zeros_for_empty_prompt"))
+
+
+def tag(s: Any) -> str:
+    """The family's name as the hub's pages have it."""
+    return "stable-diffusion-xl" if is_xl(s) else "stable-diffusion"
+
+
+def remarks(models: Models, s: Any) -> Iterator[str]:
+    """What there is to say of the checkpoint before it trains: nothing."""
+    yield from ()
 
 
 def too_long(captions: list[str], s: Any) -> str | None:
@@ -301,8 +325,24 @@ def pipeline(models: Models, s: Any) -> Any:
     return made
 
 
+def arguments(s: Any, side: int) -> dict[str, Any]:
+    """How the pipeline is called to draw one sample; what is not asked for is its own."""
+    asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
+    asked |= {"negative_prompt": s.negative_prompt or None}
+    return {"height": side, "width": side, **{key: value for key, value in asked.items() if value is not None}}
+
+
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
+    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
+    call = arguments(s, side)
+    negative = {"negative_prompt": [s.negative_prompt] * len(prompts)} if s.negative_prompt else {}
+    latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
+    return decode(models["vae"], latents)
+
+
 def load_lines(s: Any) -> str:
-    """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does; for `str.format`."""
+    """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does, and load the adapters of the folder
+    `path`; for `str.format`."""
     kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
     more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
     lines = ""
@@ -318,7 +358,7 @@ def load_lines(s: Any) -> str:
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})
         changes = "".join(f", {key}={quoted(value)}" for key, value in told.items())
         lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{changes})\n"
-    return lines
+    return lines + "pipeline.load_lora_weights({path})\n"
 
 
 def quoted(value: Any) -> str:

@@ -6,18 +6,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.machine import compilation
+from oneloop.machine import compilation, internals
 
 
 def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
     """accelerate, in the precision and with the trackers that the settings ask for."""
-    AcceleratorState._reset_state()  # a script may run twice, in two precisions
-    GradientState._reset_state()
+    internals.forget_accelerator()  # a script may run twice, in two precisions
     precision = base.mixed_precision
     if precision == "auto":
         precision = "bf16" if computes_bf16() else "no"
@@ -41,4 +39,4 @@ def computes_bf16() -> bool:
     """Whether this hardware multiplies bfloat16 faster than float32, by its own word."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return internals.cpu_computes_bf16()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -39,12 +40,48 @@ def saved(models: Models, task: Task) -> Models:
 
 
 def describe(module: torch.nn.Module) -> str:
-    """A model in a line; two lives of a run must have the same."""
-    config = dict(getattr(module, "config", {}) or {}) if hasattr(getattr(module, "config", None), "items") else {}
-    own = {k: v for k, v in config.items() if not k.startswith("_")}
-    shapes = [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
-    digest = hashlib.sha256(json.dumps([own, shapes], default=str, sort_keys=True).encode()).hexdigest()[:8]
+    """A model in a line."""
+    digest = _digest([own_config(module), _shapes(module)])
     return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} parameters ({digest})"
+
+
+def own_config(module: torch.nn.Module) -> dict[str, Any]:
+    """What a diffusers model was made of, as JSON has it; empty for others."""
+    config = getattr(module, "config", None)
+    config = {k: v for k, v in config.items() if not k.startswith("_")} if hasattr(config, "items") else {}
+    return json.loads(json.dumps(config, default=str, sort_keys=True))
+
+
+def _shapes(module: torch.nn.Module) -> list[Any]:
+    return [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def identity(models: Models) -> dict[str, Any]:
+    """What a manifest says of the models: each in a line, and what two runs that are one must agree in."""
+    made = {k: {"class": type(m).__name__, "shapes": _digest(_shapes(m)), "config": own_config(m)} for k, m in models.items()}
+    return {"models": {k: describe(m) for k, m in models.items()}, "made_of": made}
+
+
+def altered(manifest: dict[str, Any], models: Models) -> list[str]:
+    """In what the models differ from those of a checkpoint's manifest, a line each. A key that the manifest does not know, as a
+    newer diffusers brings it, is no difference while it is at its default."""
+    now, found = identity(models), []
+    if "made_of" not in manifest:  # of an earlier version
+        lines = manifest.get("models", now["models"])
+        return [f"models was {lines} and is now {now['models']}"] if lines != now["models"] else []
+    for name in sorted(manifest["made_of"].keys() | now["made_of"].keys()):
+        before, after = (made.get(name, {}) for made in (manifest["made_of"], now["made_of"]))
+        old, new = ({"class": m.get("class"), "shapes": m.get("shapes")} | m.get("config", {}) for m in (before, after))
+        defaults = inspect.signature(type(models[name]).__init__).parameters if name in models else {}
+        for key in sorted(old.keys() | new.keys()):
+            known = old.get(key, json.loads(json.dumps(getattr(defaults.get(key), "default", None), default=str)))
+            if known != new.get(key):
+                found.append(f"{name}'s {key} was {known} and is now {new.get(key)}")
+    return found
 
 
 def trained(models: Models) -> dict[str, Tensor]:

@@ -97,9 +97,9 @@ class Task(Generic[C]):
     """Draw `len(rng)` images of a grid, those of `rng.numbers`, with the EMA in place; `examples` begins with a batch of as
     many fixed examples. Called for at most a batch of the training at a time, for fewer where the memory does not suffice."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
-    """Write a folder that diffusers opens. Returns the lines of Python that load it, with `{path}` for the folder. The examples
-    are fixed ones to measure on: all of them at the run's end, a part spread evenly over them at a checkpoint before it. Models
-    that only encode may lie on the CPU."""
+    """Write a folder that diffusers opens. Returns the lines of Python that load it, for `str.format`, with `{path}` for a
+    variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
+    evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     """column -> its frozen encoding, which the loss sees in its place."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
@@ -111,6 +111,10 @@ class Task(Generic[C]):
     optimizer step all processes have those of the main one."""
     float32: tuple[str, ...] = ()
     """Frozen models that stay in float32, whatever the precision of the run."""
+    remarks: Callable[[Models, C], Iterable[str]] = lambda models, cfg: ()
+    """What there is to say of the models, a line each, said once before training."""
+    card: Callable[[C], Mapping[str, Any]] = lambda cfg: {}
+    """What the head of the export's README says beside its library: `base_model`, `license`, `pipeline_tag`, `tags`."""
     needs: tuple[str, ...] = ()
     """Columns without which the task cannot work: `caption`, `label`."""
 
@@ -151,22 +155,22 @@ class Rng:
         return replace(self, keys=self.keys[part], numbers=self.numbers[part])
 
     def _keys(self, purpose: str, ndim: int) -> Tensor:
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        keys = _random.fold_in(self.keys, hash64(purpose))
+        keys = philox().fold_in(self.keys, hash64(purpose))
         return keys.view(len(keys), *[1] * ndim, 2)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal numbers, [B, *shape] float32."""
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        return _random.normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+        return philox().normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
 
     def uniform(self, purpose: str, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), [B, *shape] float32."""
-        from torch.func import _random
+        from oneloop.machine.internals import philox
 
-        return _random.uniform(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
+        return philox().uniform(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)
 
     def integers(self, purpose: str, high: int, *shape: int) -> Tensor:
         """Uniform integers in [0, high), [B, *shape] int64; `high` at most 2^24, the steps of a float32 in [0, 1)."""

@@ -25,6 +25,7 @@ from oneloop.configs import (
     read_model_config,
     require,
 )
+from oneloop.families import building
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task
 
@@ -54,9 +55,10 @@ class Settings:
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """Noise schedule."""
     sampler: Live[Literal["dpm++", "ddim", "ddpm"]] = "dpm++"
-    """How samples are drawn, also by the export: DPM-Solver++ with noise wants 20 steps and more, DDIM 50, DDPM 100."""
-    ddpm_num_inference_steps: Live[Annotated[int, Range(1, 100_000)]] = 25
-    """Steps to draw a sample."""
+    """How samples are drawn, also by the export: DPM-Solver++ with noise, DDIM or DDPM."""
+    ddpm_num_inference_steps: Live[Annotated[int, Range(1, 100_000)] | None] = None
+    """Steps to draw a sample. None: 25 with dpm++, 50 with ddim, 100 with ddpm, and twice as many on the schedule linear, where
+    fewer would draw images too close to their mean."""
     learning_rate: Live[Amount] = 2e-3
     """Peak learning rate of AdamW."""
     adam_beta1: Live[ShareBelowOne] = 0.9
@@ -71,7 +73,8 @@ class Settings:
     def __post_init__(self):
         check(self, "ddpm")
         given, most = self.ddpm_num_inference_steps, self.ddpm_num_steps
-        require(given <= most, "ddpm.ddpm_num_inference_steps", given, f"1 to {most} (--ddpm.ddpm-num-steps)")
+        expected = f"1 to {most} (--ddpm.ddpm-num-steps), or None"
+        require(given is None or given <= most, "ddpm.ddpm_num_inference_steps", given, expected)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,10 @@ class Config:
         for key in ("in_channels", "out_channels"):
             if unet.get(key, 3) != 3:
                 raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB pictures")
-        halvings = len(unet.get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1
+        blocks = unet.get("block_out_channels", DEFAULT_UNET["block_out_channels"])
+        if not isinstance(blocks, list):
+            raise BadInput(f"--ddpm.model-config {where}: block_out_channels is {blocks!r}; expected a list of channels")
+        halvings = len(blocks) - 1
         side = self.data.resolution
         expected = f"a multiple of {2**halvings}, since {where} halves it {halvings} times"
         require(side % 2**halvings == 0, "data.resolution", side, expected)
@@ -117,10 +123,20 @@ def scheduler(cfg: Config) -> Any:
     )
 
 
-def make_models(cfg: Config) -> Models:
-    from diffusers import UNet2DModel
+def inference_steps(s: Settings) -> int:
+    """Steps to draw a sample. Where None is given, as many as keep 93 % and more of the deviation of a Gaussian of deviation
+    0.25, about that of images, whose best denoiser is known: 25 steps of dpm++ on the schedule linear would keep 87 %."""
+    usual = {"dpm++": 25, "ddim": 50, "ddpm": 100}[s.sampler] * (2 if s.ddpm_beta_schedule == "linear" else 1)
+    return s.ddpm_num_inference_steps or min(usual, s.ddpm_num_steps)
 
-    return {"unet": UNet2DModel.from_config(model_config(cfg) | {"sample_size": cfg.data.resolution})}
+
+def make_models(cfg: Config) -> Models:
+    import torch
+
+    config, side = model_config(cfg) | {"sample_size": cfg.data.resolution}, cfg.data.resolution
+    call = lambda unet, x: unet(x, torch.zeros(len(x), dtype=torch.long), return_dict=False)[0]  # noqa: E731
+    what = f"--ddpm.model-config {cfg.ddpm.model_config or '(the default)'}"
+    return {"unet": building.build("UNet2DModel", config, what, (2, 3, side, side), call)}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -146,7 +162,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
     images = pipeline(
         batch_size=len(rng),
         generator=rng.generators("sample"),
-        num_inference_steps=cfg.ddpm.ddpm_num_inference_steps,
+        num_inference_steps=inference_steps(cfg.ddpm),
         output_type="np",
     ).images  # [N, H, W, 3] in [0, 1]
     return {"samples": torch.from_numpy(images).permute(0, 3, 1, 2)}
@@ -158,8 +174,8 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg)).save_pretrained(path)
     return (
         "from diffusers import DDPMPipeline\n"
-        'pipeline = DDPMPipeline.from_pretrained("{path}")\n'
-        f'pipeline(num_inference_steps={cfg.ddpm.ddpm_num_inference_steps}).images[0].save("sample.png")'
+        "pipeline = DDPMPipeline.from_pretrained({path})\n"
+        f'pipeline(num_inference_steps={inference_steps(cfg.ddpm)}).images[0].save("sample.png")'
     )
 
 
@@ -170,4 +186,5 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    card=lambda cfg: {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]},
 )

@@ -29,9 +29,11 @@ from oneloop.configs import (
     Range,
     ShareBelowOne,
     check,
+    portable,
     read_model_config,
     require,
 )
+from oneloop.families import building, hub
 from oneloop.maths import diffusion, image_quality
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, unwrap
 
@@ -74,6 +76,9 @@ class Settings:
     downloaded once; 0 goes without."""
     disc_weight: Amount = 0.5
     """Weight of the discriminator against the autoencoder; 0: none is trained."""
+    disc_balance: Literal["taming", "latent_diffusion"] = "taming"
+    """How far the weight that balances both gradients may rise: to 1e4 on means over pixels (Esser et al. 2021), or to 1e4 on
+    sums over them, as latent diffusion has it; at 256 x 256 that is to 0.05 on means, so its discriminator counts less."""
     disc_start: Live[CountOrZero] = 1000
     """Optimizer steps before the discriminator begins: enough for a fair reconstruction, such as 50000 on photographs."""
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
@@ -142,7 +147,10 @@ def check_config(config: Any, flag: str, side: int) -> None:
     for key in ("in_channels", "out_channels"):
         if config.get(key, 3) != 3:
             raise BadInput(f"{flag}: {key} is {config[key]}; expected 3, for RGB pictures")
-    halvings = len(config.get("block_out_channels", [64])) - 1
+    blocks = config.get("block_out_channels", [64])
+    if not isinstance(blocks, list):
+        raise BadInput(f"{flag}: block_out_channels is {blocks!r}; expected a list of channels")
+    halvings = len(blocks) - 1
     expected = f"a multiple of {2**halvings}, since {flag} halves it {halvings} times"
     require(side % 2**halvings == 0, "data.resolution", side, expected)
 
@@ -168,32 +176,24 @@ def make_models(cfg: Config) -> Models:
 
 def new(cfg: Config) -> nn.Module:
     """An autoencoder from its config."""
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_config(model_config(cfg))
-    except (TypeError, ValueError, LookupError, ArithmeticError, AssertionError) as error:
-        raise BadInput(f"--vae.model-config {cfg.vae.model_config}: no AutoencoderKL can be made of it: {error}") from None
+    side, what = cfg.data.resolution, f"--vae.model-config {cfg.vae.model_config or '(the default)'}"
+    call = lambda vae, x: vae.decode(vae.encode(x).latent_dist.mean).sample  # noqa: E731
+    return building.build("AutoencoderKL", model_config(cfg), what, (2, 3, side, side), call)
 
 
 def pretrained(cfg: Config) -> nn.Module:
     """The autoencoder to fine-tune, float32."""
     import torch
-    from diffusers import AutoencoderKL
 
     s = cfg.vae
-    flag = f"--vae.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-    place = {"subfolder": s.subfolder, "revision": s.revision}
-    try:
-        config = AutoencoderKL.load_config(s.pretrained_model_name_or_path, **place)
+    name, inside = s.pretrained_model_name_or_path, {"subfolder": s.subfolder, "revision": s.revision}
+    flag = f"--vae.pretrained-model-name-or-path {name}"
+    with hub.readable(flag, "an AutoencoderKL", "its folder or name (--vae.subfolder?)"):
+        config = hub.read(name, s.revision, f"{s.subfolder}/config.json" if s.subfolder else "config.json")
         if config.get("_class_name") != "AutoencoderKL":
             raise BadInput(f"{flag}: holds a {config.get('_class_name')}; expected an AutoencoderKL (--vae.subfolder?)")
         check_config(config, flag, cfg.data.resolution)
-        return AutoencoderKL.from_pretrained(s.pretrained_model_name_or_path, **place, torch_dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{flag}: expected a folder or name of an AutoencoderKL (--vae.subfolder?): {error}") from None
+    return hub.load("diffusers", "AutoencoderKL", name, flag, **inside, torch_dtype=torch.float32)
 
 
 def autoencode(vae: nn.Module, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -269,7 +269,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
         with frozen(models["discriminator"]) as judge:
             doubt = -each(judge(y).float())  # [B]
         logs["adversarial"] = doubt
-        logs["adaptive_weight"] = adaptive_weight(match, doubt, y, seen, vae.decoder.conv_out)  # [B]
+        logs["adaptive_weight"] = adaptive_weight(match, doubt, y, seen, vae.decoder.conv_out, s.disc_balance)  # [B]
         total = total + s.disc_weight * logs["adaptive_weight"] * doubt
     yield Loss("vae", total.mean(), {k: v.mean() for k, v in logs.items()})
 
@@ -297,9 +297,13 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1)
 
 
-def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last: nn.Conv2d) -> Tensor:
-    """lambda = |grad match| / (|grad doubt| + 1e-6), gradients of the weight of the decoder's last layer (Esser et al. 2021,
-    eq. 7), at most 1e4; for each example by itself, [B], a constant.
+def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last: nn.Conv2d, balance: str) -> Tensor:
+    """lambda = |grad match| / (|grad doubt| + delta), gradients of the weight of the decoder's last layer (Esser et al. 2021,
+    eq. 7); for each example by itself, [B], a constant.
+
+    taming: delta is 1e-6, as in the paper, and lambda at most 1e4. latent_diffusion (Rombach et al. 2022, in their code): the
+    match is a sum over the N numbers of an image, N times ours, so that lambda is N |grad match| / (|grad doubt| + 1e-4) and at
+    most 1e4; the whole loss is N times ours too, so that here it is at most 1e4 / N.
 
     match, doubt: losses [B]; y: the reconstruction [B, 3, H, W]; seen: the last layer's input [B, C, H, W].
     """
@@ -311,7 +315,8 @@ def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last:
         by_weight = lambda h, g: conv2d_weight(h[None], last.weight.shape, g[None], last.stride, last.padding)  # noqa: E731
         return torch.func.vmap(by_weight)(seen.detach().float(), grad.float()).flatten(1).norm(dim=1)
 
-    return (norms(match) / (norms(doubt) + 1e-6)).clamp(max=1e4)
+    delta, most = (1e-6, 1e4) if balance == "taming" else (1e-4, 1e4 / y[0].numel())
+    return (norms(match) / (norms(doubt) + delta)).clamp(max=most)
 
 
 def disc_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
@@ -347,12 +352,16 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         mean, std = latent_scale(vae, examples)
         shift = {} if vae.config.shift_factor is None else {"shift_factor": mean}
         vae.register_to_config(scaling_factor=1 / std, **shift)
+    if "_name_or_path" in vae.config:
+        vae.register_to_config(_name_or_path=portable(vae.config["_name_or_path"], cfg))
     vae.save_pretrained(path)
+    scale, shift = "vae.config.scaling_factor", "vae.config.shift_factor"
+    moved, back = ("", "") if vae.config.shift_factor is None else (f" - {shift}", f" + {shift}")
     return (
         "from diffusers import AutoencoderKL\n"
-        'vae = AutoencoderKL.from_pretrained("{path}")\n'
-        "encode = lambda x: vae.encode(x).latent_dist.sample() * vae.config.scaling_factor  # x [B, 3, H, W] in [-1, 1]\n"
-        "decode = lambda z: vae.decode(z / vae.config.scaling_factor).sample"
+        "vae = AutoencoderKL.from_pretrained({path})\n"
+        f"encode = lambda x: (vae.encode(x).latent_dist.sample(){moved}) * {scale}  # x [B, 3, H, W] in [-1, 1]\n"
+        f"decode = lambda z: vae.decode(z / {scale}{back}).sample"
     )
 
 

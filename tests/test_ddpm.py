@@ -110,3 +110,26 @@ def test_ema_is_that_of_diffusers():
         theirs.step(model.parameters())
         for x, other in zip(mine.values(), theirs.shadow_params, strict=True):
             torch.testing.assert_close(x, other)
+
+
+@pytest.mark.parametrize("schedule", get_args(get_type_hints(ddpm.Settings)["ddpm_beta_schedule"]))
+@pytest.mark.parametrize("sampler", ["dpm++", "ddim", "ddpm"])
+def test_the_usual_number_of_steps_keeps_the_deviation(sampler, schedule):
+    """Samples of a Gaussian whose best denoiser is known are about as wide as it is, whatever the schedule."""
+    settings = ddpm.Settings(sampler=sampler, ddpm_beta_schedule=schedule)
+    steps, drawn, deviation = ddpm.inference_steps(settings), torch.Generator().manual_seed(0), 0.25
+    scheduler = ddpm.scheduler(ddpm.Config(ddpm=settings))
+    scheduler.register_to_config(thresholding=False, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    x = torch.randn(4000, 1, 1, 1, generator=drawn)
+    for t in scheduler.timesteps:
+        a = scheduler.alphas_cumprod[t]
+        best = a.sqrt() * deviation**2 / (a * deviation**2 + 1 - a) * x
+        x = scheduler.step(best, t, x, generator=drawn).prev_sample
+    assert 0.92 < x.std().item() / deviation < 1.08, steps
+
+
+def test_a_number_of_steps_that_is_given_is_taken():
+    steps = lambda **given: ddpm.inference_steps(ddpm.Settings(**given))  # noqa: E731
+    assert [steps(), steps(ddpm_beta_schedule="linear"), steps(ddpm_num_inference_steps=7)] == [25, 50, 7]
+    assert steps(ddpm_num_steps=10) == 10

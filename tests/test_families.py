@@ -285,7 +285,7 @@ def test_saved_adapters_move_the_pipeline_as_they_moved_training(name, see, tmp_
     state = {f"transformer.{key}": x.detach().contiguous() for key, x in peft.get_peft_model_state_dict(trained).items()}
     save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
     pipeline = flow.assemble(kind, seen.pipeline.components | {"transformer": fresh})
-    exec(family.load_lora.format(path=tmp_path), {"pipeline": pipeline})
+    exec(family.load_lora.format(path="path"), {"pipeline": pipeline, "path": tmp_path})
     with torch.no_grad():
         loaded = seen.velocity(fresh)
     torch.testing.assert_close(loaded, ours.detach(), rtol=0, atol=1e-6)

@@ -150,13 +150,33 @@ def test_adaptive_weight_is_the_formula(make):
     auto, x = models["vae"], batch["pixel_values"]
     y, _, _, seen = auto(x, rng.normal("posterior", 2, 8, 8))
     match, doubt = vae.each((y - x).abs()), -vae.each(models["discriminator"](y))
-    got = vae.adaptive_weight(match, doubt, y, seen, auto.decoder.conv_out)
+    got = vae.adaptive_weight(match, doubt, y, seen, auto.decoder.conv_out, "taming")
     norm = lambda loss: torch.autograd.grad(loss, auto.decoder.conv_out.weight, retain_graph=True)[0].norm()  # noqa: E731
     assert got.tolist() == pytest.approx([(norm(m) / (norm(d) + 1e-6)).item() for m, d in zip(match, doubt, strict=True)], 1e-4)
     assert not got.requires_grad and got.shape == (3,)
-    flat = vae.adaptive_weight(match, doubt * 1e-9, y, seen, auto.decoder.conv_out)
+    flat = vae.adaptive_weight(match, doubt * 1e-9, y, seen, auto.decoder.conv_out, "taming")
     assert flat.max() <= 1e4
-    assert (vae.adaptive_weight(match * 1e6, doubt * 1e-9, y, seen, auto.decoder.conv_out) == 1e4).all()
+    assert (vae.adaptive_weight(match * 1e6, doubt * 1e-9, y, seen, auto.decoder.conv_out, "taming") == 1e4).all()
+
+
+@pytest.mark.parametrize("rises", [1.0, 1e-6])
+def test_adaptive_weight_as_latent_diffusion_has_it(make, rises):
+    """Its loss, a sum over the pixels, written out as its code has it: the same gradient, times the numbers of an image."""
+    cfg, models, batch, rng = make(disc_balance="latent_diffusion", kl_weight=0.0)
+    for p in models["discriminator"][-1].parameters():
+        p.data *= rises  # a discriminator that says little, whose weight rises to the limit
+    auto, x = models["vae"], batch["pixel_values"][:1]
+    rng = Rng.of(0, [0])
+    y = auto(x, rng.normal("posterior", 2, 8, 8))[0]
+    nll, g = (x - y).abs().sum(), -models["discriminator"](y).mean()
+    norm = lambda loss: torch.autograd.grad(loss, auto.decoder.conv_out.weight, retain_graph=True)[0].norm()  # noqa: E731
+    weight = (norm(nll) / (norm(g) + 1e-4)).clamp(0, 1e4).detach()
+    assert (weight == 1e4) == (rises < 1)
+    (nll + 0.5 * weight * g).backward(inputs=list(auto.parameters()))
+    theirs = {n: p / x.numel() for n, p in gradients(auto).items()}
+    auto.zero_grad()
+    (_, got, _), _ = descend(cfg, models, {"pixel_values": x, "step": 0}, rng)
+    close(got, theirs, 1e-5)
 
 
 def test_discriminator_starts_when_told(make):
@@ -291,7 +311,7 @@ def test_export_opens_and_its_latents_have_unit_deviation(whole):
         .read_text()
         .split("```python\n")[1]
         .split("```")[0]
-        .replace('"."', repr(str(whole / "export"))),
+        .replace("'.'", repr(str(whole / "export"))),
         space,
     )
     assert space["decode"](space["encode"](x)).shape == x.shape
@@ -363,7 +383,7 @@ def test_fine_tuning_all_begins_at_the_pretrained_weights(tmp_path, whole):
         ("--vae.pretrained-model-name-or-path x", "--vae.model-config is "),
         (
             "--vae.model-config None --vae.pretrained-model-name-or-path /nowhere/x",
-            "expected a folder or name of an AutoencoderKL",
+            "not an AutoencoderKL",
         ),
         ("--vae.model-config unet.json", "expected the config of a model of class AutoencoderKL"),
         ("--vae.model-config nothing.json", "cannot read nothing.json as JSON"),

@@ -11,19 +11,20 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from oneloop import checkpoint, configs
 from oneloop.configs import BadInput
 from oneloop.machine import files
+from oneloop.views.loading import load_lines
 
 CARD = "README.md"
 """The one file of an export that people edit, and are done all the same."""
 
 
-def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
+def publish(saved: Path, out: Path, cfg: Any, found: str, step: int, facts: Mapping[str, Any]) -> str:
     """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it. What is
     done already is not done again.
 
@@ -31,9 +32,9 @@ def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
         BadInput: OUT/export is not as this program wrote it. StorageError: it could not be written, or not uploaded.
     """
     record, manifest, repository = _record(out), checkpoint.read(saved), cfg.base.hub_model_id or out.name
-    loads = (saved / "load.py").read_text("utf-8").strip()
     if not _whole(out, record, manifest):
-        record = _export(saved, out, manifest, functools.partial(_card, out, cfg, found, step, loads), step)
+        card = functools.partial(_card, out, cfg, found, step, load_lines(saved, "."), facts=facts)
+        record = _export(saved, out, manifest, card, step)
     if cfg.base.push_to_hub and record["uploaded"] != repository:
         try:
             import huggingface_hub
@@ -45,7 +46,7 @@ def publish(saved: Path, out: Path, cfg: Any, found: str, step: int) -> str:
             text = f"{out}/export was not uploaded to {repository}: {reason}; the same command tries again"
             raise checkpoint.StorageError(text) from None
         files.write(out / "export.json", json.dumps(record | {"uploaded": repository}, indent=1))
-    return loads.format(path=out / "export")
+    return load_lines(saved, out / "export")
 
 
 def owed(out: Path, cfg: Any, manifest: dict[str, Any], complete: bool) -> bool:
@@ -111,21 +112,25 @@ def _export(saved: Path, out: Path, manifest: dict[str, Any], card: Callable[[li
     return record
 
 
-def _card(out: Path, cfg: Any, found: str, step: int, loads: str, grids: list[str]) -> str:
-    """The README.md of an export: what it is, how to load it, what it was trained on, how to repeat it."""
-    task, settings = configs.task_group(cfg), configs.to_dict(cfg)
-    settings["base"]["output_dir"] = None  # a place on this machine is nobody else's business
+def _card(out: Path, cfg: Any, found: str, step: int, lines: str, grids: list[str], facts: Mapping[str, Any]) -> str:
+    """The README.md of an export: what it is, how to load it, what it was trained on, how to repeat it. Nothing in it names a
+    place on this machine. Its head is what the hub's pages read: `facts` are the task's, such as base_model and license."""
+    task = configs.task_group(cfg)
+    head = {"library_name": "diffusers"} | dict(facts)
+    head["tags"] = ["diffusers", "oneloop", task, *(tag for tag in facts.get("tags", ()) if tag != task)]
+    text = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
+    settings = configs.portable(configs.to_dict(cfg), cfg)
+    settings["base"]["output_dir"] = None
     pictures = "\n".join(f"![{name}]({name})" for name in grids)
     return f"""---
-library_name: diffusers
-tags: [diffusers, oneloop, {task}]
+{text}
 ---
 # {out.name}
 
-Trained with oneloop's task `{task}` for {step:,} optimizer steps on {found}.
+Trained with oneloop's task `{task}` for {step:,} optimizer steps on {configs.portable(found, cfg)}.
 
 ```python
-{loads.format(path=".")}
+{configs.portable(lines, cfg)}
 ```
 
 {pictures}

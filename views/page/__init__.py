@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from oneloop.machine import files
+from oneloop.views.loading import load_lines
 
 POINTS = 2000
 """Points a line has at most."""
@@ -284,10 +285,9 @@ def _loads(run: Run) -> str:
         return "# there is no checkpoint yet"
     saved = run.folder / f"checkpoint-{max(numbers)}"
     done = (run.folder / "export").is_dir() and max(numbers) == run.step
-    loads = saved / "load.py"
-    if not loads.is_file():
-        return f"# {loads} is missing"
-    return loads.read_text("utf-8", "replace").strip().replace("{path}", str(run.folder / "export" if done else saved))
+    if not (saved / "load.py").is_file():
+        return f"# {saved / 'load.py'} is missing"
+    return load_lines(saved, run.folder / "export" if done else saved)
 
 
 def _section(title: str, inner: str) -> str:

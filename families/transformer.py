@@ -1,0 +1,260 @@
+"""A checkpoint of a family of flow.py as a task uses it: what is refused, its parts, captions on the way in, images on the way
+out. The counterpart of stable_diffusion.py, with its names; `s` is a task's settings, of which both read
+
+    pretrained_model_name_or_path, revision, variant, pretrained_vae_model_name_or_path      which checkpoint
+    target_modules                                                                           which layers get adapters
+    negative_prompt, guidance_scale, num_inference_steps                                     how samples are drawn
+
+and these functions weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from oneloop.configs import BadInput, require
+from oneloop.families import adapters, flow, hub, latents
+from oneloop.families.flow import Family
+from oneloop.families.stable_diffusion import MODEL, config, load_parts, quoted
+from oneloop.maths import flow as maths
+from oneloop.tasks import Models, unwrap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+TRAINED = "transformer"
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+
+
+def family(s: Any) -> Family:
+    """The family that the checkpoint's model_index.json names."""
+    return flow.of(config(s, "")["_class_name"])
+
+
+def distilled(s: Any) -> bool:
+    """Whether the checkpoint was distilled to few steps, by its own configs."""
+    return family(s).distilled(config(s, ""), config(s, TRAINED), config(s, "scheduler"))
+
+
+def tag(s: Any) -> str:
+    """The family's name as the hub's pages have it."""
+    return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
+
+
+def check(s: Any, group: str, resolution: int) -> None:
+    """Refuse what cannot work, from the checkpoint's configs alone.
+
+    Raises:
+        BadInput: the autoencoder or the resolution does not fit, or a text encoder is missing.
+    """
+    index, own = config(s, ""), family(s)
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    if s.pretrained_vae_model_name_or_path and index["vae"][1] != "AutoencoderKL":
+        raise BadInput(f"--{group}.pretrained-vae-model-name-or-path: {flag} has an {index['vae'][1]}; leave the flag out")
+    require(resolution % own.multiple == 0, "data.resolution", resolution, f"a multiple of {own.multiple}")
+    for name in ENCODERS[: own.encoders]:
+        if not (index.get(name) or [None, None])[1]:
+            raise BadInput(f"{flag}: has no {name}; expected a folder that save_pretrained of its whole pipeline wrote")
+
+
+def load(s: Any, group: str, precision: str) -> Models:
+    """The frozen parts, the transformer mended for training and with an exact `enable_gradient_checkpointing`.
+
+    The transformer is read in bfloat16 where that is the run's `precision` by name, and takes half the memory while it loads.
+    """
+    import torch
+
+    narrow = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
+    with hub.readable(f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}", "a diffusers model", MODEL):
+        parts(s)  # before what takes long
+    models = load_parts(s, group, ("vae", *ENCODERS)) | load_parts(s, group, (TRAINED,), **narrow)
+    transformer, vae = models[TRAINED], models["vae"]
+    family(s).prepare(transformer)
+    transformer.enable_gradient_checkpointing = functools.partial(flow.recompute, transformer)
+    vae.decode = functools.partial(as_its_weights, vae, vae.decode)
+    return models
+
+
+def as_its_weights(vae: nn.Module, function: Any, z: Tensor, *args: Any, **more: Any) -> Any:
+    """A call of the autoencoder in the precision of its weights, whatever the run's: pipelines do not all see to that."""
+    import torch
+
+    with torch.autocast(z.device.type, enabled=False):
+        return function(z.to(vae.dtype), *args, **more)
+
+
+@functools.cache
+def _parts(name: str, revision: str | None, made_of: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
+    """Parts without weights: part -> what `library`.`class` opens in its folder."""
+    return {
+        part: getattr(importlib.import_module(library), kind).from_pretrained(name, subfolder=part, revision=revision)
+        for part, library, kind in made_of
+    }
+
+
+def parts(s: Any) -> dict[str, Any]:
+    """What the checkpoint's pipeline is made of beside modules: tokenizers, scheduler, guiders and its own settings."""
+    index = {key: value for key, value in config(s, "").items() if not key.startswith("_")}
+    modules = {key: x for key, x in index.items() if isinstance(x, list) and (x[1] is None or isinstance(x[0], str))}
+    small = {key: x for key, x in modules.items() if key.startswith("tokenizer") or key.endswith(("scheduler", "guider"))}
+    made_of = tuple((part, library, kind) for part, (library, kind) in small.items() if kind)
+    opened = _parts(s.pretrained_model_name_or_path, s.revision, made_of)
+    return {key: x for key, x in index.items() if key not in modules} | opened
+
+
+def pipeline(models: Models, s: Any, vae: bool = True) -> Any:
+    """The diffusers pipeline of these very modules, with a scheduler of its own."""
+    scheduler = parts(s)["scheduler"]
+    modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
+    fresh = {"scheduler": type(scheduler).from_config(scheduler.config)}
+    return flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and captions to columns.
+
+
+def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] -> `latent_mean` and, where the family trains on samples, `latent_std`, [B, C, h, w]."""
+    return latents.encode(family(s), models["vae"], x)
+
+
+def encode_captions(models: Models, captions: list[str], s: Any, length: int | None = None) -> dict[str, Tensor]:
+    """B captions -> the family's columns, [B, T, ...]; T is `length`, else the settings', else the family's."""
+    return family(s).text(pipeline(models, s, vae=False), captions, length or s.max_sequence_length or family(s).length)
+
+
+def caption_key(s: Any) -> tuple[Any, ...]:
+    """What decides how a caption is encoded beside the encoders: tokenizers, length, and diffusers' own `encode_prompt`."""
+    import diffusers
+
+    words = []
+    for part, tokenizer in sorted(parts(s).items()):
+        if part.startswith("tokenizer"):
+            inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+            if fast := getattr(inner, "backend_tokenizer", None):
+                fast.no_padding(), fast.no_truncation()  # which the last call left
+            vocabulary = fast.to_str() if fast else sorted(inner.get_vocab().items())
+            words += [vocabulary, inner.model_max_length, inner.padding_side, getattr(tokenizer, "chat_template", None)]
+    index, width = config(s, ""), config(s, TRAINED).get("joint_attention_dim")
+    return (*words, diffusers.__version__, s.max_sequence_length, width, sorted((k, str(v)) for k, v in index.items()))
+
+
+def too_long(captions: list[str], s: Any) -> None:
+    """Captions longer than the encoder sees are not counted here: templates decide how long they are."""
+
+
+def remarks(models: Models, s: Any) -> Iterator[str]:
+    """What there is to say of the checkpoint before it trains."""
+    if distilled(s):
+        yield (
+            f"warning: {s.pretrained_model_name_or_path} is distilled to few steps, and training unlearns that: prefer to "
+            f"train its base and to load the adapters into this one"
+        )
+    if names := sorted(models[TRAINED].peft_config["default"].exclude_modules or ()):
+        yield f"no adapters for {', '.join(names)}: no gradient reaches {'it' if len(names) == 1 else 'them'}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which layers train.
+
+
+def adapt(models: Models, s: Any) -> None:
+    """Give the transformer its adapters: on the layers that are asked for, or the family's own, but those that would get no
+    gradient: they would learn nothing, and several processes would wait for them."""
+    transformer, targets = models[TRAINED], s.target_modules or family(s).targets
+    names = adapters.layers(transformer, targets)
+    silent = adapters.silent(transformer, names, functools.partial(rehearsal, models, s))
+    targets = names if targets == ("all-linear",) else targets if isinstance(targets, str) else list(targets)
+    adapters.adapt(transformer, s, target_modules=targets, exclude_modules=silent or None)
+
+
+def rehearsal(models: Models, s: Any) -> Tensor:
+    """Something to differentiate that uses the whole transformer, on the CPU in about the time that loading took: the velocity
+    of one image of 8 x 8 tokens under a short caption."""
+    import torch
+
+    own, transformer = family(s), models[TRAINED]
+    with torch.no_grad():
+        columns = encode_captions(models, ['the word "dog"'], s, length=32)
+        channels = encode_images(models, torch.zeros(1, 3, own.multiple, own.multiple), s)["latent_mean"].shape[1]
+    dtype = transformer.dtype
+    columns = {key: x.to(dtype) if x.is_floating_point() else x for key, x in columns.items()}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, channels, 8 * own.patch, 8 * own.patch, generator=generator)  # [1, C, h, w]
+    columns["target_size"] = torch.tensor([[8 * own.multiple] * 2])
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        return own.velocity(transformer, x, torch.tensor([0.5]), columns, 1.0).float().square().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise level, and samples.
+
+
+def scheme(s: Any) -> str:
+    """The official scripts' weighting_scheme: a density of sigma (logit_normal, mode), or a weight (sigma_sqrt, cosmap)."""
+    return s.weighting_scheme or family(s).weighting
+
+
+def noise_level(s: Any, u: Tensor, shape: torch.Size) -> Tensor:
+    """Uniform numbers [B] -> sigma [B] of the run's density, shifted as inference shifts it for latents of this shape."""
+    own = family(s)
+    name = scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform"
+    tokens = shape[-2] * shape[-1] // own.patch**2
+    alpha = s.flow_shift or own.shift(parts(s)["scheduler"], tokens, config(s, ""))
+    return maths.shift(maths.density(name, u, s.logit_mean, s.logit_std, s.mode_scale), alpha)
+
+
+def weight(s: Any, sigma: Tensor) -> Tensor:
+    """How much an example of this sigma counts, [B]; sigma below 1 / 1000, the last step of a thousand, counts as that."""
+    name = scheme(s) if scheme(s) in maths.WEIGHTS else "none"
+    return maths.weight(name, sigma.clamp(min=1e-3))
+
+
+def arguments(s: Any, side: int) -> dict[str, Any]:
+    """How the pipeline is called to draw one sample."""
+    import diffusers
+
+    own, kind = family(s), config(s, "")["_class_name"]
+    known = inspect.signature(getattr(diffusers, kind).__call__).parameters
+    told = flow.samples(kind, own)
+    if distilled(s):
+        told = {"num_inference_steps": own.few_steps, own.guided_by: own.off}
+    asked = {"num_inference_steps": s.num_inference_steps, own.guided_by: s.guidance_scale}
+    asked |= {"max_sequence_length": s.max_sequence_length} if "max_sequence_length" in known else {}
+    asked |= {"negative_prompt": s.negative_prompt or own.negative} if "negative_prompt" in known else {}
+    return {"height": side, "width": side, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
+
+
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
+    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
+    import torch
+
+    drawn, call = pipeline(models, s), arguments(s, side)
+    if config(s, "")["_class_name"] == "HiDreamImagePipeline":  # it scales every size to the area of this many latents
+        drawn.default_sample_size = side // drawn.vae_scale_factor
+    images, size = [], len(prompts) if family(s).together else 1
+    for start in range(0, len(prompts), size):
+        some = slice(start, start + size)
+        negative = {"negative_prompt": [call["negative_prompt"]] * len(prompts[some])} if "negative_prompt" in call else {}
+        images.append(drawn(prompt=prompts[some], generator=generators[some], output_type="pt", **call | negative).images)
+    return torch.cat(images)
+
+
+def load_lines(s: Any) -> str:
+    """The lines of Python that make `pipeline` of the checkpoint and load the adapters of the folder `path`; for
+    `str.format`."""
+    kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
+    more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
+    lines = f"from diffusers import {kind}\n"
+    if own := s.pretrained_vae_model_name_or_path:
+        lines += f"from diffusers import AutoencoderKL\nvae = AutoencoderKL.from_pretrained({quoted(own)})\n"
+        more += ", vae=vae"
+    return lines + (
+        f"pipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n{family(s).load_lora}\n"
+    )

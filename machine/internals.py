@@ -1,0 +1,117 @@
+"""Every part of another package that it does not promise to keep, each behind one function here.
+
+Such a part may be missing, or be another, after an upgrade: then one line says which versions work. Nothing is imported before
+it is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from oneloop.configs import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WORKS = {
+    "torch": "2.14",
+    "accelerate": "1.12 to 1.15",
+    "datasets": "4.8 to 5.2",
+    "diffusers": "0.40 to 0.42",
+    "peft": "0.18 to 0.21",
+}
+"""The versions that have these parts as they are used here."""
+
+
+@contextlib.contextmanager
+def part(package: str, name: str) -> Iterator[None]:
+    """What is done with a private part of a package.
+
+    Raises:
+        BadInput: it is not there, or is called otherwise.
+    """
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError, NotImplementedError) as error:
+        raise BadInput(
+            f"{package} {version(package)} has another {name} ({error}); install {package} {WORKS[package]}"
+        ) from error
+
+
+@functools.cache
+def philox() -> ModuleType:
+    """torch's stateless generator: `fold_in(keys, data)`, `normal(keys, shape)`, `uniform(keys, shape)`.
+
+    Its first number is compared with the published Philox4x32-10: another generator would change every run without a word.
+    """
+    with part("torch", "torch.func._random"):
+        import torch
+        from torch.func import _random
+
+        keys = _random.fold_in(torch.tensor([[0, 0]], dtype=torch.uint64), 0).view(1, 1, 2)
+        known = _random.normal(torch.tensor([0, 0], dtype=torch.uint64), 4)
+        if keys.shape != (1, 1, 2) or abs(float(known[0]) - 0.9911) > 1e-3:
+            raise NotImplementedError("its numbers are others")
+        return _random
+
+
+def cpu_computes_bf16() -> bool:
+    """Whether this CPU has instructions that multiply bfloat16; False where torch does not say."""
+    import torch
+
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def forget_accelerator() -> None:
+    """Let a process make another Accelerator: accelerate keeps the precision of the first."""
+    with part("accelerate", "AcceleratorState._reset_state"):
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+
+
+def prepared(accelerator: Any) -> tuple[list[nn.Module], list[Any]]:
+    """The models and the optimizers that accelerate prepared, in that order."""
+    with part("accelerate", "Accelerator._models"):
+        return accelerator._models, accelerator._optimizers
+
+
+def inject(module: nn.Module, config: Any) -> None:
+    """Adapters into a module, in place, by peft itself: what diffusers and transformers call `add_adapter` demands versions of
+    peft that may not be out yet. The module says that it has them, which both read before they recompute or save."""
+    with part("peft", "inject_adapter_in_model"):
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, module, "default")
+        module._hf_peft_config_loaded = True
+
+
+def injected(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
+    """The weights of a module's adapters under peft's names, and their LoraConfig; ({}, None) where it has none."""
+    if not hasattr(module, "peft_config"):
+        return {}, None
+    with part("peft", "get_peft_model_state_dict"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(module, save_embedding_layers=False), module.peft_config["default"]
+
+
+def adapter_metadata_key() -> str:
+    """Under which key of a weights file diffusers looks for the adapters' ranks and alphas."""
+    with part("diffusers", "LORA_ADAPTER_METADATA_KEY"):
+        from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+
+        return LORA_ADAPTER_METADATA_KEY
+
+
+def fingerprint(dataset: Any) -> tuple[str, bool]:
+    """What the package datasets calls the content of a data set, and whether its rows are a choice among those of its files."""
+    with part("datasets", "Dataset._fingerprint"):
+        return dataset._fingerprint, dataset._indices is not None

@@ -1,0 +1,172 @@
+"""Every private part of another package that the project uses: it is there, it does what is asked of it, and where it is not
+there one line says which versions work."""
+
+import ast
+import sys
+import tomllib
+import types
+
+import datasets
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from warm import ROOT
+
+from oneloop.configs import BadInput
+from oneloop.machine import internals
+from oneloop.tasks import Rng
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def adapted():
+    torch.manual_seed(0)
+    net = Net()
+    internals.inject(net, LoraConfig(r=2, target_modules=["a"], init_lora_weights="gaussian"))
+    return net
+
+
+def test_adapters_go_in_and_come_out():
+    """They alone train, change nothing at first, and come out under the names that `load_lora_weights` reads."""
+    net, x = adapted(), torch.ones(1, 3)
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == {f"a.lora_{k}.default.weight" for k in "AB"}
+    state, config = internals.injected(net)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {"a.lora_A.weight": (2, 3), "a.lora_B.weight": (4, 2)}
+    assert config.r == 2 and net._hf_peft_config_loaded
+    torch.manual_seed(0)
+    assert torch.equal(net(x), Net()(x))
+    assert internals.injected(Net()) == ({}, None)
+
+
+def test_adapters_do_not_ask_transformers(monkeypatch):
+    """Whatever version of peft transformers wants for its own `add_adapter`."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=4
+    )
+    encoder = transformers.CLIPTextModel(config)
+    monkeypatch.setattr(transformers.integrations.peft, "check_peft_version", lambda **_: pytest.fail("asked"))
+    internals.inject(encoder, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert all(key.endswith(("q_proj.lora_A.weight", "q_proj.lora_B.weight")) for key in internals.injected(encoder)[0])
+    encoder.gradient_checkpointing_enable()  # asks whether there are adapters, without which nothing recomputed has a gradient
+    encoder(torch.zeros(1, 4, dtype=torch.long)).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in encoder.parameters() if p.requires_grad)
+
+
+def test_what_accelerate_prepared():
+    internals.forget_accelerator()
+    accelerator, net = Accelerator(cpu=True), Net()
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1.0))
+    assert internals.prepared(accelerator) == ([], [optimizer])
+    assert internals.prepared(accelerator)[0] is not None and accelerator.prepare(net) in internals.prepared(accelerator)[0]
+    internals.forget_accelerator()
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    internals.forget_accelerator()
+
+
+def test_what_datasets_calls_its_content():
+    rows = datasets.Dataset.from_dict({"x": [1, 2, 3]})
+    (whole, chosen), (part, some) = internals.fingerprint(rows), internals.fingerprint(rows.select([2, 0]))
+    assert (chosen, some) == (False, True) and whole != part
+
+
+def test_a_cpu_that_does_not_say_computes_no_bf16(monkeypatch):
+    assert internals.cpu_computes_bf16() in (True, False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert internals.cpu_computes_bf16() is False
+
+
+def test_the_metadata_key_is_what_diffusers_reads():
+    assert internals.adapter_metadata_key() == "lora_adapter_metadata"
+
+
+def missing_random(monkeypatch):
+    monkeypatch.delattr(torch.func, "_random", raising=False)
+    monkeypatch.setitem(sys.modules, "torch.func._random", None)
+
+
+def broken_random(monkeypatch, **parts):
+    module = types.ModuleType("torch.func._random")
+    vars(module).update(parts)
+    monkeypatch.setattr(torch.func, "_random", module, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("package", "breaks", "call"),
+    [
+        ("torch", missing_random, lambda: Rng.of(0, [0]).normal("x", 1)),
+        ("torch", lambda m: broken_random(m), lambda: Rng.of(0, [0]).uniform("x", 1)),
+        (
+            "torch",
+            lambda m: broken_random(
+                m, fold_in=lambda key, data: key, normal=lambda key, *shape: torch.zeros(*shape), uniform=None
+            ),
+            lambda: Rng.of(0, [0]).normal("x", 1),
+        ),
+        (
+            "accelerate",
+            lambda m: m.setitem(sys.modules, "accelerate.state", types.ModuleType("x")),
+            internals.forget_accelerator,
+        ),
+        ("accelerate", lambda m: None, lambda: internals.prepared(object())),
+        ("datasets", lambda m: None, lambda: internals.fingerprint(object())),
+        ("peft", lambda m: m.setattr("peft.inject_adapter_in_model", lambda model: None), adapted),
+        ("peft", lambda m: m.delattr("peft.get_peft_model_state_dict"), lambda: internals.injected(adapted())),
+        (
+            "diffusers",
+            lambda m: m.delattr("diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY"),
+            internals.adapter_metadata_key,
+        ),
+    ],
+)
+def test_a_part_that_is_missing_or_another_is_a_line(monkeypatch, package, breaks, call):
+    internals.philox.cache_clear()
+    try:
+        breaks(monkeypatch)
+        with pytest.raises(BadInput, match=f"{package} [0-9.]+.* has another .*; install {package} [0-9]"):
+            call()
+    finally:
+        internals.philox.cache_clear()
+
+
+def test_it_names_the_versions_that_the_project_asks_for():
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for package, works in internals.WORKS.items():
+        assert f"{package}>={works.split()[0]}" in asked
+
+
+PRIVATE = {"_foreach_copy_", "_foreach_lerp_", "_exit"}
+"""Kernels that torch's own optimizers are made of, and os._exit, which is public."""
+
+
+def test_private_parts_are_called_nowhere_else():
+    """An attribute with an underscore in front, of anything but this project's own objects."""
+    own, others = set(), {}
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0]
+        if room in ("tests", "benchmarks", "docs", "examples", "build") or path.name == "internals.py":
+            continue
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+            elif isinstance(node, (ast.AnnAssign, ast.Assign)):
+                own |= {t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)}
+        named = [n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        named += [a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
+        named += [part for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for part in (n.module or "").split(".")]
+        private = {name for name in named if name.startswith("_") and not name.startswith("__")}
+        others |= dict.fromkeys(private - PRIVATE, path)
+    assert not {name: path for name, path in others.items() if name not in own}
