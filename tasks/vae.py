@@ -353,7 +353,7 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         shift = {} if vae.config.shift_factor is None else {"shift_factor": mean}
         vae.register_to_config(scaling_factor=1 / std, **shift)
     if "_name_or_path" in vae.config:
-        vae.register_to_config(_name_or_path=portable(vae.config["_name_or_path"], cfg))
+        vae.register_to_config(_name_or_path=portable(str(vae.config["_name_or_path"]), cfg))
     vae.save_pretrained(path)
     scale, shift = "vae.config.scaling_factor", "vae.config.shift_factor"
     moved, back = ("", "") if vae.config.shift_factor is None else (f" - {shift}", f" + {shift}")
