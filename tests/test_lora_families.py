@@ -368,7 +368,7 @@ def test_a_distilled_checkpoint_is_warned_of_and_drawn_in_few_steps(built):
         ({"kohya": True}, "--lora.kohya is True"),
         ({"target_modules": ("to_q", "to_ou")}, "'to_ou' is the end of no layer's name; the nearest is 'to_out.0'"),
         ({"target_modules": ("all-linear", "to_q")}, "all-linear without other names"),
-        ({"flow_shift": 0.0}, "--lora.flow-shift is 0.0; expected more than 0, or None"),
+        ({"flow_shift": 0.0}, "--lora.flow-shift is 0.0; expected more than 0 and"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(built, monkeypatch, settings, says):
