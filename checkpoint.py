@@ -137,7 +137,7 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
     is filled in place when loading. Called before the first step: what the optimizers' groups hold now is what the settings
     gave them.
     """
-    optimizers = internals.prepared(accelerator)[1]
+    optimizers = internals.prepared(accelerator)
     given = [_groups(optimizer) for optimizer in optimizers]
 
     def save(wrapped: list, weights: list[dict[str, Tensor]], output_dir: str) -> None:
@@ -445,7 +445,7 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
     Raises:
         BadInput: its files, though they are what was saved, do not hold the state of these models and optimizers.
     """
-    state, scaler, (_, optimizers) = path / "state", accelerator.scaler, internals.prepared(accelerator)
+    state, scaler, optimizers = path / "state", accelerator.scaler, internals.prepared(accelerator)
     settings = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
     if scaler is not None and not (state / "scaler.pt").exists():
         accelerator.scaler = None

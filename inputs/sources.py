@@ -25,6 +25,7 @@ from oneloop.configs import BadInput, Data, fraction
 from oneloop.inputs import files
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
 from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_shape
+from oneloop.machine import internals
 from oneloop.tasks import hash64
 
 
@@ -178,10 +179,11 @@ class DatasetImages:
     def identity(self) -> str:
         """As Source.identity."""
         outside = [path for chunk in self.rows.data.column(self.column).chunks for path in _outside(chunk)]
-        if len(outside) == len(self.rows) and self.rows._indices is None:  # whatever else is there, these are the images
+        fingerprint, chosen = internals.fingerprint(self.rows)
+        if len(outside) == len(self.rows) and not chosen:  # whatever else is there, these are the images
             return content_hash([(os.path.abspath(path), _stamp(path)) for path in outside])
         outside += [file["filename"] for file in self.rows.cache_files]
-        return content_hash(self.rows._fingerprint, [(path, _stamp(path)) for path in outside])
+        return content_hash(fingerprint, [(path, _stamp(path)) for path in outside])
 
 
 def _outside(chunk: Any) -> list[str]:

@@ -77,10 +77,10 @@ def forget_accelerator() -> None:
         GradientState._reset_state()
 
 
-def prepared(accelerator: Any) -> tuple[list[nn.Module], list[Any]]:
-    """The models and the optimizers that accelerate prepared, in that order."""
-    with part("accelerate", "Accelerator._models"):
-        return accelerator._models, accelerator._optimizers
+def prepared(accelerator: Any) -> list[Any]:
+    """The optimizers that accelerate prepared, in that order."""
+    with part("accelerate", "Accelerator._optimizers"):
+        return accelerator._optimizers
 
 
 def inject(module: nn.Module, config: Any) -> None:
