@@ -101,14 +101,15 @@ def test_ema_is_that_of_diffusers():
     model = torch.nn.Linear(4, 4)
     theirs = EMAModel(model.parameters(), decay=0.9, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     weights = {f"m.{n}": p for n, p in model.named_parameters()}
-    mine = {k: p.detach().clone() for k, p in weights.items()}
+    copies = {k: p.detach().clone() for k, p in weights.items()}
+    mine = ema.Ema(copies, list(weights.values()), lambda step, _: ema.decay_at(step, 0.9, 0.75))
     for step in range(1, 30):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p))
-        ema.update(mine, weights, ema.decay_at(step, 0.9, 0.75))
+        mine.update(step, 30)
         theirs.step(model.parameters())
-        for x, other in zip(mine.values(), theirs.shadow_params, strict=True):
+        for x, other in zip(mine.values.values(), theirs.shadow_params, strict=True):
             torch.testing.assert_close(x, other)
 
 

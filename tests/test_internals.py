@@ -144,8 +144,9 @@ def test_it_names_the_versions_that_the_project_asks_for():
         assert f"{package}>={works.split()[0]}" in asked
 
 
-PRIVATE = {"_foreach_copy_", "_foreach_lerp_", "_exit"}
-"""Kernels that torch's own optimizers are made of, and os._exit, which is public."""
+PRIVATE = {"_foreach_copy_", "_foreach_lerp_", "_exit", "_version", "_parameters"}
+"""Kernels that torch's own optimizers are made of; os._exit, which is public; a tensor's version counter and a module's own
+parameters, which have been what they are since torch 0.4."""
 
 
 def test_private_parts_are_called_nowhere_else():

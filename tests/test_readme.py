@@ -23,9 +23,9 @@ def test_a_task_of_your_own(tmp_path):
     assert result.code == 0, result.err
     assert "UNet2DModel.from_pretrained" in result.err and checkpoints(tmp_path / "out") == [6]
     assert (tmp_path / "out" / "samples" / "6.png").exists()
-    again = cli(tmp_path, str(tmp_path / "out" / "run.json"))
+    again = cli(tmp_path, "flow", str(tmp_path / "out" / "run.json"))
     assert again.code == 0 and "already done, 6 of 6 steps" in again.err, again.err
-    drawn = cli(tmp_path, "sample", str(tmp_path / "out"), "--num", "2", "--to", str(tmp_path / "two.png"))
+    drawn = cli(tmp_path, "sample", str(tmp_path / "out"), "--task", "flow", "--num", "2", "--to", str(tmp_path / "two.png"))
     assert drawn.code == 0 and (tmp_path / "two.png").exists(), drawn.err
     listed = cli(tmp_path, "flow", "--help")
     assert listed.code == 0 and "--flow.learning-rate" in listed.out

@@ -397,7 +397,7 @@ LAYERS = {  # room or file -> what of the project it may import
     "maths": {"configs", "tasks", "maths"},
     "families": {"configs", "tasks", "maths", "families"},
     "tasks": {"configs", "tasks", "maths", "families"},
-    "inputs": {"configs", "tasks", "data", "inputs"},
+    "inputs": {"configs", "tasks", "data", "inputs", "machine"},
     "data": {"configs", "tasks", "inputs", "machine"},
     "machine/internals": {"configs"},  # below everything: any file may import it
     "machine": {"configs", "tasks", "machine"},
