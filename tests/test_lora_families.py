@@ -393,12 +393,12 @@ def test_checkpoints_that_cannot_train_are_refused(tmp_path, built):
 
 
 def test_the_key_of_a_caption_follows_tokenizer_length_and_template(tmp_path, built):
-    cfg = config(built("ZImagePipeline"))
+    cfg = config(shutil.copytree(built("ZImagePipeline"), tmp_path / "own"))  # whose tokenizer nothing has used yet
     key = transformer.caption_key(cfg.lora)
     models = lora.make_models(cfg)
     lora.encode_captions(models, CAPTIONS, cfg)  # which leaves padding and truncation set in the tokenizer
     assert transformer.caption_key(cfg.lora) == key
-    assert transformer.caption_key(config(built("ZImagePipeline"), max_sequence_length=64).lora) != key
+    assert transformer.caption_key(config(tmp_path / "own", max_sequence_length=64).lora) != key
     other = shutil.copytree(built("ZImagePipeline"), tmp_path / "other")
     template = other / "tokenizer" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
