@@ -376,7 +376,7 @@ def held_out_rows(size: int, share: str) -> list[int]:
     the last block: of those held out all stay, but perhaps the last. Inserted rows move what follows.
     """
     p, q = Fraction(share).as_integer_ratio()
-    starts = (block * q // p for block in range(round(Fraction(size * p, q)) + 1))
+    starts = (block * q // p for block in range(round(float(share) * size) + 1))
     blocks = (range(start, min(end, size)) for start, end in pairwise(starts))
     return [min(block, key=functools.partial(hash64, "validation")) for block in blocks]
 
