@@ -173,7 +173,7 @@ def test_what_is_pruned_is_older_than_what_was_saved(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "link", "lock that is a link", "pipe"])
 def test_a_hidden_folder_of_somebody_is_refused(tmp_path, kind):
     out, accelerator = tmp_path / "out", Accelerator(cpu=True)
-    mine = plant(tmp_path, ["precious", "out/.oneloop/notes" if kind == "folder" else "other/notes"])
+    mine = plant(tmp_path, ["precious", "out/.oneloop/notes" if kind == "folder" else "other/lock"])
     if kind == "link":
         out.mkdir()
         (out / ".oneloop").symlink_to(tmp_path / "other")
