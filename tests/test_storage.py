@@ -17,7 +17,7 @@ from test_loop import settings, toy
 from test_settings import refused
 from warm import cli, digest, start, tiny
 
-from oneloop import checkpoint, configs, data, loop
+from oneloop import checkpoint, configs, loop
 from oneloop.configs import BadInput
 from oneloop.inputs import decoding
 from oneloop.machine import files
@@ -173,7 +173,7 @@ def test_what_is_pruned_is_older_than_what_was_saved(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "link", "lock that is a link", "pipe"])
 def test_a_hidden_folder_of_somebody_is_refused(tmp_path, kind):
     out, accelerator = tmp_path / "out", Accelerator(cpu=True)
-    mine = plant(tmp_path, ["precious", "out/.oneloop/notes" if kind == "folder" else "other/notes"])
+    mine = plant(tmp_path, ["precious", "out/.oneloop/notes" if kind == "folder" else "other/lock"])
     if kind == "link":
         out.mkdir()
         (out / ".oneloop").symlink_to(tmp_path / "other")
@@ -443,7 +443,7 @@ def test_an_image_that_cannot_be_read_any_more(tmp_path):
     flags = []
     measured = toy(loss_fn, export_fn=lambda models, examples, path, cfg: str(len(list(examples))))
     cfg = settings(tmp_path / "out", {"train_data_dir": str(tmp_path / "images"), "memory_budget": 0, "example_cache": "no"})
-    with pytest.raises(BadInput, match=r"3\.png cannot be read"):
+    with pytest.raises(BadInput, match=r"3\.png .*cannot be"):
         loop.run(measured, cfg)
     wrong = toy(loss_fn, export_fn=lambda *a: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
@@ -539,19 +539,3 @@ def test_what_else_is_owed(done, tmp_path):
 def loop_cfg(out):
     """Settings of a run in this folder that uploads nothing."""
     return types.SimpleNamespace(base=configs.Base(output_dir=str(out)))
-
-
-def test_data_names_its_file(tmp_path):
-    """A worker, or a step, that meets a file which has become unreadable."""
-    from oneloop.inputs import sources
-
-    cfg = configs.Data(num_shapes=4, resolution=8, train_batch_size=2, memory_budget=0)
-    source = sources.open_source(cfg)
-    examples = data.Examples(source, cfg, 0)
-
-    def read(row):
-        raise OSError(errno.EIO, "Input/output error")
-
-    object.__setattr__(examples.source, "read", read)
-    with pytest.raises(BadInput, match=r"cannot be read: .*Input/output error"):
-        examples[range(2)]
