@@ -494,7 +494,7 @@ def save(run: Run) -> Path:
     run.guard.check_weights(learner.weights, state.ema | state.follows)
 
     def export(folder: Path) -> None:
-        count = None if state.step == run.total else EXPORT_EXAMPLES
+        count = None if state.step == run.total else min(EXPORT_EXAMPLES, run.examples.size)
         seen = data.Fixed(run.examples, run.cfg.data.train_batch_size, run.accelerator.device, count)
         with at_rest(learner.models, learner.weights, state.ema):
             lines = run.task.export_fn(learner.models, seen, folder, run.cfg)

@@ -135,7 +135,7 @@ def test_an_export_names_no_folder_of_this_machine(made, task):
     if task == "lora":
         assert settings["data"]["train_data_dir"] == "secret photos" and settings["data"]["cache_dir"] == "secret cache"
         assert settings["lora"]["pretrained_model_name_or_path"] == "sd"
-        assert "4 pictures of secret photos" in (out / "export" / "README.md").read_text()
+        assert "4 images of secret photos" in (out / "export" / "README.md").read_text()
 
 
 def test_every_setting_that_is_a_path_becomes_a_name(tmp_path, monkeypatch):
