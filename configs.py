@@ -279,7 +279,7 @@ def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
     file = file / "config.json" if file.is_dir() else file
     try:
         config = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"--{flag} {path}: cannot read {file} as JSON: {error}") from None
     if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
         raise BadInput(f"--{flag} {path}: expected the config of a model of class {kind}")

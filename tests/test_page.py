@@ -106,18 +106,18 @@ def test_long_runs_stay_small_and_quick(tmp_path, run):
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lives.jsonl", "run.json"])
 def test_a_flipped_bit_costs_a_line(tmp_path, run, name, monkeypatch):
-    """Every 29th bit of a record, one by one: the pages are written, and of a line that is none any more a word is said."""
+    """Every 97th bit of a record, one by one: the pages are written, and of a line that is none any more a word is said."""
     pages, said = [], []
     monkeypatch.setattr(page, "_fill", lambda path, title, lead, body, data: pages.append(json.dumps(data)))
     shutil.copytree(run, tmp_path / "out")
     whole = (run / name).read_bytes()
-    for bit in range(0, len(whole) * 8, 29):
+    for bit in range(0, len(whole) * 8, 97):
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         (tmp_path / "out" / name).write_bytes(flipped)
         page.write(tmp_path / "out")
         page.compare([run, tmp_path / "out"], tmp_path / "both.html", said.append)
-    assert len(pages) == 2 * len(range(0, len(whole) * 8, 29)) and any(f"out/{name}" in text for text in said)
+    assert len(pages) == 2 * len(range(0, len(whole) * 8, 97)) and any(f"out/{name}" in text for text in said)
 
 
 RECORDS = {
@@ -197,25 +197,26 @@ def test_no_line_of_validation_is_dropped(tmp_path, capsys, monkeypatch):
     assert "step 7/99" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["__init__", "add_scalar", "add_images", "close"])
+@pytest.mark.parametrize("part", ["__init__", "add_scalar", "add_images", "finish"])
 def test_a_tracker_that_fails_stops_nothing(tmp_path, part):
     """It is a warning, once; a storage error behind it stays one."""
 
     def broken():
+        from accelerate.tracking import TensorBoardTracker
         from torch.utils.tensorboard import SummaryWriter
 
         def fails(*_, **__):
             raise OSError(28, "No space left on device")
 
-        setattr(SummaryWriter, part, fails)
-        if part == "close":
+        setattr(TensorBoardTracker if part == "finish" else SummaryWriter, part, fails)
+        if part == "finish":
             checkpoint.Saves.save = lambda *_: (_ for _ in ()).throw(checkpoint.StorageError("the disk is full"))
 
     flags = tiny(tmp_path, base__logger="tensorboard", base__logging_steps=1)
     result = cli(tmp_path, *flags, patch=broken)
-    assert result.code == (4 if part == "close" else 0), result.err
+    assert result.code == (4 if part == "finish" else 0), result.err
     assert result.err.count("warning: tensorboard failed, and training goes on: OSError: [Errno 28]") == 1, result.err
-    assert "Traceback" not in result.err and (part != "close" or "error: the disk is full" in result.err)
+    assert "Traceback" not in result.err and (part != "finish" or "error: the disk is full" in result.err)
     batch = next(line for line in result.err.splitlines() if line.startswith("first batch"))
     assert "pixel_values [4, 3, 8, 8] float32 in [-1, 1]" in batch and "uint8" not in batch
 

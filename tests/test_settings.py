@@ -316,6 +316,12 @@ def test_broken_files(tmp_path, name):
     assert time.process_time() - started < 1 and [p.name for p in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["deep.yaml", "bomb.yaml"])
+def test_broken_files_without_libyaml(tmp_path, name, monkeypatch):
+    monkeypatch.delattr("yaml.CSafeLoader")
+    test_broken_files(tmp_path, name)
+
+
 def test_what_is_no_file(tmp_path):
     (tmp_path / "folder.json").mkdir()
     os.mkfifo(tmp_path / "pipe.json")
@@ -357,8 +363,10 @@ def test_no_code_runs_on_the_word_of_a_file(tmp_path, monkeypatch):
 
 def test_python_m_imports_nothing_from_the_working_folder(tmp_path):
     (tmp_path / "tyro.py").write_text("open('hacked', 'w')\n")
-    done = subprocess.run([sys.executable, "-m", "oneloop", "dpm"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "Did you mean 'ddpm'?" in done.stderr and not (tmp_path / "hacked").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "oneloop", "ddpm", "--base.nope"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--base.nope is not a setting" in done.stderr and not (tmp_path / "hacked").exists()
 
 
 def test_a_line_is_short_and_plain():
