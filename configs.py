@@ -99,7 +99,7 @@ class Base:
     validation_steps: Live[CountOrZero] = 500
     """Optimizer steps between two validations, a grid of samples and the loss on data.validation_split; 0: only at the end."""
     num_samples: Live[Images] = 16
-    """Pictures in a grid; the same seeds each time."""
+    """Images in a grid; the same seeds each time."""
     checkpointing_steps: Live[Count] = 500
     """Optimizer steps between two checkpoints; there is always one at the end."""
     checkpoints_total_limit: Live[Count | None] = 3
@@ -109,7 +109,7 @@ class Base:
     max_skipped_updates: Live[CountOrZero] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
     check: Live[bool] = False
-    """Only open every picture and say what is found: sizes, captions, labels, duplicates, broken files."""
+    """Only open every image and say what is found: sizes, captions, labels, duplicates, broken files."""
     dry_run: Live[bool] = False
     """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     push_to_hub: Live[bool] = False
@@ -141,42 +141,42 @@ class Data:
     cache_dir: Live[Folder | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
     max_train_samples: Live[Count | None] = None
-    """Train on as many pictures, spread evenly over the set. None: all."""
+    """Train on as many images, spread evenly over the set. None: all."""
     num_shapes: Annotated[int, Range(1, 10**7)] = 2560
-    """Pictures in the embedded `shapes`."""
+    """Images in the embedded `shapes`."""
     image_column: Live[Name | None] = None
-    """Column of pictures. None: found by its type."""
+    """Column of images. None: found by its type."""
     caption_column: Live[Name | None] = None
-    """Column of captions, one or a list for each picture. None: found by its usual names."""
+    """Column of captions, one or a list for each image. None: found by its usual names."""
     trigger: Words | None = None
-    """Words put in front of every caption, with a space between; alone where a picture has no caption. `{label}` in them is the
-    name of the picture's class."""
+    """Words put in front of every caption, with a space between; alone where an image has no caption. `{label}` in them is the
+    name of the image's class."""
     caption_dropout: Share = 0.0
     """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
     label_column: Live[Name | None] = None
     """Column of class labels. None: found by its type or usual names."""
     resolution: Annotated[int, Range(1, 16_384)] = 32
-    """Side of the square pictures in pixels: the shorter side is resized to it, then a square is cut. Transparent pictures
+    """Side of the square images in pixels: the shorter side is resized to it, then a square is cut. Transparent images
     are laid on white."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     """How images are resized, with antialiasing."""
     center_crop: bool = False
     """Cut the square from the middle rather than from a random place."""
     random_flip: bool = False
-    """Mirror every second picture, at random."""
+    """Mirror every second image, at random."""
     train_batch_size: Live[Annotated[int, Range(1, 65_536)]] = 32
     """Examples in a batch, for each process."""
     dataloader_num_workers: Live[Annotated[int, Range(0, 1024)]] = 0
-    """Processes that read pictures beside the training, where the decoded set is larger than memory_budget."""
+    """Processes that read images beside the training, where the decoded set is larger than memory_budget."""
     skip_broken: Live[bool] = False
     """Leave out images that cannot be read, and list them in the output folder's broken.txt. The run's length counts them."""
     memory_budget: Live[Annotated[float, Range(0, 2**20)]] = 2.0
-    """GiB for decoded pictures, and as much for encoded ones. A set that fits is decoded once and kept; of a larger one every
+    """GiB for decoded images, and as much for encoded ones. A set that fits is decoded once and kept; of a larger one every
     batch is read from the disk."""
     example_cache: Live[Name] = "auto"
-    """Where what is made of the examples once is kept for the next start: decoded pictures, and what frozen encoders make of
-    pictures and captions. A folder, which several runs may share; auto: `examples` in cache_dir, or else in the output folder;
-    no: pictures are decoded at each start and encoded in every step. Pictures that are cut at random are encoded in every step
+    """Where what is made of the examples once is kept for the next start: decoded images, and what frozen encoders make of
+    images and captions. A folder, which several runs may share; auto: `examples` in cache_dir, or else in the output folder;
+    no: images are decoded at each start and encoded in every step. Images that are cut at random are encoded in every step
     anyway (center_crop cuts from the middle)."""
 
     def __post_init__(self):

@@ -1,6 +1,6 @@
 """The examples: an opened data set (inputs/), dealt out as an endless keyed stream of batches.
 
-Example number n of a run (which picture, which crop, which flip) is a function of (seed, n) alone: each pass over the data is
+Example number n of a run (which image, which crop, which flip) is a function of (seed, n) alone: each pass over the data is
 a permutation keyed by its epoch, and batches are cut from the numbers by arithmetic. So nothing has to be skipped to
 continue, and processes, batch sizes and loader workers change nothing.
 """
@@ -59,7 +59,7 @@ class Examples(torch.utils.data.Dataset):
         self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
         self.unheld = {"pixel_values"} if pictures.pixels is None else set()  # columns that every batch reads from the disk
         self.resident: Tensor | None = None  # the decoded set on the device
-        self.place, self.kept = None, False  # where the pictures may be kept, and whether they came from there
+        self.place, self.kept = None, False  # where the images may be kept, and whether they came from there
         files = pictures.columns["file"].contiguous().numpy().tobytes()
         self.fingerprint = hashlib.blake2b(files + repr((source.captions, source.labels)).encode(), digest_size=16).hexdigest()
 
@@ -86,7 +86,7 @@ class Examples(torch.utils.data.Dataset):
         return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
 
     def __getitem__(self, numbers: range) -> Batch:
-        """The batch of these examples of the run; pictures still uint8."""
+        """The batch of these examples of the run; images still uint8."""
         n = torch.tensor(numbers)
         epochs = range(numbers[0] // self.size, numbers[-1] // self.size + 1)
         rows = torch.cat([self.order(e)[n[n // self.size == e] % self.size] for e in epochs])
@@ -127,7 +127,7 @@ class Examples(torch.utils.data.Dataset):
             x = {"window": torch.cat([rows[:, None], corner * (not whole), flip[:, None]], 1)}  # [B, 4], for `ready`
         else:
             x = {"pixel_values": torch.where(flip[:, None, None, None], (cut := self._cut(rows, corner)).flip(-1), cut)}
-        # Mirroring the square is mirroring the picture and cutting at the mirrored corner.
+        # Mirroring the square is mirroring the image and cutting at the mirrored corner.
         corner[:, 1] = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
         batch = {"n": n, "index": rows, **x, "original_size": size, "crop_top_left": corner}
         if texts is not None:
@@ -137,7 +137,7 @@ class Examples(torch.utils.data.Dataset):
         return batch
 
     def _cut(self, rows: Tensor, corner: Tensor) -> Tensor:
-        """The squares at these corners, [B, 3, H, W] uint8; a central cut was made when the picture was decoded."""
+        """The squares at these corners, [B, 3, H, W] uint8; a central cut was made when the image was decoded."""
         side = self.cfg.resolution
         held = self.pictures.pixels
         if isinstance(held, Tensor) and held.shape[-2:] == (side, side):
@@ -146,13 +146,13 @@ class Examples(torch.utils.data.Dataset):
         return torch.stack([x if self.cfg.center_crop else x[:, t : t + side, i : i + side] for x, (t, i) in whole])
 
     def _mark(self, row: int, flip: bool) -> str:
-        """What tells a picture as the model sees it from every other."""
+        """What tells an image as the model sees it from every other."""
         return self.pictures.columns["mark"][row].numpy().tobytes().hex() + ("-mirrored" if flip else "")
 
     def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
         """Every value of a column that the run may ask for, as its mark -> the function that makes it.
 
-        None where they cannot be listed: pictures that are cut at random.
+        None where they cannot be listed: images that are cut at random.
         """
         if column == "caption" and self.source.captions is not None:
             texts = {text for several in self.source.captions for text in several or [""]}
@@ -178,7 +178,7 @@ class Examples(torch.utils.data.Dataset):
             self.pictures = replace(self.pictures, pixels=None)  # `fixed` reads the few that it shows
 
     def keep(self, say: Callable[[str], Any]) -> None:
-        """Keep the pictures in their place, unless they are there."""
+        """Keep the images in their place, unless they are there."""
         if self.place and not self.kept:
             self.pictures = keep(self.pictures, self.place, self.cfg, say)
 
@@ -191,7 +191,7 @@ class Examples(torch.utils.data.Dataset):
         return self.resident is not None
 
     def ready(self, batch: Batch, device: Any) -> Batch:
-        """The batch on the device, its pictures float32 in [-1, 1]."""
+        """The batch on the device, its images float32 in [-1, 1]."""
         batch = to_device(batch, device)
         if "window" in batch:
             cut = cut_out(self.resident, batch.pop("window"), self.cfg.resolution)
@@ -276,7 +276,7 @@ class Fixed:
 
 
 def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:
-    """Squares [B, C, side, side] of pictures [N, C, H, W]; window [B, 4] has row, top, left, and whether to mirror."""
+    """Squares [B, C, side, side] of images [N, C, H, W]; window [B, 4] has row, top, left, and whether to mirror."""
     row, top, left, flip = (x[:, None, None, None] for x in window.unbind(1))
     across = torch.arange(side, device=pictures.device)
     channel = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
@@ -284,6 +284,6 @@ def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:
 
 
 def to_device(batch: Batch, device: Any) -> Batch:
-    """The batch on the device; pictures, which travel as uint8, become float32 in [-1, 1] there."""
+    """The batch on the device; images, which travel as uint8, become float32 in [-1, 1] there."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return {k: v.float() / 127.5 - 1 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in moved.items()}

@@ -1,4 +1,4 @@
-"""What tasks on a pretrained latent diffusion model share: its parts, pictures and captions on the way in, pictures on the
+"""What tasks on a pretrained latent diffusion model share: its parts, images and captions on the way in, images on the
 way out. Plain functions; `s` is a task's settings, of which they read the names below.
 
     pretrained_model_name_or_path, revision, variant    which checkpoint
@@ -205,8 +205,8 @@ def prediction_type(s: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures to latents and back. The VAE computes in the precision of its weights, float32, whatever the run's: SDXL's
-# overflows in float16 (`force_upcast` in its config), and it is called once for each picture.
+# Images to latents and back. The VAE computes in the precision of its weights, float32, whatever the run's: SDXL's
+# overflows in float16 (`force_upcast` in its config), and it is called once for each image.
 
 
 def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def draw(vae: torch.nn.Module, batch: Batch, noise: Tensor) -> Tensor:
 
 
 def decode(vae: torch.nn.Module, z: Tensor) -> Tensor:
-    """Latents in the UNet's scale -> pictures [B, 3, H, W] in [0, 1]."""
+    """Latents in the UNet's scale -> images [B, 3, H, W] in [0, 1]."""
     import torch
 
     with torch.autocast(z.device.type, enabled=False):
@@ -289,7 +289,7 @@ def too_long(captions: list[str], s: Any) -> str | None:
 
 
 def conditions(batch: Batch, side: int, xl: bool) -> dict[str, Any]:
-    """What the UNet is given beside x_t and t. SDXL's time ids are the picture's original size, the corner of its crop and its
+    """What the UNet is given beside x_t and t. SDXL's time ids are the image's original size, the corner of its crop and its
     target size, each height first, [B, 6] (Podell et al. 2023, section 2.2)."""
     import torch
 

@@ -1,7 +1,7 @@
-"""Pictures, from files to pixels, once: every file of a set is read, checked and resized, and what was found may be kept.
+"""Images, from files to pixels, once: every file of a set is read, checked and resized, and what was found may be kept.
 
 What one pass over the files found can lie on disk (`keep`, `kept`), where the run's next life, its other processes and other
-runs find it. The pixels are then mapped from there, so that processes of a machine share them, and a start reads no picture.
+runs find it. The pixels are then mapped from there, so that processes of a machine share them, and a start reads no image.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from oneloop.inputs.sources import Source, content_hash
 from oneloop.machine.files import erase, strangers
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One picture.
+# One image.
 
 
 def to_rgb(image: Image.Image, say: Callable[[str], Any] = lambda change: None) -> Image.Image:
@@ -132,7 +132,7 @@ def pixels(image: Image.Image, cfg: Data) -> tuple[Tensor, tuple[int, int]]:
 
 
 def thumb(image: Image.Image) -> np.ndarray:
-    """An RGB picture as 8 x 9 pixels, [8, 9, 3] uint8."""
+    """An RGB image as 8 x 9 pixels, [8, 9, 3] uint8."""
     return np.asarray(image.resize((9, 8), Image.Resampling.BOX))
 
 
@@ -142,10 +142,10 @@ def thumb(image: Image.Image) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What one pass over a set found: N pictures that can be read, and those that cannot."""
+    """What one pass over a set found: N images that can be read, and those that cannot."""
 
     columns: dict[str, Tensor]
-    """For each picture, [N, ...]: `row` of the source, int64; `size` before resizing and `room` for a crop after it, [2] int64
+    """For each image, [N, ...]: `row` of the source, int64; `size` before resizing and `room` for a crop after it, [2] int64
     each, height and width; `file`, a hash of its bytes, and `mark`, one of its pixels, [16] uint8 each; `thumb`, itself as
     8 x 9 pixels, [8, 9, 3] uint8."""
     modes: dict[str, int]
@@ -171,7 +171,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class _Found:
-    """One picture of the pass."""
+    """One image of the pass."""
 
     values: dict[str, Any]
     mode: str
@@ -205,15 +205,15 @@ def _find(source: Source, cfg: Data, skim: bool, rows: range) -> list[_Found | s
 
 
 def threads(first: _Found | str) -> int:
-    """How many threads decode pictures like the first. Work in Python, which one thread does at a time, is the same for every
-    picture, that in C grows with its area; at 64 x 64 they are about equal. Where Python's is the larger, threads only fight
+    """How many threads decode images like the first. Work in Python, which one thread does at a time, is the same for every
+    image, that in C grows with its area; at 64 x 64 they are about equal. Where Python's is the larger, threads only fight
     for its lock."""
     most = os.cpu_count() or 1
     return most if isinstance(first, str) else min(max(math.prod(first.values["size"]) // 64**2, 1), most)
 
 
 def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pictures: None, skim: bool = False) -> Pictures:
-    """Read every picture of a source. With `skim`, where nothing is trained on them, JPEGs are decoded at half, a quarter or an
+    """Read every image of a source. With `skim`, where nothing is trained on them, JPEGs are decoded at half, a quarter or an
     eighth of their size, as long as the resolution is left."""
     shapes = {"row": (), "size": (2,), "room": (2,), "file": (16,), "mark": (16,), "thumb": (8, 9, 3)}
     kinds = {name: torch.int64 if name in ("row", "size", "room") else torch.uint8 for name in shapes}
@@ -242,14 +242,14 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda pi
 
 
 class _Held:
-    """Decoded pictures in memory: one tensor while all have one shape, a list where they differ, None once too large."""
+    """Decoded images in memory: one tensor while all have one shape, a list where they differ, None once too large."""
 
     def __init__(self, size: int, budget: float):
         self.size, self.budget, self.taken = size, budget, 0
         self.pixels: Tensor | list[Tensor] | None = []
 
     def add(self, i: int, x: Tensor) -> None:
-        """Take the i-th picture, [3, h, w]."""
+        """Take the i-th image, [3, h, w]."""
         self.taken += x.numel()
         if self.pixels is None or self.taken > self.budget:
             self.pixels = None
@@ -265,15 +265,15 @@ class _Held:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kept on disk: a folder with the pixels, one picture after the other, and a safetensors file with everything else.
+# Kept on disk: a folder with the pixels, one image after the other, and a safetensors file with everything else.
 
 FORMAT = 2
-"""To be raised with every change to what is made of a picture, or to how it is kept."""
+"""To be raised with every change to what is made of an image, or to how it is kept."""
 DAY = 86_400  # seconds
 
 
 def place(folder: Path, source: Source, cfg: Data) -> Path:
-    """Where in a folder the pictures of a source are kept: named by all that decides them, without reading one."""
+    """Where in a folder the images of a source are kept: named by all that decides them, without reading one."""
     decoder = (FORMAT, PIL.__version__, *map(features.version, ("libjpeg_turbo", "littlecms2")))
     parts = (source.identity(), cfg.resolution, cfg.center_crop, cfg.interpolation, decoder)
     return folder / f"pictures-{content_hash(*parts)[:16]}"
@@ -282,8 +282,8 @@ def place(folder: Path, source: Source, cfg: Data) -> Path:
 def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -> Pictures:
     """Write them, there whole or not at all, and have the pixels mapped from there.
 
-    Of a set with broken pictures nothing is kept: it may have been the disk that was broken. Nor where less space would be
-    left than it takes: checkpoints come first. A disk that refuses ends nothing: that is said, and the pictures stay in memory.
+    Of a set with broken images nothing is kept: it may have been the disk that was broken. Nor where less space would be
+    left than it takes: checkpoints come first. A disk that refuses ends nothing: that is said, and the images stay in memory.
     """
     if pictures.broken:
         return pictures
@@ -327,7 +327,7 @@ def keep(pictures: Pictures, path: Path, cfg: Data, say: Callable[[str], Any]) -
     except (OSError, SafetensorError, RuntimeError) as error:
         if (there := kept(path, cfg)) is not None:
             return there
-        say(f"warning: the decoded pictures are not kept in {path.parent}: {getattr(error, 'strerror', None) or error}")
+        say(f"warning: the decoded images are not kept in {path.parent}: {getattr(error, 'strerror', None) or error}")
         return pictures
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -347,7 +347,7 @@ def tidy(folder: Path, used: set[Path]) -> None:
 
 
 def kept(path: Path, cfg: Data) -> Pictures | None:
-    """The pictures that are kept there, if they are what was written and what these settings ask for."""
+    """The images that are kept there, if they are what was written and what these settings ask for."""
     with contextlib.suppress(OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError):
         with safe_open(path / "columns.safetensors", "pt") as file:
             told = file.metadata()

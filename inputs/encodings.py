@@ -1,4 +1,4 @@
-"""Encode once: what frozen models make of pictures and captions, kept on disk and read in place of the columns themselves.
+"""Encode once: what frozen models make of images and captions, kept on disk and read in place of the columns themselves.
 
 A task's encodings (tasks/__init__.py) say what may be kept. An entry is named by what was encoded and by the encoder's own
 weights, so nothing in the cache goes stale, and folders may be shared by runs.

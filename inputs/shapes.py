@@ -16,7 +16,7 @@ COLOURS = {
     "black": (20, 20, 20),
     "white": (245, 245, 245),
 }
-SIZES = {"small": 0.28, "large": 0.4}  # the radius, as a fraction of the picture's side
+SIZES = {"small": 0.28, "large": 0.4}  # the radius, as a fraction of the image's side
 SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to the outline; negative inside
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
@@ -33,7 +33,7 @@ def describe_shape(index: int) -> tuple[str, str, str, str, float, float]:
 
 
 def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
-    """Picture [H, W, 3] uint8, caption and label of the embedded example `index`."""
+    """Image [H, W, 3] uint8, caption and label of the embedded example `index`."""
     shape, size, front, back, x0, y0 = describe_shape(index)
     radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
     distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)

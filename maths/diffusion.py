@@ -1,6 +1,6 @@
 """The mathematics that diffusion tasks share, as pure functions of tensors.
 
-Symbols: x the clean picture or latent, x_t the noised one, a = alpha-bar_t the cumulative signal power in [0, 1), so that
+Symbols: x the clean image or latent, x_t the noised one, a = alpha-bar_t the cumulative signal power in [0, 1), so that
 x_t = sqrt(a) x + sqrt(1 - a) noise (Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239, eq. 4)
 and the signal-to-noise ratio is SNR = a / (1 - a).
 """

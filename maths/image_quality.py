@@ -1,4 +1,4 @@
-"""How close one picture is to another, as pure functions of tensors: for tasks that log it and scripts that measure it."""
+"""How close one image is to another, as pure functions of tensors: for tasks that log it and scripts that measure it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """PSNR in dB and SSIM of y against x, each [B]; pictures [B, C, H, W] in [-1, 1], of which y may stray. No gradients."""
+    """PSNR in dB and SSIM of y against x, each [B]; images [B, C, H, W] in [-1, 1], of which y may stray. No gradients."""
     import torch
 
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -18,15 +18,15 @@ def measure(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of pictures [B, C, H, W] in [0, 1], [B]; 100 where they are equal."""
+    """Peak signal-to-noise ratio in dB of images [B, C, H, W] in [0, 1], [B]; 100 where they are equal."""
     return -10 * (x - y).square().flatten(1).mean(1).clamp(min=1e-10).log10()
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of pictures [B, C, H, W] in [0, 1], [B], the mean over places and channels.
+    """Structural similarity of images [B, C, H, W] in [0, 1], [B], the mean over places and channels.
 
     Wang, Bovik, Sheikh, Simoncelli 2004, Image Quality Assessment: From Error Visibility to Structural Similarity, eq. 13, with
-    their Gaussian window of 11 (no larger than the picture) and deviation 1.5, K1 = 0.01 and K2 = 0.03.
+    their Gaussian window of 11 (no larger than the image) and deviation 1.5, K1 = 0.01 and K2 = 0.03.
     """
     import torch
     from torch.nn import functional as F

@@ -26,13 +26,13 @@ Models = dict[str, "nn.Module"]
 Optims = dict[str, "torch.optim.Optimizer"]
 """name -> optimizer. One `Loss` of the same name is one step of it."""
 Batch = dict[str, Any]
-"""Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Pictures
-are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized picture;
+"""Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Images
+are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized image;
 where the data have them, `caption` (a list of B strings) and `label` [B]. In `loss_fn` also `step`, one int: the optimizer
 steps taken before this one, the same for every batch and process that share a step; `total`, the run's optimizer steps; and
 `phase`: "train", "validate", or "warm-up" for a pass whose gradients are thrown away (its `step` is `total`)."""
 Images = dict[str, "Tensor"]
-"""What validation shows: name -> pictures [N, 3, H, W] in [0, 1]; one grid for each name."""
+"""What validation shows: name -> images [N, 3, H, W] in [0, 1]; one grid for each name."""
 
 
 @dataclass(frozen=True)

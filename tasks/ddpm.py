@@ -1,4 +1,4 @@
-"""Train a diffusion model of pictures from scratch, without conditions.
+"""Train a diffusion model of images from scratch, without conditions.
 
     python loop.py ddpm --base.num-epochs 10
 
@@ -46,7 +46,7 @@ class Settings:
     model_config: Live[Name | None] = None
     """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 16x16 on a CPU."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
-    """What the model predicts: the noise, the clean picture (best where training is short), or v."""
+    """What the model predicts: the noise, the clean image (best where training is short), or v."""
     snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = 1.0
     """Clamp of the min-SNR loss weight; 5 is usual, a smaller one attends to the whole rather than to detail. None: unweighted,
     and weighted by the SNR for `sample`."""
@@ -89,7 +89,7 @@ class Config:
         unet, where = model_config(self), self.ddpm.model_config or "the default model"
         for key in ("in_channels", "out_channels"):
             if unet.get(key, 3) != 3:
-                raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB pictures")
+                raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB images")
         blocks = unet.get("block_out_channels", DEFAULT_UNET["block_out_channels"])
         if not isinstance(blocks, list):
             raise BadInput(f"--ddpm.model-config {where}: block_out_channels is {blocks!r}; expected a list of channels")
@@ -111,7 +111,7 @@ def scheduler(cfg: Config) -> Any:
     import diffusers
 
     kinds = {"dpm++": "DPMSolverMultistepScheduler", "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
-    # Thresholding keeps the picture in [-1, 1], as the others do. The clip of log SNR clips nothing: diffusers' own, minus
+    # Thresholding keeps the image in [-1, 1], as the others do. The clip of log SNR clips nothing: diffusers' own, minus
     # infinity, would make its config invalid JSON.
     solver = {"algorithm_type": "sde-dpmsolver++", "thresholding": True, "lambda_min_clipped": -20.0}
     return getattr(diffusers, kinds[cfg.ddpm.sampler])(

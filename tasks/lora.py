@@ -89,7 +89,7 @@ class Settings:
     snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = None
     """Clamp of the min-SNR loss weight (5 is usual). None: unweighted, and weighted by the SNR for `sample`."""
     noise_offset: Amount = 0.0
-    """Share of noise that is the same all over a picture, for very dark and very bright ones (0.05 to 0.1)."""
+    """Share of noise that is the same all over an image, for very dark and very bright ones (0.05 to 0.1)."""
     input_perturbation: Amount = 0.0
     """More noise for the UNet's input alone (Ning et al. 2023, arXiv:2301.11706; 0.1)."""
     validation_prompts: Live[tuple[Words, ...]] = ()

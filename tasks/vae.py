@@ -1,11 +1,11 @@
 """Train or fine-tune the autoencoder of latent diffusion: reconstruction, perceptual loss and a discriminator.
 
-    python loop.py vae --data.train-data-dir pictures --data.resolution 256 --vae.perceptual-weight 1
+    python loop.py vae --data.train-data-dir images --data.resolution 256 --vae.perceptual-weight 1
 
 Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models (arXiv:2112.10752, section 3.1, appendix G),
 after Esser, Rombach, Ommer 2021, Taming Transformers (arXiv:2012.09841). The export is an `AutoencoderKL`.
 
-Every term below is computed for each picture by itself, [B], and averaged last: no picture's loss depends on which others
+Every term below is computed for each image by itself, [B], and averaged last: no image's loss depends on which others
 share its batch, so a batch may be split over accumulation and processes in any way.
 """
 
@@ -86,7 +86,7 @@ class Settings:
     disc_channels: Annotated[int, Range(1, 4096)] = 16
     """Channels of the discriminator's first layer, 64 as published; each layer doubles them, up to eightfold."""
     disc_layers: Annotated[int, Range(1, 12)] = 3
-    """Layers of the discriminator that halve the picture: 3 judges patches of 70 x 70."""
+    """Layers of the discriminator that halve the image: 3 judges patches of 70 x 70."""
     learning_rate: Live[Amount] = 3e-3
     """Peak learning rate of AdamW; 1e-4 and less for large models."""
     disc_learning_rate: Live[Amount | None] = None
@@ -143,10 +143,10 @@ def model_config(cfg: Config) -> dict[str, Any]:
 
 
 def check_config(config: Any, flag: str, side: int) -> None:
-    """Refuse an autoencoder that does not take RGB pictures of this side."""
+    """Refuse an autoencoder that does not take RGB images of this side."""
     for key in ("in_channels", "out_channels"):
         if config.get(key, 3) != 3:
-            raise BadInput(f"{flag}: {key} is {config[key]}; expected 3, for RGB pictures")
+            raise BadInput(f"{flag}: {key} is {config[key]}; expected 3, for RGB images")
     blocks = config.get("block_out_channels", [64])
     if not isinstance(blocks, list):
         raise BadInput(f"{flag}: block_out_channels is {blocks!r}; expected a list of channels")
@@ -208,9 +208,9 @@ def autoencode(vae: nn.Module, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor
 def patchgan(channels: int, layers: int) -> nn.Module:
     """A discriminator of patches: [B, 3, H, W] to logits [B, 1, h, w] (Isola et al. 2017, arXiv:1611.07004, section 6.1.2).
 
-    C64-C128-C256-C512 of 4x4 convolutions and leaky ReLUs; the first `layers` halve the picture, the first has no norm. The
-    norm is over each picture by itself, which is what batch norm was in the paper's runs with one picture a batch: statistics
-    over more would make a picture's loss depend on its neighbours, and on how the batch is split.
+    C64-C128-C256-C512 of 4x4 convolutions and leaky ReLUs; the first `layers` halve the image, the first has no norm. The
+    norm is over each image by itself, which is what batch norm was in the paper's runs with one image a batch: statistics
+    over more would make an image's loss depend on its neighbours, and on how the batch is split.
     """
     from torch import nn
 
@@ -227,7 +227,7 @@ def patchgan(channels: int, layers: int) -> nn.Module:
 
 
 def perceptual() -> nn.Module:
-    """LPIPS on VGG16, frozen: two pictures in [-1, 1] to their distance [B, 1, 1, 1] (Zhang et al. 2018, arXiv:1801.03924)."""
+    """LPIPS on VGG16, frozen: two images in [-1, 1] to their distance [B, 1, 1, 1] (Zhang et al. 2018, arXiv:1801.03924)."""
     import lpips
 
     try:
@@ -320,7 +320,7 @@ def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last:
 
 
 def disc_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """What the discriminator descends, from its logits [B, 1, h, w] on pictures and reconstructions: the hinge loss (Lim and Ye
+    """What the discriminator descends, from its logits [B, 1, h, w] on images and reconstructions: the hinge loss (Lim and Ye
     2017, arXiv:1705.02894), or the cross-entropy of the first GAN (Goodfellow et al. 2014, arXiv:1406.2661)."""
     from torch.nn import functional as F
 
@@ -334,7 +334,7 @@ def disc_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
 
 
 def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
-    """Each picture above its reconstruction, from the posterior's mean."""
+    """Each image above its reconstruction, from the posterior's mean."""
     import torch
 
     x = next(iter(examples))["pixel_values"]  # [N, 3, H, W]

@@ -398,7 +398,7 @@ def killed_at_point(kept: int | None, steps: int, point: int, power: bool, folde
 
 
 def accumulating(folder: Path, out: str = "out", steps: int = 18, **more: Any) -> list[str]:
-    """Three passes over 24 pictures in 18 updates of 2 x 2, with dropout and averages."""
+    """Three passes over 24 images in 18 updates of 2 x 2, with dropout and averages."""
     settings = {
         "base__gradient_accumulation_steps": 2,
         "base__logging_steps": 1,
@@ -409,7 +409,7 @@ def accumulating(folder: Path, out: str = "out", steps: int = 18, **more: Any) -
 
 
 def each_once(lines: list[list]) -> None:
-    """Every example once, in order, and every picture once an epoch of 24."""
+    """Every example once, in order, and every image once an epoch of 24."""
     numbers = [line[0] for line in lines]
     assert numbers == list(range(len(lines))), numbers
     for first in range(0, len(lines), 24):
@@ -425,7 +425,7 @@ def resume_at_any_update() -> Iterator[tuple[str, Case]]:
 
 
 def resumed(stop: int, folder: Path) -> None:
-    """Stopped after any update: Equal, each picture once an epoch, nothing decoded that is not trained on."""
+    """Stopped after any update: Equal, each image once an epoch, nothing decoded that is not trained on."""
     whole, out, decoded = reference(make=accumulating, base__checkpointing_steps=1), folder / "out", folder / "decoded"
     everything = STORE / "everything.jsonl"
     with open(STORE / "everything.lock", "w") as lock:
@@ -458,7 +458,7 @@ def resumed(stop: int, folder: Path) -> None:
     each_once(seen(everything))
     # All 24 are decoded once to check them, 2 for the batch that is introduced, then what is trained on: 4 an update.
     count = len(decoded.read_text().splitlines())
-    assert count <= 24 + 2 + 4 * (18 - stop) + 2, f"{count} pictures decoded for {18 - stop} updates"
+    assert count <= 24 + 2 + 4 * (18 - stop) + 2, f"{count} images decoded for {18 - stop} updates"
 
 
 def sign(folder: Path, **changes: Any) -> None:
@@ -1072,8 +1072,8 @@ def non_finite() -> Iterator[tuple[str, Case]]:
                 f"{value} in a {what}, update {update}, process {rank} of {count}: skipped",
                 functools.partial(not_finite_skipped, what, value, update, count, rank),
             )
-    yield "a picture with NaN", functools.partial(broken_picture, math.nan)
-    yield "a picture with inf", functools.partial(broken_picture, math.inf)
+    yield "an image with NaN", functools.partial(broken_picture, math.nan)
+    yield "an image with inf", functools.partial(broken_picture, math.inf)
     yield "more skipped than allowed", too_many_skipped
     yield "an overflow of the fp16 scaler", scaler_overflow
 
@@ -1148,12 +1148,12 @@ def broken_picture(value: float, folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(6):
         pixels = np.full((9, 9), 0.5, np.float32)
         pixels[3, 3] = value if i in (2, 4) else 0.1
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i}.tiff")
-    settings = {"data__train_data_dir": folder / "pictures", "data__cache_dir": folder / "cache"}
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.tiff")
+    settings = {"data__train_data_dir": folder / "images", "data__cache_dir": folder / "cache"}
     one_line(cli(folder, *tiny(folder, **settings)), 2, "2.tiff", "4.tiff", "not finite")
     assert not (folder / "out").exists()
 
@@ -1271,7 +1271,7 @@ def changed_settings() -> Iterator[tuple[str, Case]]:
         yield f"{what}: honoured", functools.partial(honoured, what)
     for what in REFUSED:
         yield f"{what}: refused", functools.partial(refused, what)
-    yield "pictures: refused", pictures_changed
+    yield "images: refused", pictures_changed
     yield "model: refused", model_changed
     yield "task: refused", task_changed
     yield "nothing, and finished: said so", finished_says_so
@@ -1329,16 +1329,16 @@ def refused(what: str, folder: Path) -> None:
 
 
 def pictures_changed(folder: Path) -> None:
-    """The same folder with one picture changed is another data set: both fingerprints are told."""
+    """The same folder with one image changed is another data set: both fingerprints are told."""
     from PIL import Image
 
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for i in range(6):
-        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / "pictures" / f"{i}.png")
-    settings = {"data__train_data_dir": folder / "pictures", "data__cache_dir": folder / "cache"}
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(folder / "images" / f"{i}.png")
+    settings = {"data__train_data_dir": folder / "images", "data__cache_dir": folder / "cache"}
     out = stopped(folder, **settings)
     was = checkpoint.verify(out / "checkpoint-4")["data"]
-    Image.new("RGB", (8, 8), (0, 0, 9)).save(folder / "pictures" / "3.png")
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(folder / "images" / "3.png")
     is_refused(folder, cli(folder, *checkpointed(folder, **settings)), f"data was {was} and is now ")
 
 
@@ -1447,12 +1447,12 @@ TRAPS: dict[str, Callable[[Path], list[str]]] = {
     ),
     "a pickle as settings": lambda folder: trap_pickled_settings(folder),
     "a script named like the data set": functools.partial(trap_data, name="set.py", content=SCRIPT, flag="dataset_name"),
-    "a script among the pictures": functools.partial(trap_data, name="images.py", content=SCRIPT, flag="train_data_dir"),
+    "a script among the images": functools.partial(trap_data, name="images.py", content=SCRIPT, flag="train_data_dir"),
     "a data card that wants a script": lambda folder: trap_card(folder),
     "a pickled table": lambda folder: trap_table(folder, "data.pkl"),
     "a pickle in a tar": lambda folder: trap_tar(folder),
-    "a pickle as a picture": lambda folder: trap_table(folder, "4.png", "train_data_dir"),
-    "PostScript among the pictures": lambda folder: trap_data(folder, "4.eps", POSTSCRIPT, "train_data_dir"),
+    "a pickle as an image": lambda folder: trap_table(folder, "4.png", "train_data_dir"),
+    "PostScript among the images": lambda folder: trap_data(folder, "4.eps", POSTSCRIPT, "train_data_dir"),
     "PostScript in the name of PNG": lambda folder: trap_data(folder, "4.png", POSTSCRIPT, "train_data_dir"),
     "a model's config that names code": lambda folder: trap_model(folder),
 }

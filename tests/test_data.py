@@ -1,4 +1,4 @@
-"""Pictures of every kind come out right, from every source, each once an epoch, in an order that is a function of the seed."""
+"""Images of every kind come out right, from every source, each once an epoch, in an order that is a function of the seed."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from oneloop.tasks import ddpm, lora, vae
 
 
 def gradient(n=16):
-    """A picture with every value from 0 to 255, [n, n] float in [0, 1]."""
+    """An image with every value from 0 to 255, [n, n] float in [0, 1]."""
     return np.linspace(0, 1, n * n).reshape(n, n)
 
 
@@ -79,8 +79,8 @@ def test_float_pictures_that_are_not_pictures(bad):
 
 
 def folder(tmp_path, count=6, size=(20, 12)):
-    """A folder of pictures whose file names would scatter them over splits."""
-    place = tmp_path / "pictures"
+    """A folder of images whose file names would scatter them over splits."""
+    place = tmp_path / "images"
     place.mkdir()
     for i in range(count):
         name = ["test_0", "train_1", "validation_2"][i] if i < 3 else f"p{i}"
@@ -257,7 +257,7 @@ def test_mistakes(tmp_path):
     )
     refused(run(data__train_data_dir=place, data__train_batch_size=7), "--data.train-batch-size is 7", "6 images")
     (place / "p3.png").write_bytes((place / "p3.png").read_bytes()[:48])
-    (place / "p4.png").write_text("not a picture")
+    (place / "p4.png").write_text("not an image")
     refused(run(data__train_data_dir=place), "2 of 6 images cannot be read", "p3.png", "p4.png")
     assert not (tmp_path / "out").exists()
 
@@ -367,7 +367,7 @@ def test_workers_that_are_started_anew(tmp_path, kind):
     if kind != "shapes":
         cfg = dataclasses.replace(cfg, train_data_dir=str(folder(tmp_path, 9)), center_crop=True)
     if kind == "table":
-        paths = sorted(map(str, (tmp_path / "pictures").iterdir()))
+        paths = sorted(map(str, (tmp_path / "images").iterdir()))
         kinds = datasets.Features(image=datasets.Image())
         datasets.Dataset.from_dict({"image": paths}, features=kinds).save_to_disk(tmp_path / "set")
         cfg = dataclasses.replace(cfg, train_data_dir=None, dataset_name=str(tmp_path / "set"))

@@ -43,7 +43,7 @@ def test_loss_is_the_official_one(prediction_type, schedule):
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
 def test_min_snr_is_one_loss_in_three_parametrizations(gamma):
-    """An error in the clean picture costs min(SNR, gamma) times its square, whatever the model predicts (Hang et al. 2023)."""
+    """An error in the clean image costs min(SNR, gamma) times its square, whatever the model predicts (Hang et al. 2023)."""
     torch.manual_seed(0)
     a = torch.rand(8, dtype=torch.float64).clamp(0.01, 0.99)
     x, noise, guess = torch.randn(3, 8, 4, dtype=torch.float64)

@@ -46,7 +46,7 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
         "12 steps",
         "validation and samples once",
         "1 checkpoint ",
-        "pictures/s",
+        "images/s",
     ):
         assert words in result.out, result.out
     assert number(r"([\d.]+) GiB of the machine", result.out) > 0.1
@@ -86,7 +86,7 @@ def test_the_estimate_knows_the_memory_budget(tmp_path, budget, kept):
 def test_a_dry_run_of_two_processes(tmp_path):
     first, second = cli_many(tmp_path, 2, *tiny(tmp_path, steps=4, base__dry_run=True))
     assert first.code == second.code == 0, first.err + second.err
-    assert "pictures/s" in first.out and not second.out and not list(tmp_path.glob(".dry-run*"))
+    assert "images/s" in first.out and not second.out and not list(tmp_path.glob(".dry-run*"))
 
 
 def test_the_estimate_counts(tmp_path):
@@ -127,15 +127,15 @@ def test_fewer_pictures(tmp_path):
 
 
 def photograph(seed, side=96):
-    """A picture of soft colours, as photographs are to a hash."""
+    """An image of soft colours, as photographs are to a hash."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Eighteen pictures; one is a copy, one saved again worse and smaller, one wide, one grey, one transparent, one small."""
-    place = tmp_path / "pictures"
+    """Eighteen images; one is a copy, one saved again worse and smaller, one wide, one grey, one transparent, one small."""
+    place = tmp_path / "images"
     place.mkdir()
     for i in range(12):
         photograph(i).save(place / f"{i:02d}.png")
@@ -163,8 +163,8 @@ def test_a_check_says_it_all(tmp_path, pictures):
         "aspect      1.00 to 2.00, median 1.00",
         "modes       RGB 16, L 1, RGBA 1",
         "1 are enlarged to 32",
-        "cropped     3% of a picture on average, 50% at most",
-        "captions    2 different; 7 pictures have none, of 4 it is empty",
+        "cropped     3% of an image on average, 50% at most",
+        "captions    2 different; 7 images have none, of 4 it is empty",
         "labels      none",
         "exact twins 1 (such as ",
         "near twins  1 (such as ",
@@ -177,7 +177,7 @@ def test_a_check_says_it_all(tmp_path, pictures):
 def test_broken_pictures(tmp_path, pictures):
     """Named and refused, by a check and by a run; or left out, which is said and listed, and does not end the run."""
     (pictures / "03.png").write_bytes((pictures / "03.png").read_bytes()[:400])
-    (pictures / "05.png").write_text("not a picture")
+    (pictures / "05.png").write_text("not an image")
     checked = cli(tmp_path, *looking(tmp_path, pictures, base__check=True))
     refused(checked, "2 images cannot be read", "03.png", "05.png", "--data.skip-broken")
     assert "16 can be read, 2 cannot" in checked.out
@@ -192,15 +192,15 @@ def test_broken_pictures(tmp_path, pictures):
 def test_a_run_says_what_is_worth_it_and_keeps_it(tmp_path, pictures):
     flags = looking(tmp_path, pictures, steps=2)
     said = ran(tmp_path, *flags).err
-    assert "warning: 1 of 18 pictures are smaller than 32" in said and "warning: 7 of 18 pictures have no caption" in said
-    assert "warning: 4 of 18 pictures have an empty caption" in said
+    assert "warning: 1 of 18 images are smaller than 32" in said and "warning: 7 of 18 images have no caption" in said
+    assert "warning: 4 of 18 images have an empty caption" in said
     assert said.count("an earlier one") == 2
     kept = tmp_path / "out" / "check.json"
     found = json.loads(kept.read_text())
     kept.write_text(json.dumps(found | {"small": 7}))  # read, not made again
-    assert "7 of 18 pictures are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "3").err
-    kept.write_text(json.dumps(found | {"small": 7, "fingerprint": "of other pictures"}))
-    assert "warning: 1 of 18 pictures are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
+    assert "7 of 18 images are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "3").err
+    kept.write_text(json.dumps(found | {"small": 7, "fingerprint": "of other images"}))
+    assert "warning: 1 of 18 images are smaller" in ran(tmp_path, *flags, "--base.max-train-steps", "4").err
 
 
 def test_a_check_decodes_large_jpegs_smaller(tmp_path):
@@ -221,7 +221,7 @@ def test_a_check_decodes_large_jpegs_smaller(tmp_path):
 
 
 def test_near_twins():
-    """Saved again at any size and quality: found. Other pictures, and the same in other colours: not."""
+    """Saved again at any size and quality: found. Other images, and the same in other colours: not."""
     originals = [photograph(seed, 200) for seed in range(100)]
     copies = []
     for image, side, quality in zip(originals, (60, 100, 200, 331) * 25, (40, 70, 95, 40) * 25, strict=True):
@@ -236,7 +236,7 @@ def test_near_twins():
 
 
 def test_many_alike_take_no_quadratic_time():
-    """Five thousand flat pictures, all of one hash: compared with their neighbours only."""
+    """Five thousand flat images, all of one hash: compared with their neighbours only."""
     thumbs = np.random.default_rng(0).integers(0, 256, (5000, 1, 1, 3), dtype=np.uint8).repeat(8, 1).repeat(9, 2)
     began = time.process_time()
     pairs = data_report.near_pairs(thumbs)

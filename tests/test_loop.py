@@ -235,7 +235,7 @@ def test_samples_trackers_and_card(tmp_path):
 
 
 def test_samples_use_the_same_seeds(tmp_path):
-    """With a learning rate of zero the pictures stay the same."""
+    """With a learning rate of zero the images stay the same."""
     flags = tiny(tmp_path, base__validation_steps=3, base__use_ema=False, ddpm__learning_rate=0)
     assert cli(tmp_path, *flags).code == 0
     first, last = [(tmp_path / "out" / "samples" / f"{n}.png").read_bytes() for n in (3, 6)]

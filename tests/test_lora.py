@@ -43,7 +43,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of four captioned pictures, none of them square."""
+    """A folder of four captioned images, none of them square."""
     return draw_photos(tmp_path_factory.mktemp("photos"))
 
 
@@ -244,7 +244,7 @@ def test_clipping_clips(tmp_path, built, photos):
 
 
 def test_adapters_learn_a_picture(tmp_path, built, photos):
-    """One captioned picture: the loss falls with the adapters on, and is what it was with them off."""
+    """One captioned image: the loss falls with the adapters on, and is what it was with them off."""
     one = tmp_path / "one"
     one.mkdir()
     shutil.copy(photos / "0.png", one)
@@ -324,14 +324,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, built, photos):
 
 
 def test_the_cache_changes_nothing(tmp_path, built, photos, kind="sdxl"):
-    """With it and without it the same losses; in it each picture, each mirrored picture and each caption once."""
+    """With it and without it the same losses; in it each image, each mirrored image and each caption once."""
     more = {"data__random_flip": True, "data__caption_dropout": 0.3, "data__center_crop": True, "base__logging_steps": 1}
     more["lora__learning_rate"] = 1e-3  # AdamW makes a step of this size of a rounding error
     on = trained(tmp_path, built[kind], photos, "on", **more)
     off = trained(tmp_path, built[kind], photos, "off", data__example_cache="no", **more)
     assert "encoding pixel_values once: 8 of 8" in on.err and "encoding caption once: 5 of 5" in on.err
     assert "encoding" not in off.err and "pixel_values [" in off.err and "latent_mean [" in on.err
-    assert len(list((tmp_path / "on" / "examples").rglob("*.safetensors"))) == 13 + 1  # and what is known of the pictures
+    assert len(list((tmp_path / "on" / "examples").rglob("*.safetensors"))) == 13 + 1  # and what is known of the images
     read = trained(tmp_path, built[kind], photos, "read", data__memory_budget=0, **more)  # from the disk for every batch
     assert "encoding caption once: 5 of 5" in read.err and digest(tmp_path / "read") == digest(tmp_path / "on")
     for a, b in zip(metrics(tmp_path / "on"), metrics(tmp_path / "off"), strict=True):
@@ -340,7 +340,7 @@ def test_the_cache_changes_nothing(tmp_path, built, photos, kind="sdxl"):
 
 
 def test_the_cache_heals_and_notices(tmp_path, built, photos):
-    """Shared by runs and processes; damaged and missing entries are made anew, and so is what a changed picture needs."""
+    """Shared by runs and processes; damaged and missing entries are made anew, and so is what a changed image needs."""
     mine = draw_photos(tmp_path / "mine")
     more = {"data__example_cache": tmp_path / "cache", "data__center_crop": True}
     for result in cli_many(tmp_path, 2, *command(tmp_path, built["sd"], mine, "a", data__train_batch_size=1, **more)):
@@ -428,7 +428,7 @@ def test_validation_encodes_as_the_step_does(tmp_path, built, photos):
 
 
 def test_captions_and_sizes(tmp_path, photos):
-    """The trigger stands in front, dropout empties a keyed share, and size and corner are those of the upright picture."""
+    """The trigger stands in front, dropout empties a keyed share, and size and corner are those of the upright image."""
     cfg = Data(train_data_dir=str(photos), resolution=32, train_batch_size=2, trigger="sks", caption_dropout=0.5)
     examples = data.Examples(sources.open_source(cfg), cfg, 0)
     texts = [
@@ -523,7 +523,7 @@ def test_loading_lines_run(tmp_path, built, photos):
 
 
 def test_an_autoencoder_of_ones_own(tmp_path, built, photos):
-    """The export of the task `vae` in the place of the checkpoint's: its latents, its pictures, its line to load."""
+    """The export of the task `vae` in the place of the checkpoint's: its latents, its images, its line to load."""
     small = {
         "vae.pretrained_model_name_or_path": built["sd"] / "vae",
         "vae.disc_weight": 0.0,
@@ -587,7 +587,7 @@ def test_five_photographs(tmp_path, built):
         ({"lora__variant": "fp16"}, "--lora.variant fp16"),
         ({"lora__pretrained_vae_model_name_or_path": "/dev/null"}, "/dev/null: not an autoencoder"),
         ({"lora__pretrained_vae_model_name_or_path": "nobody/nothing"}, "nobody/nothing: the hub is not asked"),
-        ({"data": "bare"}, "needs a caption for each picture and found none"),
+        ({"data": "bare"}, "needs a caption for each image and found none"),
         ({"data__caption_dropout": 1.5}, "--data.caption-dropout is 1.5"),
         ({"data__trigger": "{label}"}, "the images have no labels"),
     ],

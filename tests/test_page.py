@@ -290,7 +290,7 @@ addEventListener("load", () => setTimeout(async () => {
   slider.value = 0; slider.dispatchEvent(new Event("input"));
   await pause();
   seen.after = [label(), grid()];
-  seen.pictures = all("#samples img").map((image) => image.naturalWidth);
+  seen.images = all("#samples img").map((image) => image.naturalWidth);
   const ticks = () => all(".plot")[0].querySelector(".yaxislayer-above").textContent, scale = ticks();
   document.querySelector("#charts button").click();
   await pause();
@@ -328,7 +328,7 @@ def test_in_a_browser(tmp_path, run, width, scheme, background):
     assert len(seen["plots"]) == len(embedded(run / "report.html")[1]["charts"]) >= 7
     assert all(plot == svg > 200 and lines for plot, svg, lines in seen["plots"]), seen["plots"]
     (last, shown), (first, other) = seen["before"], seen["after"]
-    assert (last, first) == ("step 9", "step 3") and shown != other and seen["pictures"][0] > 0
+    assert (last, first) == ("step 9", "step 3") and shown != other and seen["images"][0] > 0
     assert seen["rescaled"]
 
 
@@ -338,5 +338,5 @@ def test_a_comparison_in_a_browser(tmp_path, run):
     (tmp_path / "again" / "samples" / "3.png").unlink()
     page.compare([run, tmp_path / "again"], tmp_path / "both.html")
     seen = looked_at(tmp_path, tmp_path / "both.html", 1000)
-    assert seen["errors"] == [] and seen["before"] != seen["after"] and len(seen["pictures"]) == 1
+    assert seen["errors"] == [] and seen["before"] != seen["after"] and len(seen["images"]) == 1
     assert seen["plots"][0][2] == 2

@@ -1,4 +1,4 @@
-"""`python loop.py sample`: the pictures of a run, drawn again from what it saved."""
+"""`python loop.py sample`: the images of a run, drawn again from what it saved."""
 
 import json
 import shutil
@@ -94,7 +94,7 @@ def test_tasks_that_look_at_examples(tmp_path, task):
         (["nowhere"], ["nowhere: there is no such folder; expected a run's output folder"]),
         (["."], [".: holds neither run.json nor a checkpoint; expected"]),
         ([".", "--num", "0"], ["--num is 0; expected at least 1"]),
-        ([".", "--to", "pictures"], ["--to is 'pictures'; expected the name of a .png file"]),
+        ([".", "--to", "images"], ["--to is 'images'; expected the name of a .png file"]),
         ([".", "--nmu", "3"], ["--nmu is not a setting", "did you mean --num?"]),
         ([], ["required"]),
     ],

@@ -36,7 +36,7 @@ def refused(result, *words):
 
 def test_tasks_are_listed(tmp_path):
     result = cli(tmp_path)
-    assert result.code == 0 and "ddpm   Train a diffusion model of pictures" in result.out
+    assert result.code == 0 and "ddpm   Train a diffusion model of images" in result.out
 
 
 def test_help_is_quick_and_whole():

@@ -21,7 +21,7 @@ from oneloop.tasks import Rng, vae
 
 
 class Perceptual(nn.Module):
-    """What lpips.LPIPS is to the task: two pictures in, a distance [B, 1, 1, 1] out."""
+    """What lpips.LPIPS is to the task: two images in, a distance [B, 1, 1, 1] out."""
 
     def __init__(self, net="vgg", verbose=True):
         super().__init__()
@@ -41,7 +41,7 @@ def lpips(monkeypatch):
 
 @pytest.fixture
 def make(tmp_path):
-    """Settings -> (config, models, batch of 3 pictures of 16x16, rng); pictures of noise, the discriminator's norms awake."""
+    """Settings -> (config, models, batch of 3 images of 16x16, rng); images of noise, the discriminator's norms awake."""
 
     def make(step=0, **settings):
         (tmp_path / "vae.json").write_text(json.dumps(VAE))
@@ -83,7 +83,7 @@ def descend(cfg, models, batch, rng):
 
 
 def by_hand(models, batch, rng, perceptual=0.0, hinge=True):
-    """The losses written out, picture by picture, with nothing of the task's but its modules: (vae's, discriminator's)."""
+    """The losses written out, image by image, with nothing of the task's but its modules: (vae's, discriminator's)."""
     auto, judge, x = models["vae"], models["discriminator"], batch["pixel_values"]
     noise, both = rng.normal("posterior", 2, 8, 8), [0, 0]
     for i in range(len(x)):
@@ -145,7 +145,7 @@ def test_perceptual_loss_trains_the_decoder(make, lpips):
 
 
 def test_adaptive_weight_is_the_formula(make):
-    """Eq. 7 for each picture; whatever stands beside it in the batch."""
+    """Eq. 7 for each image; whatever stands beside it in the batch."""
     _, models, batch, rng = make()
     auto, x = models["vae"], batch["pixel_values"]
     y, _, _, seen = auto(x, rng.normal("posterior", 2, 8, 8))
@@ -187,7 +187,7 @@ def test_discriminator_starts_when_told(make):
 
 
 def test_a_picture_does_not_see_its_neighbours(make):
-    """The layout of a batch is nobody's business: losses and logits are those of each picture alone."""
+    """The layout of a batch is nobody's business: losses and logits are those of each image alone."""
     _, models, batch, _ = make()
     together = models["discriminator"](batch["pixel_values"])
     alone = torch.cat([models["discriminator"](x[None]) for x in batch["pixel_values"]])
@@ -290,7 +290,7 @@ def test_layouts(tmp_path):
 
 
 def test_export_opens_and_its_latents_have_unit_deviation(whole):
-    """Its own scaling_factor, at the end over all pictures and before it over some; what is shown is the averaged model."""
+    """Its own scaling_factor, at the end over all images and before it over some; what is shown is the averaged model."""
     from diffusers import AutoencoderKL
 
     source = Data(num_shapes=24, resolution=8, train_batch_size=24)
@@ -478,4 +478,4 @@ def test_digits(tmp_path):
     (tmp_path / "mnist.json").write_text(json.dumps(settings))
     result = cli(tmp_path, tmp_path / "mnist.json", *flags, "--data.cache-dir", tmp_path, "--base.output-dir", tmp_path / "out")
     assert result.code == 0, result.err
-    assert checkpoints(tmp_path / "out") == [2] and "1000 pictures" in result.err
+    assert checkpoints(tmp_path / "out") == [2] and "1000 images" in result.err

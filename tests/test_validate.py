@@ -36,7 +36,7 @@ def ran(folder, *flags):
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    """A data set on disk with two splits of labelled pictures."""
+    """A data set on disk with two splits of labelled images."""
     place, made = tmp_path_factory.mktemp("splits") / "set", {}
     for name, rows in (("train", range(24)), ("test", range(100, 110))):
         pictures = [embedded.draw_shape(row, 8) for row in rows]
@@ -74,7 +74,7 @@ def test_the_number_moves_only_with_the_weights(tmp_path):
     assert len({line["validation/loss"] for line in moved}) == 3
     assert moved[-1]["validation/loss"] != moved[-1]["validation/loss_ema"]
     quarters = np.mean([moved[-1][f"validation/q{i}"] for i in (1, 2, 3, 4)])
-    assert quarters == pytest.approx(moved[-1]["validation/loss_ema"], rel=0.2)  # unequal by a picture
+    assert quarters == pytest.approx(moved[-1]["validation/loss_ema"], rel=0.2)  # unequal by an image
 
 
 @pytest.mark.parametrize("task", ["ddpm", "vae"])

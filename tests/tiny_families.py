@@ -216,7 +216,7 @@ def language(config: str, model: str, words: Any, layers: int = 3, **more: Any) 
 
 
 def qwen_vl(words: Any) -> Any:
-    """Qwen2.5-VL, whose picture half is never called."""
+    """Qwen2.5-VL, whose image half is never called."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {k: v for k, v in LAYERS.items() if k != "head_dim"} | {"num_hidden_layers": 3, "vocab_size": len(words)}
@@ -229,7 +229,7 @@ def qwen_vl(words: Any) -> Any:
 
 
 def mistral(words: Any, model: str, layers: int) -> Any:
-    """Mistral 3, whose picture half is never called."""
+    """Mistral 3, whose image half is never called."""
     import transformers
 
     text = {"model_type": "mistral", "vocab_size": len(words), "num_hidden_layers": layers, **LAYERS}

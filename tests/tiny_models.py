@@ -2,7 +2,7 @@
 
     python tests/tiny_models.py FOLDER     writes FOLDER/sd, FOLDER/sd2 and FOLDER/sdxl
 
-A picture of 32x32 is a latent of 4x8x8; a UNet has some ten thousand weights. Everything is seeded.
+An image of 32x32 is a latent of 4x8x8; a UNet has some ten thousand weights. Everything is seeded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from pathlib import Path
 
 import torch
 
-WORDS = (
-    "a an the on of with and in photo picture dog sks black white red green blue yellow small large circle square background"
-)
+WORDS = "a an the on of with and in photo image dog sks black white red green blue yellow small large circle square background"
 LENGTH = 16  # tokens, with the first and the last
 
 
@@ -60,7 +58,7 @@ def text_encoder(words: int, width: int, projected: bool, seed: int, act: str = 
 
 
 def vae(seed: int):
-    """An autoencoder that halves a picture twice."""
+    """An autoencoder that halves an image twice."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)

@@ -247,7 +247,7 @@ def distance(a: Path, b: Path, part: str = "model") -> float:
 
 
 def shown(path: Path, side: int) -> np.ndarray:
-    """The square pictures of a grid's first row, side by side at their own size, [side, count * side, 3] floats."""
+    """The square images of a grid's first row, side by side at their own size, [side, count * side, 3] floats."""
     grid, scale = np.asarray(Image.open(path)).astype(float), max(1, 96 // side)
     starts = range(4, grid.shape[1] - 4, side * scale + 4)
     return np.concatenate([grid[4 : 4 + side * scale : scale, x : x + side * scale : scale] for x in starts], 1)

@@ -200,7 +200,7 @@ class Report:
 
 
 def save_grids(images: Images, stem: Path) -> list[Path]:
-    """Each set of pictures as a PNG grid, small ones enlarged: STEM.png for `samples`, STEM-NAME.png for others."""
+    """Each set of images as a PNG grid, small ones enlarged: STEM.png for `samples`, STEM-NAME.png for others."""
     paths = []
     for name, pictures in images.items():
         pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]

@@ -1,8 +1,8 @@
-"""What is in a set of pictures: sizes, modes, captions, labels, duplicates, and what training will crop away.
+"""What is in a set of images: sizes, modes, captions, labels, duplicates, and what training will crop away.
 
-    python loop.py ddpm --data.train-data-dir pictures --base.check
+    python loop.py ddpm --data.train-data-dir images --base.check
 
-A run decodes every picture once, and says at its start what somebody would want to know of them.
+A run decodes every image once, and says at its start what somebody would want to know of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LISTED = 1000
 
 @dataclass(frozen=True)
 class Survey:
-    """A set of pictures in numbers."""
+    """A set of images in numbers."""
 
     fingerprint: str
     """Of the data; what it says holds for no other."""
@@ -53,33 +53,33 @@ class Survey:
     aspect: list[float]
     """The same of width over height."""
     modes: dict[str, int]
-    """PIL's mode -> pictures."""
+    """PIL's mode -> images."""
     small: int
-    """Pictures that are enlarged, their shorter side being below the resolution."""
+    """Images that are enlarged, their shorter side being below the resolution."""
     cropped: list[float]
-    """Mean and largest share of a picture's area that is outside the square."""
+    """Mean and largest share of an image's area that is outside the square."""
     captions: list[int] | None
-    """Different ones, and pictures that have none."""
+    """Different ones, and images that have none."""
     empty: int
-    """Pictures whose caption is empty."""
+    """Images whose caption is empty."""
     labels: dict[str, int] | None
-    """Class -> pictures."""
+    """Class -> images."""
     exact: int
-    """Pictures whose pixels are those of an earlier one."""
+    """Images whose pixels are those of an earlier one."""
     exact_pairs: list[list[str]]
     """The first LISTED of them, by name: (earlier, this)."""
     near: int
-    """Pictures that look like an earlier one."""
+    """Images that look like an earlier one."""
     near_pairs: list[list[str]]
     """The first LISTED of them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs of pictures.
+# Pairs of images.
 
 
 def difference_hash(thumbs: np.ndarray) -> np.ndarray:
-    """64 bits a picture, [N] uint64: whether each of 8 x 9 pixels is brighter than its left neighbour, by more than what
+    """64 bits an image, [N] uint64: whether each of 8 x 9 pixels is brighter than its left neighbour, by more than what
     compression does to a flat area (N. Krawetz 2013, Kind of Like That). thumbs [N, 8, 9, 3]."""
     grey = thumbs.astype(np.int16).sum(-1)  # [N, 8, 9], three times the brightness
     bits = grey[:, :, 1:] > grey[:, :, :-1] + 6
@@ -87,11 +87,11 @@ def difference_hash(thumbs: np.ndarray) -> np.ndarray:
 
 
 def near_pairs(thumbs: np.ndarray) -> np.ndarray:
-    """For each picture that looks like an earlier one such a pair (earlier, this), [P, 2]: hashes within NEAR_BITS bits, and
+    """For each image that looks like an earlier one such a pair (earlier, this), [P, 2]: hashes within NEAR_BITS bits, and
     colours within NEAR_LEVELS levels on average. thumbs [N, 8, 9, 3].
 
-    Of hashes at most 3 bits apart, at least one of four 16-bit bands is equal: only pictures that share a band are compared,
-    and of those that do, each with the NEIGHBOURS that come next in the order of hash and brightness. A picture that was
+    Of hashes at most 3 bits apart, at least one of four 16-bit bands is equal: only images that share a band are compared,
+    and of those that do, each with the NEIGHBOURS that come next in the order of hash and brightness. An image that was
     found to be like an earlier one is compared no more, so where all look alike it takes neither longer nor more memory.
     """
     hashes, brightness = difference_hash(thumbs), thumbs.reshape(len(thumbs), -1).mean(1, dtype=np.float32)
@@ -120,7 +120,7 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
 
 
 def survey(examples: data.Examples) -> Survey:
-    """The numbers of a set whose pictures were inspected when they were decoded."""
+    """The numbers of a set whose images were inspected when they were decoded."""
     source, side, pictures = examples.source, examples.cfg.resolution, examples.pictures
     size, marks, thumbs = (pictures.columns[name].numpy() for name in ("size", "mark", "thumb"))
     spread = lambda x: [float(x.min()), float(np.median(x)), float(x.max())]  # noqa: E731
@@ -213,8 +213,8 @@ def whole(found: Survey) -> Iterator[str]:
     yield f"aspect      {three(found.aspect, '.2f')} (width over height)"
     yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in found.modes.items())}"
     yield f"too small   {found.small:,} are enlarged to {found.resolution}"
-    yield f"cropped     {found.cropped[0]:.0%} of a picture on average, {found.cropped[1]:.0%} at most"
-    captions = "{:,} different; {:,} pictures have none".format(*found.captions) if found.captions else "none"
+    yield f"cropped     {found.cropped[0]:.0%} of an image on average, {found.cropped[1]:.0%} at most"
+    captions = "{:,} different; {:,} images have none".format(*found.captions) if found.captions else "none"
     yield f"captions    {captions}{f', of {found.empty:,} it is empty' if found.empty else ''}"
     labels = [f"{name} {count:,}" for name, count in (found.labels or {}).items()]
     more = f", and {len(labels) - 20:,} more" if len(labels) > 20 else ""
@@ -233,21 +233,21 @@ def notable(found: Survey) -> Iterator[str]:
     if said := left_out_or_changed(found):
         yield f"left out or changed: {said}"
     if found.small:
-        yield f"{found.small:,} of {found.pictures:,} pictures are smaller than {found.resolution} pixels and are enlarged"
+        yield f"{found.small:,} of {found.pictures:,} images are smaller than {found.resolution} pixels and are enlarged"
     if found.cropped[0] > 0.3:
-        yield f"{found.cropped[0]:.0%} of the pictures' area is cropped away"
+        yield f"{found.cropped[0]:.0%} of the images' area is cropped away"
     if found.captions and found.captions[1]:
-        yield f"{found.captions[1]:,} of {found.pictures:,} pictures have no caption"
+        yield f"{found.captions[1]:,} of {found.pictures:,} images have no caption"
     if found.empty:
-        yield f"{found.empty:,} of {found.pictures:,} pictures have an empty caption"
+        yield f"{found.empty:,} of {found.pictures:,} images have an empty caption"
     twins = (("the same as", found.exact, found.exact_pairs), ("much like", found.near, found.near_pairs))
     for kind, count, pairs in twins:
         if 0 < count < found.pictures / 4:  # where most are alike, as drawn shapes are, that is what the set is
-            yield f"{count:,} of {found.pictures:,} pictures are {kind} an earlier one{examples_of(pairs)}"
+            yield f"{count:,} of {found.pictures:,} images are {kind} an earlier one{examples_of(pairs)}"
 
 
 def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
-    """What a run says of its pictures at its start; kept in check.json for its next life, with broken.txt beside it."""
+    """What a run says of its images at its start; kept in check.json for its next life, with broken.txt beside it."""
     return on_main(accelerator, lambda: _remarks(examples, out))
 
 

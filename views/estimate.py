@@ -93,7 +93,7 @@ class Watch:
 
 
 def shortened(cfg: Any, out: Path, steps: int, pictures: int) -> Any:
-    """The settings of the short run: as many steps of as many pictures, at rates that rise to the peak, all of it in `out`."""
+    """The settings of the short run: as many steps of as many images, at rates that rise to the peak, all of it in `out`."""
     base = replace(
         cfg.base,
         output_dir=str(out / "out"),
@@ -116,7 +116,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
     """Print what `run(task, cfg)` would take, from a short real run; nothing is left behind.
 
     The short run has all that the long one has: a validation, a grid of samples and a checkpoint at its end, on the disk that
-    the long run will write to. It reads and encodes a part of the pictures, and what that takes is multiplied.
+    the long run will write to. It reads and encodes a part of the images, and what that takes is multiplied.
 
     Raises:
         BadInput: as the run itself, or the temporary folder cannot be made.
@@ -163,7 +163,7 @@ def counted(number: int, what: str) -> str:
 
 
 def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> str:
-    """What the short run in `out` says of the whole, which has `more` times its pictures; `host` GiB of memory at the peak."""
+    """What the short run in `out` says of the whole, which has `more` times its images; `host` GiB of memory at the peak."""
     base, spans, total = cfg.base, watch.spans, watch.total
     lines = [json.loads(line) for line in (out / "out" / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "data_wait" in line]
@@ -190,7 +190,7 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
     device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU, " if torch.cuda.is_available() else ""
     return f"""parameters  {watch.counts[0]:,} trainable, {watch.counts[1]:,} frozen
 memory      {device}{host:.2f} GiB of the machine, at the peak of each process
-step        {step:.3f} s, {update / step:.1f} pictures/s, {waiting:.0%} of it waiting for data
+step        {step:.3f} s, {update / step:.1f} images/s, {waiting:.0%} of it waiting for data
 time        {sum(parts.values()) / 3600:.2f} hours: {", ".join(f"{name} {clock(s)}" for name, s in parts.items())}
 disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: \
 {counted(kept, "checkpoint")} of {one / 2**30:.3f}, what is made of the examples once {cache / 2**30:.3f}"""

@@ -1,10 +1,10 @@
-"""Draw pictures from a run's output folder, or from one of its checkpoints.
+"""Draw images from a run's output folder, or from one of its checkpoints.
 
     python loop.py sample runs/ddpm --num 16
     python loop.py sample runs/ddpm/checkpoint-500 --num 4 --to images.png
 
 With the task's own `sample_fn`, the checkpoint's averaged weights and its own settings: for the run's seed and number of
-pictures these are, to the bit, those of the run's own grid at that step.
+images these are, to the bit, those of the run's own grid at that step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from oneloop.views import check_writable
 
 @dataclass(frozen=True)
 class Settings:
-    """Draw pictures with what a run has learned."""
+    """Draw images with what a run has learned."""
 
     folder: Positional[Name]
     """The output folder of a run, whose last checkpoint draws, or one checkpoint-N in it."""
@@ -48,7 +48,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
-    """Draw, and say where the pictures are.
+    """Draw, and say where the images are.
 
     Raises:
         BadInput: the folder holds no run, or no valid checkpoint, or what the task samples from is not there.

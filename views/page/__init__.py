@@ -44,7 +44,7 @@ class Run:
     metrics: dict[str, list[tuple[int, float]]]
     """Name -> (step, value), in order."""
     grids: dict[int, dict[str, Path]]
-    """Step -> the name of a set of pictures -> its grid."""
+    """Step -> the name of a set of images -> its grid."""
 
     @property
     def step(self) -> int:
