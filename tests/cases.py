@@ -22,6 +22,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -300,7 +301,7 @@ def power_cut(out: Path, point: int, record: Path, power: bool = True) -> Callab
         def cut() -> None:
             state["over"] = True
             for source, target in renames if power else ():
-                if "/.oneloop/checkpoint-" in source and not source.endswith(".replaced"):
+                if re.search(r"/\.oneloop/checkpoint-\d+$", source):
                     os.rename(target, source)
             for path in (*out.glob("checkpoint-*/**/*"), *out.glob(".oneloop/checkpoint-*/**/*")) if power else ():
                 if path.is_file() and identity(path) not in flushed:

@@ -59,7 +59,8 @@ def test_what_a_report_says(run):
     for words in (
         "24 embedded shapes",
         "9 of 9 optimizer steps",
-        f'DDPMPipeline.from_pretrained("{run}/export")',
+        f"path = '{run}/export'",
+        "DDPMPipeline.from_pretrained(path)",
         f"python loop.py {run}/run.json --base.output-dir",
         "base.max_train_steps 9 None",
         "torch 2.",
