@@ -6,12 +6,14 @@ What a run and whatever looks at its models (views/sample.py) do alike, for ever
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import hashlib
 import inspect
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,8 +22,7 @@ from torch import Tensor
 
 from oneloop.configs import BadInput
 from oneloop.machine.memory import is_out_of_memory
-from oneloop.tasks import Batch, Images, Models, Rng, Task, hash64
-from oneloop.training.ema import followers
+from oneloop.tasks import Batch, Follow, Images, Models, Rng, Task, hash64
 
 
 def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
@@ -30,6 +31,27 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
     models = task.make_models(cfg)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
     return models | followers(models, task.follows)
+
+
+def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
+    """The frozen copies that follow models, in eval(): parameters of their own where the model trains, the model's own frozen
+    parameters and buffers elsewhere, so that the copy of a model with adapters takes no more than the adapters.
+
+    Raises:
+        ValueError: a name is taken, or the model that is followed is missing, trains nothing or cannot be copied.
+    """
+    made: Models = {}
+    for name, follow in follows.items():
+        model = models.get(follow.of)
+        if name in models or model is None or not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"the task's {name!r} follows {follow.of!r}; expected a new name and one of its models that train")
+        if any(isinstance(vars(m).get("forward"), FunctionType) for m in model.modules()):
+            raise ValueError(f"the task's {name!r} cannot copy {follow.of!r}: its forward is a closure; make it a method")
+        shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+        made[name] = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
+        for own, other in zip(made[name].modules(), model.modules(), strict=True):
+            own._buffers = other._buffers
+    return made
 
 
 def saved(models: Models, task: Task) -> Models:

@@ -17,6 +17,7 @@ from warm import UNET, cli, cli_many, digest, distance, flags, metrics, tensors
 from oneloop import data, loop
 from oneloop.configs import BadInput
 from oneloop.inputs import sources
+from oneloop.machine import placement
 from oneloop.machine.placement import at_rest, same_buffers
 from oneloop.tasks import Follow, Loss, Rng, frozen, hash64, without_adapters
 from oneloop.training import ema
@@ -137,7 +138,7 @@ def test_what_follows_an_adapter_is_an_adapter():
     """Parameters of its own where the model trains, those of the model elsewhere; a step moves the first alone."""
     model, _ = adapted()
     task = {"target": Follow(of="a", decay=0.75)}
-    models = {"a": model} | ema.followers({"a": model}, task)
+    models = {"a": model} | placement.followers({"a": model}, task)
     (average,), target = ema.following(models, task), models["target"]
     pairs = dict(zip(dict(model.named_parameters()), zip(model.parameters(), target.parameters(), strict=True), strict=True))
     assert {name for name, (p, q) in pairs.items() if p is not q} == {n for n in pairs if "lora_" in n}
@@ -153,14 +154,14 @@ def test_what_follows_an_adapter_is_an_adapter():
 def test_followers_that_cannot_be():
     for name, of in (("a", "a"), ("target", "b"), ("target", "fixed")):
         with pytest.raises(ValueError, match=f"{name!r} follows {of!r}; expected a new name"):
-            ema.followers({"a": Scale(), "fixed": Scale().requires_grad_(False)}, {name: Follow(of, 0.5)})
+            placement.followers({"a": Scale(), "fixed": Scale().requires_grad_(False)}, {name: Follow(of, 0.5)})
     closed = Scale()
     closed.forward = lambda x: closed.w * x
     with pytest.raises(ValueError, match="its forward is a closure"):
-        ema.followers({"a": closed}, {"target": Follow("a", 0.5)})
+        placement.followers({"a": closed}, {"target": Follow("a", 0.5)})
     bound = Scale(2.0)
     bound.forward = MethodType(lambda self, x: 10 * self.w * x, bound)
-    target = ema.followers({"a": bound}, {"target": Follow("a", 0.5)})["target"]
+    target = placement.followers({"a": bound}, {"target": Follow("a", 0.5)})["target"]
     bound.w.data.fill_(0.0)
     assert target(torch.ones(3)).tolist() == [20.0] * 3
 

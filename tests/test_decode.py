@@ -1,4 +1,4 @@
-"""Pictures are decoded once: for a run's next life, its other processes, and other runs on the same pictures."""
+"""Images are decoded once: for a run's next life, its other processes, and other runs on the same images."""
 
 import dataclasses
 import os
@@ -48,7 +48,7 @@ def equal(a, b):
 @pytest.mark.parametrize("more", [{}, {"center_crop": True}, {"memory_budget": 0.0}], ids=lambda more: "".join(more) or "whole")
 @pytest.mark.parametrize("sizes", SQUARES)
 def test_what_is_kept_is_what_was_decoded(tmp_path, sizes, more):
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES[sizes]), **more)
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES[sizes]), **more)
     found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
     assert decoding.kept(path, cfg) is None
     there = decoding.keep(found, path, cfg, pytest.fail)
@@ -61,8 +61,8 @@ def test_what_is_kept_is_what_was_decoded(tmp_path, sizes, more):
 
 
 def test_another_set_has_another_place(tmp_path, monkeypatch):
-    """A changed, added, or removed picture, another resolution, cut or part of the set, another version of the decoder."""
-    folder = draw(tmp_path / "pictures", 3 * SQUARES["several shapes"])
+    """A changed, added, or removed image, another resolution, cut or part of the set, another version of the decoder."""
+    folder = draw(tmp_path / "images", 3 * SQUARES["several shapes"])
 
     def place(**more):
         cfg = Data(**{"train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2} | more)
@@ -80,7 +80,7 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
     ]
     whole = places[2]
     assert place() == whole == place(random_flip=True) == place(train_batch_size=1)
-    (folder / "0.txt").write_text("a caption is no picture")
+    (folder / "0.txt").write_text("a caption is no image")
     assert place() == whole
     shutil.copy2(folder / "1.png", folder / "0.png")
     places.append(place())
@@ -148,7 +148,7 @@ def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
 
 
 def test_the_format_has_a_number():
-    """What is made of these pictures is pinned: whoever changes it raises decoding.FORMAT, and writes the new marks here."""
+    """What is made of these images is pinned: whoever changes it raises decoding.FORMAT, and writes the new marks here."""
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
     clear = Image.new("RGBA", (16, 20), (200, 30, 40, 128))
     plain = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(20, 20, 3).astype(np.uint8))
@@ -162,7 +162,7 @@ def test_the_format_has_a_number():
 @pytest.mark.parametrize("part", ["pixels", "columns.safetensors"])
 @pytest.mark.parametrize("how", ["changed", "cut off", "removed"])
 def test_damage_is_noticed_and_mended(tmp_path, part, how):
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
     found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
     decoding.keep(found, path, cfg, pytest.fail)
     content = bytearray((path / part).read_bytes())
@@ -178,7 +178,7 @@ def test_damage_is_noticed_and_mended(tmp_path, part, how):
 
 def test_facts_are_part_of_what_is_checked(tmp_path):
     """No bit of the file's header can be turned without notice, and no header is a reason to end."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
     decoding.keep(decoding.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
     file = path / "columns.safetensors"
     content = file.read_bytes()
@@ -201,7 +201,7 @@ def test_facts_are_part_of_what_is_checked(tmp_path):
 
 def test_the_budget_may_change(tmp_path):
     """More: decoded again, since the pixels are not there. Less: they are left there."""
-    folder = draw(tmp_path / "pictures", SQUARES["one shape"])
+    folder = draw(tmp_path / "images", SQUARES["one shape"])
     path = tmp_path / "kept"
     for budget, held, there in [(0.0, False, False), (1.0, True, False), (0.0, False, True), (1.0, True, True)]:
         cfg, source = pictures_of(folder, memory_budget=budget)
@@ -212,7 +212,7 @@ def test_the_budget_may_change(tmp_path):
 
 
 def no_decoding(*_, **__):
-    raise AssertionError("pictures were decoded again")
+    raise AssertionError("images were decoded again")
 
 
 def refuse_decoding():
@@ -220,8 +220,8 @@ def refuse_decoding():
 
 
 def test_the_next_life_decodes_nothing(tmp_path):
-    """Nor does another run on the same pictures with the same cache; both end in the bits of a run that kept nothing."""
-    folder, given = draw(tmp_path / "pictures", 3 * SQUARES["several shapes"]), {"data__validation_split": "0.5"}
+    """Nor does another run on the same images with the same cache; both end in the bits of a run that kept nothing."""
+    folder, given = draw(tmp_path / "images", 3 * SQUARES["several shapes"]), {"data__validation_split": "0.5"}
     common = given | {"data__train_data_dir": folder, "data__train_batch_size": 1, "data__random_flip": True}
     alone = cli(tmp_path, *tiny(tmp_path, "alone", data__example_cache="no", **common))
     assert alone.code == 0 and not (tmp_path / "alone" / "examples").exists(), alone.err
@@ -237,7 +237,7 @@ def test_the_next_life_decodes_nothing(tmp_path):
 def test_a_sample_decodes_nothing_that_is_kept(tmp_path):
     vae = tiny(tmp_path, task="vae", steps=2)
     assert cli(tmp_path, *vae).code == 0
-    (tmp_path / "out").rename(tmp_path / "moved")  # its pictures go with it
+    (tmp_path / "out").rename(tmp_path / "moved")  # its images go with it
     drawn = start(tmp_path, "sample", tmp_path / "moved", patch=refuse_decoding).wait()
     assert drawn.code == 0, drawn.err
 
@@ -264,9 +264,9 @@ def test_processes_of_a_machine_decode_once(tmp_path):
 
 
 def test_a_mistake_of_one_is_one_of_all(tmp_path):
-    """The first of two processes finds a broken picture: both leave, with the line and the code of a run alone."""
-    folder = draw(tmp_path / "pictures", SQUARES["one shape"])
-    (folder / "3.png").write_bytes(b"no picture")
+    """The first of two processes finds a broken image: both leave, with the line and the code of a run alone."""
+    folder = draw(tmp_path / "images", SQUARES["one shape"])
+    (folder / "3.png").write_bytes(b"no image")
     results = cli_many(tmp_path, 2, *tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=1), timeout=60)
     assert [result.code for result in results] == [2, 2]
     refused(results[0], "1 of 6 images cannot be read", "3.png")
@@ -275,8 +275,8 @@ def test_a_mistake_of_one_is_one_of_all(tmp_path):
 
 def test_nothing_is_kept_of_a_set_with_broken_pictures(tmp_path):
     """It may have been the disk that was broken: they are read again, by this run and by others."""
-    folder = draw(tmp_path / "pictures", SQUARES["several shapes"])
-    (folder / "3.png").write_bytes(b"no picture")
+    folder = draw(tmp_path / "images", SQUARES["several shapes"])
+    (folder / "3.png").write_bytes(b"no image")
     flags = tiny(tmp_path, data__train_data_dir=folder, data__train_batch_size=2, data__skip_broken=True)
     result = cli(tmp_path, *flags)
     assert result.code == 0 and "1 images cannot be read and are left out" in result.err, result.err
@@ -286,7 +286,7 @@ def test_nothing_is_kept_of_a_set_with_broken_pictures(tmp_path):
 
 def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
     """One that is held out too: a mistake in it leaves no folder behind."""
-    folder = draw(tmp_path / "pictures", 3 * SQUARES["one shape"])
+    folder = draw(tmp_path / "images", 3 * SQUARES["one shape"])
     common = {"data__train_data_dir": folder, "data__train_batch_size": 1}
     assert cli(tmp_path, *tiny(tmp_path, **common)).code == 0
     (kept,) = (tmp_path / "out" / "examples").iterdir()
@@ -295,14 +295,14 @@ def test_a_changed_set_is_refused_before_anything_is_kept(tmp_path):
     assert list((tmp_path / "out" / "examples").iterdir()) == [kept]
     held_out = sources.held_out_rows(18, "0.5")
     source = sources.open_source(Data(train_data_dir=str(folder), train_batch_size=1))
-    (tmp_path / "pictures" / source.name(held_out[0])).write_bytes(b"no picture")
+    (tmp_path / "images" / source.name(held_out[0])).write_bytes(b"no image")
     refused(cli(tmp_path, *tiny(tmp_path, "new", data__validation_split="0.5", **common)), "1 of 9 images cannot be read")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_run_keeps_one_copy(tmp_path):
     """In its own folder; in one that is shared it removes nothing."""
-    folder, common = draw(tmp_path / "pictures", SQUARES["one shape"]), {"data__train_batch_size": 2}
+    folder, common = draw(tmp_path / "images", SQUARES["one shape"]), {"data__train_batch_size": 2}
     for shelf, count in ((tmp_path / "shared", 2), ("auto", 1)):
         for steps in (6, 7):
             os.utime(folder / "0.png")
@@ -314,7 +314,7 @@ def test_a_run_keeps_one_copy(tmp_path):
 
 def test_writers_of_one_place(tmp_path):
     """The second finds what the first wrote, and leaves it: another process may have it mapped. What a killed one left goes."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
     found, path = decoding.decode(source, cfg), tmp_path / "shelf" / "kept"
     for name, age in (("old", 2 * decoding.DAY), ("new", 0)):
         (left := path.with_name(f".kept.{name}.writing")).mkdir(parents=True)
@@ -326,8 +326,8 @@ def test_writers_of_one_place(tmp_path):
 
 
 def test_processes_that_keep_at_once(tmp_path):
-    """All end with the pictures, and nobody is told of trouble."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    """All end with the images, and nobody is told of trouble."""
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
     found, began = decoding.decode(source, cfg), time.time() + 0.5
 
     def check():
@@ -341,7 +341,7 @@ def test_processes_that_keep_at_once(tmp_path):
 
 
 def test_images_are_bound_to_their_name(tmp_path):
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
     decoding.keep(decoding.decode(source, cfg), tmp_path / "a", cfg, pytest.fail)
     assert decoding.kept(tmp_path / "a", cfg) is not None
     (tmp_path / "a").rename(tmp_path / "b")
@@ -352,7 +352,7 @@ def test_images_are_bound_to_their_name(tmp_path):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_one_that_comes_between(tmp_path, monkeypatch, comes, damaged):
     """Another process commits the same images between the look and the renaming, or a part is there of what a third removes."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
     found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", decoding.os.rename
     if damaged:
         path.mkdir(parents=True)
@@ -373,8 +373,8 @@ def test_one_that_comes_between(tmp_path, monkeypatch, comes, damaged):
 
 
 def test_checkpoints_come_first(tmp_path, monkeypatch):
-    """Pictures are kept where as much space is left after them as they take."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["one shape"]))
+    """Images are kept where as much space is left after them as they take."""
+    cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
     found, said = decoding.decode(source, cfg), []
     needed = found.nbytes(cfg) + sum(x.nbytes for x in found.columns.values())
     monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
@@ -427,6 +427,6 @@ def test_a_disk_that_refuses_ends_nothing(tmp_path, refusal):
     patch = full if refusal != "no folder" else lambda: None
     result = start(tmp_path, *tiny(tmp_path, data__example_cache=shelf), patch=patch).wait()
     assert plain.code == result.code == 0, result.err
-    assert "warning: the decoded pictures are not kept" in result.err and "warning" not in plain.err
+    assert "warning: the decoded images are not kept" in result.err and "warning" not in plain.err
     assert digest(tmp_path / "out") == digest(tmp_path / "plain")
     assert not list((tmp_path / "out").glob("examples/*")) + list((tmp_path / "out").glob("examples/.*"))

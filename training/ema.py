@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -39,29 +37,8 @@ def decay_at(step: int, largest: float, power: float) -> float:
     return min(largest, 1 - step**-power)
 
 
-def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
-    """The frozen copies that follow models, in eval(): parameters of their own where the model trains, the model's own frozen
-    parameters and buffers elsewhere, so that the copy of a model with adapters takes no more than the adapters.
-
-    Raises:
-        ValueError: a name is taken, or the model that is followed is missing, trains nothing or cannot be copied.
-    """
-    made: Models = {}
-    for name, follow in follows.items():
-        model = models.get(follow.of)
-        if name in models or model is None or not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"the task's {name!r} follows {follow.of!r}; expected a new name and one of its models that train")
-        if any(isinstance(vars(m).get("forward"), FunctionType) for m in model.modules()):
-            raise ValueError(f"the task's {name!r} cannot copy {follow.of!r}: its forward is a closure; make it a method")
-        shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-        made[name] = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
-        for own, other in zip(made[name].modules(), model.modules(), strict=True):
-            own._buffers = other._buffers
-    return made
-
-
 def following(models: Models, follows: Mapping[str, Follow]) -> list[Ema]:
-    """The EMAs whose values are the parameters of the copies that `followers` made."""
+    """The EMAs whose values are the parameters of the copies that placement.followers made."""
 
     def one(name: str, of: str, decay: float | Callable[[int, int], float]) -> Ema:
         own = dict(models[name].named_parameters())
