@@ -416,13 +416,14 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
 
 def test_validation_encodes_as_the_step_does(tmp_path, built, photos):
     """With the encoders idle after caching, or at work in every step: the same number."""
+    (folder := tmp_path / "many").mkdir()
     for i in range(4, 24):
-        shutil.copy(photos / f"{i % 4}.png", tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(CAPTIONS[i % 4])
+        shutil.copy(photos / f"{i % 4}.png", folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i % 4])
     common = {"base__max_train_steps": 1, "data__validation_split": "0.4", "lora__learning_rate": 0}
     found = []
     for cache in ("auto", "no"):
-        trained(tmp_path, built["sd"], tmp_path, f"out-{cache}", data__example_cache=cache, **common)
+        trained(tmp_path, built["sd"], folder, f"out-{cache}", data__example_cache=cache, **common)
         found.append(next(m for m in metrics(tmp_path / f"out-{cache}") if "validation/loss" in m))
     assert found[0] == pytest.approx(found[1], rel=1e-5) and 0.5 < found[0]["validation/loss_ema"] < 2
 
