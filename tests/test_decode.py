@@ -348,43 +348,28 @@ def test_images_are_bound_to_their_name(tmp_path):
     assert decoding.kept(tmp_path / "b", cfg) is None
 
 
-def test_one_that_comes_while_a_damaged_one_is_removed(tmp_path, monkeypatch):
-    """Where processes look there is the damaged one, or none, or a whole one: never a part of one."""
-    cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
-    found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", shutil.rmtree
-    path.mkdir(parents=True)
-    (path / "columns.safetensors").write_text("junk")
-    (path / "pixels").write_text("junk")
-
-    def rmtree(removed, **given):
-        if (removed / "pixels").exists() and (removed / "pixels").read_bytes() == b"junk":
-            monkeypatch.setattr(shutil, "rmtree", real)
-            (removed / "columns.safetensors").unlink()  # half of it is gone
-            assert equal(decoding.keep(found, path, cfg, pytest.fail), found)
-        real(removed, **given)
-
-    monkeypatch.setattr(shutil, "rmtree", rmtree)
-    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
-    assert [p.name for p in path.parent.iterdir()] == ["kept"]
-
-
-def test_one_that_comes_between(tmp_path, monkeypatch):
-    """Another process commits the same images between the look and the renaming, over a damaged folder or none."""
+@pytest.mark.parametrize("comes", ["whole", "in part"])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_that_comes_between(tmp_path, monkeypatch, comes, damaged):
+    """Another process commits the same images between the look and the renaming, or a part is there of what a third removes."""
     cfg, source = pictures_of(draw(tmp_path / "pictures", SQUARES["several shapes"]))
     found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", decoding.os.rename
-    for damaged in (False, True):
-        shutil.rmtree(path.parent, ignore_errors=True)
-        path.mkdir(parents=True) if damaged else None
-        (path / "junk").write_text("x") if damaged else None
+    if damaged:
+        path.mkdir(parents=True)
+        (path / "columns.safetensors").write_text("junk")
 
-        def between(*given):
-            monkeypatch.setattr(decoding.os, "rename", real)
+    def between(*given):
+        monkeypatch.setattr(decoding.os, "rename", real)
+        if comes == "whole":
             decoding.keep(found, path, cfg, pytest.fail)
-            return real(*given)
+        else:
+            path.mkdir(exist_ok=True)
+            (path / "pixels").write_text("x")
+        return real(*given)
 
-        monkeypatch.setattr(decoding.os, "rename", between)
-        assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
-        assert [p.name for p in path.parent.iterdir()] == ["kept"]
+    monkeypatch.setattr(decoding.os, "rename", between)
+    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
+    assert [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
 def test_checkpoints_come_first(tmp_path, monkeypatch):
