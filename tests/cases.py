@@ -996,7 +996,7 @@ def given_by_hand(name: str, folder: Path) -> None:
     """Exit code 2 and the file's name, before anything is made."""
     path = corrupted(folder, name) / "checkpoint-6"
     result = cli(folder, *checkpointed(folder, "new", base__resume_from_checkpoint=path))
-    one_line(result, 2, str(path / CORRUPTIONS[name][0]))
+    one_line(result, 2, str(path / CORRUPTIONS[name][0]).replace("\0", "\\x00"))
     assert not (folder / "new").exists()
 
 
@@ -1347,7 +1347,7 @@ def model_changed(folder: Path) -> None:
     stopped(folder)
     flags = checkpointed(folder)
     (folder / "unet.json").write_text(json.dumps(UNET | {"block_out_channels": [8, 16]}))
-    is_refused(folder, cli(folder, *flags), "models was", "with 18,811 parameters", "and is now")
+    is_refused(folder, cli(folder, *flags), "unet's block_out_channels was [8, 8] and is now [8, 16]")
 
 
 def task_changed(folder: Path) -> None:
@@ -1626,7 +1626,8 @@ def unwritable(name: str, folder: Path) -> str:
         patched_task(make_models=make_models)
 
     with UNWRITABLE[name](folder) as out:
-        one_line(cli(folder, *tiny(folder, out), patch=patch), 2, str(folder / out), "cannot be written")
+        says = "expected the path of a folder" if (folder / out).is_file() else "cannot be written"
+        one_line(cli(folder, *tiny(folder, out), patch=patch), 2, str(folder / out), says)
     assert not (folder / "built").exists()
     return ""
 

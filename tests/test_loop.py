@@ -359,7 +359,7 @@ def test_another_model_or_task_is_refused(done, tmp_path):
     flags = tiny(tmp_path, steps=9)
     (tmp_path / "unet.json").write_text((tmp_path / "unet.json").read_text().replace("[8, 8]", "[8, 16]"))
     shutil.copytree(done / "out", tmp_path / "out")
-    refused(cli(tmp_path, *flags), "models was", "UNet2DModel with", "is now")
+    refused(cli(tmp_path, *flags), "unet's block_out_channels was [8, 8] and is now [8, 16]")
 
 
 def test_a_path_to_continue_from(done, tmp_path):

@@ -668,7 +668,7 @@ def broken(folder, how):
         ("betas", "not a diffusers model"),
         ("library", "unet is a Model of 'evil'; expected a class of models of diffusers or transformers"),
         ("pair", "not a diffusers model"),
-        ("blocks", "its UNet"),
+        ("blocks", "unet cannot be loaded"),
         ("channels", "not a diffusers model"),
         ("tokenizer", "not a diffusers model"),
     ],

@@ -63,7 +63,7 @@ def test_no_code_runs_on_the_word_of_a_received_folder(tmp_path, run, step):
     (tmp_path / "received" / "their_task.py").write_text("open('hacked', 'w')\nfrom oneloop.tasks.ddpm import task\n")
     sign(tmp_path / "received", module="their_task", step=step)
     drawn = cli(tmp_path, "sample", ".", cwd=tmp_path / "received")
-    words = ["python loop.py sample . --task their_task"] if step == 3 else ["manifest.json: expected the step"]
+    words = ["python loop.py sample . --task their_task"] if step == 3 else ["manifest.json: not a manifest: step"]
     refused(drawn, *words)
     assert not (tmp_path / "received" / "hacked").exists()
     if step == 3:
