@@ -364,7 +364,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def share_of_limit(row: Mapping[str, Any], limit: float) -> float:
     """Pictures a second, over what the case's limit is at the speed that a product of matrices reaches here."""
-    return row["pictures_per_second"] / (limit * row["limit"] / SPEED)
+    return row["images_per_second"] / (limit * row["limit"] / SPEED)
 
 
 def step_table(rows: dict[tuple[str, str], dict[str, Any]], limits: dict[str, float | None], gpu: bool) -> str:
@@ -375,7 +375,7 @@ def step_table(rows: dict[tuple[str, str], dict[str, Any]], limits: dict[str, fl
         row = [case, r["precision"], str(r["batch"]), f"{r['over_bare']:.3f}", f"{r['over_bare_cpu']:.3f}"]
         row += [f"{r['outside_model']:.1%}", f"{r['flops']:.3g}", f"{r['mfu']:.1%}"]
         if gpu:
-            row += [f"{r['steps_per_second']:.1f}", f"{r['pictures_per_second']:,.0f}"]
+            row += [f"{r['steps_per_second']:.1f}", f"{r['images_per_second']:,.0f}"]
             row.append(f"{share_of_limit(r, limits[case]):.1%}" if limits[case] else "")
         body.append(row)
     return table(head + (["steps/s", "pictures/s", "of the limit"] if gpu else []), body)

@@ -45,7 +45,7 @@ def run(out: Path, count: int, steps: int) -> Process:
 def step_seconds(out: Path) -> float:
     """The median time of a step, over all but the first."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(BATCH / line["pictures_per_second"] for line in lines[1:] if "pictures_per_second" in line)
+    return statistics.median(BATCH / line["images_per_second"] for line in lines[1:] if "images_per_second" in line)
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def measure(task: Any, cfg: Any) -> dict[str, Any]:
         "over_bare_cpu": median(1, ours, bare),
         "outside_model": 1 - median(0, model, ours),
         "steps_per_second": 1 / wall,
-        "pictures_per_second": size / wall,
+        "images_per_second": size / wall,
         "flops": counter.get_total_flops(),
         "limit": limit,
         "mfu": counter.get_total_flops() / wall / limit,

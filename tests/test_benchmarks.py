@@ -185,7 +185,7 @@ def test_steps_by_difference():
 def test_share_of_the_limit():
     """At half the stated speed of matrices the limit is half."""
     figures = {"precision": "bf16", "batch": 64, "over_bare": 1.0, "over_bare_cpu": 1.0, "outside_model": 0.1}
-    figures |= {"flops": 1e12, "mfu": 0.5, "steps_per_second": 10.0, "pictures_per_second": 7837.5, "limit": 395e12}
+    figures |= {"flops": 1e12, "mfu": 0.5, "steps_per_second": 10.0, "images_per_second": 7837.5, "limit": 395e12}
     assert benchmark.share_of_limit(figures, 62_700) == pytest.approx(0.25)
     rows = {("mnist_unet", "auto"): figures, ("unet64", "auto"): figures}
     lines = benchmark.step_table(rows, {"mnist_unet": 62_700, "unet64": None}, gpu=True).splitlines()

@@ -121,10 +121,15 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, rate):
 
 def test_an_ema_that_is_not_finite_is_never_saved(tmp_path):
     def overflow():
-        from oneloop.training import ema
+        from oneloop.training.ema import Ema
 
-        update = ema.update
-        ema.update = lambda average, *rest: (update(average, *rest), next(iter(average.values())).fill_(float("inf")))
+        update = Ema.update
+
+        def overflows(self, step, total):
+            next(iter(self.values.values())).fill_(float("inf"))
+            return update(self, step, total)
+
+        Ema.update = overflows
 
     done = cli(tmp_path, *tiny(tmp_path, steps=1), patch=overflow)
     assert done.code == 3 and "the EMA of unet." in done.err and not checkpoints(tmp_path / "out"), done.err

@@ -196,7 +196,7 @@ def test_compiling_is_no_part_of_the_speed(tmp_path):
 
     result = start(tmp_path, *tiny(tmp_path, steps=4, base__compile=True, base__logging_steps=2), patch=patch).wait()
     assert result.code == 0, result.err
-    assert metrics(tmp_path / "out")[0]["pictures_per_second"] > 2 * 4 / 4
+    assert metrics(tmp_path / "out")[0]["images_per_second"] > 2 * 4 / 4
 
 
 def test_compiling_needs_a_compiler(tmp_path):

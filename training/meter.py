@@ -61,7 +61,7 @@ class Meter:
         totals = self.accelerator.reduce(pairs, "sum").tolist()
         values = {key: total / count for key, (total, count) in zip(keys, totals, strict=True) if count}
         now = time.perf_counter()
-        speeds = {"pictures_per_second": examples * self.steps, "data_wait": self.waited}
+        speeds = {"images_per_second": examples * self.steps, "data_wait": self.waited}
         speeds = {key: amount / (now - self.since) for key, amount in speeds.items()}
         self.values, self.since, self.steps, self.waited = {}, now, 0, 0.0
         return values | speeds

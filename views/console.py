@@ -146,7 +146,7 @@ class Report:
         if not self.main:
             return
         self.metrics.write(json.dumps({"step": step} | values) + "\n")
-        first = ("loss", "lr", "images_per_second", "pictures_per_second", "validation/loss")
+        first = ("loss", "lr", "images_per_second", "validation/loss")
         shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith(first)}
         if self.bar is not None:
             self.bar.set_postfix(shown)
