@@ -204,7 +204,8 @@ def test_every_length_in_every_repetition(tmp_path):
     assert [n for n, _ in ran] == ["5", "45"] * 4 and len({out for _, out in ran}) == 8
     assert {name: [list(runs) for runs in repeats] for name, repeats in found.items()} == dict.fromkeys("ab", [[5, 45]] * 2)
     process = found["a"][0][5]
-    assert 0 < process.first <= process.whole and 0 < process.gib < 1
+    assert 0 < process.first <= process.whole
+    assert 0 < process.gib < 8  # the kernel counts what its parent, this warm process of any size, had when it was started
     with pytest.raises(benchmark.Failed, match="no first step"):
         benchmark.watch([sys.executable, "-S", "-c", "print('1/7')"], r"\b1/5\b")
 
