@@ -165,26 +165,30 @@ def test_nothing_waits_on_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_compiled(monkeypatch):
+def test_what_is_compiled(tmp_path):
     """What trains is compiled under its own names, not while it is shown; the passes leave its buffers as they were."""
-    graphs = []
 
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
+    def check():  # in a fork: what compiles may start threads, after which this process could not fork
+        graphs = []
 
-    monkeypatch.setattr(compilation, "options", lambda *_: {"backend": backend})
-    module, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)), torch.randn(4, 2)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    compilation.compile_models({"m": module}, torch.device("cpu"), 1)
-    with at_rest({"m": module}, {}, {}):
-        module(x)
-    assert not graphs
-    with same_buffers({"m": module}):
-        said = compilation.price(Accelerator(cpu=True), lambda: module(x), 1)
-    assert len(graphs) == 1 and said.startswith("compiled in")
-    assert module.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        compilation.options = lambda *_: {"backend": backend}
+        module, x = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)), torch.randn(4, 2)
+        before = {name: value.clone() for name, value in module.state_dict().items()}
+        compilation.compile_models({"m": module}, torch.device("cpu"), 1)
+        with at_rest({"m": module}, {}, {}):
+            module(x)
+        assert not graphs
+        with same_buffers({"m": module}):
+            said = compilation.price(Accelerator(cpu=True), lambda: module(x), 1)
+        assert len(graphs) == 1 and said.startswith("compiled in")
+        assert module.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+    in_fork(tmp_path, check)
 
 
 def test_compiling_is_no_part_of_the_speed(tmp_path):
