@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from warm import ROOT, checkpoints, cli, digest, free_port, metrics, start, start_many, tiny
+from warm import ROOT, checkpoints, cli, digest, free_port, metrics, shown, start, start_many, tiny
 
 from oneloop import loop
 
@@ -162,8 +162,8 @@ def test_out_of_memory_in_a_sample_draws_fewer_at_once(tmp_path):
     done = cli(tmp_path, *flags, patch=lambda: patched_sampling(one_at_a_time))
     assert done.code == 0 and "warning" not in done.err, done.err
     assert digest(tmp_path / "whole") == digest(tmp_path / "small")
-    whole, small = ((tmp_path / out / "samples" / "6.png").read_bytes() for out in ("whole", "small"))
-    assert len(whole) == len(small) or whole == small
+    whole, small = (shown(tmp_path / out / "samples" / "6.png", 8) for out in ("whole", "small"))
+    assert abs(whole - small).max() <= 1  # of 255: other batch sizes, other kernels
 
 
 def test_killed_between_a_save_and_its_validation(tmp_path):
