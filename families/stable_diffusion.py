@@ -65,6 +65,11 @@ def check_files(s: Any, group: str, known: Collection[str]) -> None:
             config(s, part) if index.get(part) else None
 
 
+def multiple(s: Any) -> int:
+    """What the images' sides are multiples of: the factor of the autoencoder."""
+    return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)
+
+
 def check(s: Any, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the configs of a checkpoint of Stable Diffusion alone.
 
@@ -288,16 +293,15 @@ def too_long(captions: list[str], s: Any) -> str | None:
     )
 
 
-def conditions(batch: Batch, side: int, xl: bool) -> dict[str, Any]:
+def conditions(batch: Batch, xl: bool) -> dict[str, Any]:
     """What the UNet is given beside x_t and t. SDXL's time ids are the image's original size, the corner of its crop and its
     target size, each height first, [B, 6] (Podell et al. 2023, section 2.2)."""
     import torch
 
     given: dict[str, Any] = {"encoder_hidden_states": batch["prompt_embeds"]}
     if xl:
-        corner, pooled = batch["crop_top_left"], batch["pooled_prompt_embeds"]
-        ids = torch.cat([batch["original_size"], corner, torch.full_like(corner, side)], 1).float()
-        given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        ids = torch.cat([batch[name] for name in ("original_size", "crop_top_left", "target_size")], 1).float()
+        given["added_cond_kwargs"] = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": ids}
     return given
 
 

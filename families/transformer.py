@@ -46,6 +46,11 @@ def tag(s: Any) -> str:
     return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
 
 
+def multiple(s: Any) -> int:
+    """What the images' sides are multiples of: the family's own."""
+    return family(s).multiple
+
+
 def check(s: Any, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 

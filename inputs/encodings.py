@@ -6,6 +6,7 @@ weights, so nothing in the cache goes stale, and folders may be shared by runs.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,17 @@ def encode_once(
 
         def columns(
             marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
-        ) -> dict[str, Tensor]:
-            # Always as many as a batch has: the same shape as in a step, and so the same bits.
-            values = [wanted[mark]() for mark in (marks * size)[:size]]
-            values = torch.stack(values) if isinstance(values[0], Tensor) else values
-            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
+        ) -> Iterator[tuple[str, dict[str, Tensor]]]:
+            # Always as many as a batch has, of one size: the same shape as in a step, and so the same bits.
+            values = {mark: wanted[mark]() for mark in marks}
+            shape = lambda mark: tuple(getattr(values[mark], "shape", ()))  # noqa: E731
+            for _, same in itertools.groupby(sorted(marks, key=shape), shape):
+                some = list(same)
+                several = [values[mark] for mark in (some * size)[:size]]
+                several = torch.stack(several) if isinstance(several[0], Tensor) else several
+                several = to_device({column: several}, accelerator.device, examples.source.columns)[column]
+                made = _encode(encoding, models, several, cfg)
+                yield from ((mark, {name: x[i] for name, x in made.items()}) for i, mark in enumerate(some))
 
         accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
         cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
@@ -89,7 +96,7 @@ def encode_once(
         cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
         accelerator.wait_for_everyone()
         held, taken = cache.held(sorted(wanted), budget)
-        examples.replace(column, held or cache.read, held is not None)
+        examples.substitute(column, held or cache.read, held is not None)
         budget -= taken
     called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
     return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
@@ -134,26 +141,25 @@ class Encoded:
 
     def held(self, marks: list[str], budget: float) -> tuple[Reader | None, int]:
         """These values in memory, and the bytes that they take there; None and 0 where that is more than the budget."""
-        first = load_file(self.path(marks[0]))
-        taken = len(marks) * sum(x.nbytes for x in first.values())
-        if taken > budget:
-            return None, 0
-        columns = {name: torch.empty(len(marks), *x.shape, dtype=x.dtype) for name, x in first.items()}
+        taken, values = 0, {}
         with ThreadPoolExecutor(4) as pool:
             for start in range(0, len(marks), 1024):  # in blocks: every file that is open is a mapping of its own
-                entries = pool.map(load_file, map(self.path, marks[start : start + 1024]))
-                for i, entry in enumerate(entries, start):
-                    for name, x in entry.items():
-                        columns[name][i] = x
-        return _InMemory({mark: i for i, mark in enumerate(marks)}, columns).read, taken
+                some = marks[start : start + 1024]
+                for mark, entry in zip(some, pool.map(load_file, map(self.path, some)), strict=True):
+                    taken += sum(x.nbytes for x in entry.values())
+                    if taken > budget:
+                        return None, 0
+                    values[mark] = {name: x.clone() for name, x in entry.items()}
+        return _InMemory(values).read, taken
 
-    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
+    def fill(
+        self, marks: list[str], size: int, columns: Callable[[list[str]], Iterator[tuple[str, dict[str, Tensor]]]]
+    ) -> None:
         """Write the entries of these marks, `size` at a time."""
         for some in (marks[start : start + size] for start in range(0, len(marks), size)):
-            made = columns(some)
-            for i, mark in enumerate(some):
+            for mark, made in columns(some):
                 try:
-                    self.write(mark, {name: x[i] for name, x in made.items()})
+                    self.write(mark, made)
                 except (OSError, SafetensorError) as error:
                     reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
                     raise BadInput(f"--data.example-cache: {reason}; another folder, or `no` for none") from None
@@ -191,10 +197,9 @@ class Encoded:
 class _InMemory:
     """Encodings in memory, as loader workers can be given them."""
 
-    rows: dict[str, int]
-    columns: dict[str, Tensor]
+    values: dict[str, dict[str, Tensor]]
 
     def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
         """The columns of these values, stacked, [B, ...] each."""
-        rows = torch.tensor([self.rows[mark] for mark in marks])
-        return {name: x[rows] for name, x in self.columns.items()}
+        entries = [self.values[mark] for mark in marks]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}

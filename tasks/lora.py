@@ -22,7 +22,7 @@ from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, Sha
 from oneloop.families import adapters, flow, hub, latents, stable_diffusion, transformer
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
-from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
+from oneloop.tasks import Batch, Column, Encoding, Images, Loss, Models, Optims, Rng, Task, masked, mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,7 +209,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     if "prompt_embeds" not in batch:  # the text encoders train
         batch = batch | encode_captions(models, batch["caption"], cfg)
     objective = diffusion_loss if family(cfg.lora) is stable_diffusion else flow_loss
-    yield Loss("lora", objective(models, batch, rng, cfg).mean())
+    yield Loss("lora", mean(objective(models, batch, rng, cfg), batch))
 
 
 def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
@@ -219,9 +219,8 @@ def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
     x = latents.draw(batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
     sigma = transformer.noise_level(s, rng.uniform("timestep"), x.shape)  # [B]
-    columns = batch | {"target_size": sigma.new_full((len(x), 2), cfg.data.resolution)}
-    v = family.velocity(models["transformer"], rectified.interpolate(x, noise, sigma), sigma, columns, 1.0)  # [B, C, h, w]
-    return transformer.weight(s, sigma) * diffusion.mse(v, rectified.velocity(x, noise))
+    v = family.velocity(models["transformer"], rectified.interpolate(x, noise, sigma), sigma, batch, 1.0)  # [B, C, h, w]
+    return transformer.weight(s, sigma) * masked(diffusion.square_error(v, rectified.velocity(x, noise)), batch)
 
 
 def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
@@ -235,9 +234,9 @@ def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tenso
     alphas = stable_diffusion.alphas_cumprod(s, x.device)  # [T]
     t = rng.integers("timestep", len(alphas))  # [B]
     a, predicts = alphas[t], stable_diffusion.prediction_type(s)  # [B]
-    given = stable_diffusion.conditions(batch, cfg.data.resolution, stable_diffusion.is_xl(s))
+    given = stable_diffusion.conditions(batch, stable_diffusion.is_xl(s))
     prediction = models["unet"](diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # [B, C, h, w]
-    error = diffusion.mse(prediction, diffusion.target(predicts, x, noise, a))  # [B]
+    error = masked(diffusion.square_error(prediction, diffusion.target(predicts, x, noise, a)), batch)  # [B]
     return diffusion.loss_weight(predicts, a, s.snr_gamma) * error
 
 
@@ -292,6 +291,7 @@ task = Task(
         ),
     },
     float32=("vae",),
-    needs=("caption",),
+    columns={"caption": Column("text", setting="data.caption_column")},
+    multiple=lambda cfg: family(cfg.lora).multiple(cfg.lora),
     remarks=lambda models, cfg: family(cfg.lora).remarks(models, cfg.lora),
 )

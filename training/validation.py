@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,12 +48,14 @@ class Stratified(Rng):
         return torch.special.ndtri(self.uniform(purpose, *shape).clamp(min=2**-25))
 
 
-def batches(count: int, size: int) -> Iterator[tuple[int, range]]:
-    """(quarter from 1 to 4, ranks) of every batch of at most `size`."""
+def batches(sizes: Sequence[Any], most: int) -> Iterator[tuple[int, list[int]]]:
+    """(quarter from 1 to 4, ranks) of every batch of at most `most`; `sizes`: of each rank's images; a batch has one."""
     for quarter in range(4):
-        first, end = (count * i // 4 for i in (quarter, quarter + 1))
-        for start in range(first, end, size):
-            yield quarter + 1, range(start, min(start + size, end))
+        first, end = (len(sizes) * i // 4 for i in (quarter, quarter + 1))
+        for size in dict.fromkeys(sizes[first:end]):
+            ranks = [rank for rank in range(first, end) if sizes[rank] == size]
+            for start in range(0, len(ranks), most):
+                yield quarter + 1, ranks[start : start + most]
 
 
 def measure(
@@ -86,9 +88,8 @@ def mean_losses(
     """(loss, q1 to q4, or the name of a log; the optimizer's name, or nothing for a log) -> its mean over the examples."""
     device = accelerator.device
     order = sorted(range(examples.size), key=lambda row: hash64("validation order", row))
-    deal = itertools.islice(
-        batches(examples.size, examples.cfg.train_batch_size), accelerator.process_index, None, accelerator.num_processes
-    )
+    every = batches(examples.sizes(torch.tensor(order)), examples.cfg.train_batch_size)
+    deal = itertools.islice(every, accelerator.process_index, None, accelerator.num_processes)
     found: list[tuple[tuple[str, str], int, Any]] = []  # what, of how many examples, their mean
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for quarter, ranks in deal:

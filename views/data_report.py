@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from oneloop import checkpoint, data
 from oneloop.configs import BadInput
-from oneloop.inputs import decoding, encodings, files, sources
+from oneloop.inputs import encodings, files, sources, store
+from oneloop.inputs.buckets import enlargement
+from oneloop.inputs.crop import resized
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Task
 
@@ -55,9 +57,13 @@ class Survey:
     modes: dict[str, int]
     """PIL's mode -> images."""
     small: int
-    """Images that are enlarged, their shorter side being below the resolution."""
+    """Images that are enlarged."""
     cropped: list[float]
-    """Mean and largest share of an image's area that is outside the square."""
+    """Mean and largest share of an image's area that is outside its crop."""
+    buckets: list[list[Any]]
+    """Of each size of images: width, height, images, mean and largest share that is cropped, and those that are enlarged."""
+    mixture: list[list[float]]
+    """Of each source of a mixture: images, repeats, weight of the loss."""
     captions: list[int] | None
     """Different ones, and images that have none."""
     empty: int
@@ -121,10 +127,12 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
 
 def survey(examples: data.Examples) -> Survey:
     """The numbers of a set whose images were inspected when they were decoded."""
-    source, side, pictures = examples.source, examples.cfg.resolution, examples.pictures
-    size, marks, thumbs = (pictures.columns[name].numpy() for name in ("size", "mark", "thumb"))
+    source, side, decoded = examples.source, examples.cfg.resolution, examples.images
+    size, marks, thumbs = (decoded.columns[name][examples.shown].numpy() for name in ("size", "mark", "thumb"))
     spread = lambda x: [float(x.min()), float(np.median(x)), float(x.max())]  # noqa: E731
-    lost = 1 - size.min(1) / size.max(1)  # [N]
+    target = decoded.columns["target"][examples.shown].numpy()  # [N, 2]
+    lost = 1 - target.prod(1) / np.maximum(resized(size, target).prod(1), 1)  # [N]
+    enlarged = enlargement(size, target) > 1  # [N]
     _, first, same = np.unique(marks.view("V16")[:, 0], return_index=True, return_inverse=True)
     first = first[same]  # row -> the first one with its pixels
     again = np.flatnonzero(first != np.arange(len(first)))
@@ -143,16 +151,18 @@ def survey(examples: data.Examples) -> Survey:
         resolution=side,
         pictures=examples.size,
         notes=list(source.notes),
-        changes=pictures.changes,
+        changes=decoded.changes,
         images=_images(examples, block_length(examples.size)),
         texts=_texts(examples, block_length(examples.size)),
-        broken=pictures.broken,
+        broken=decoded.broken,
         width=spread(size[:, 1]),
         height=spread(size[:, 0]),
         aspect=spread(size[:, 1] / size[:, 0]),
-        modes=dict(Counter(pictures.modes).most_common()),
-        small=int((size.min(1) < side).sum()),
+        modes=dict(Counter(decoded.modes).most_common()),
+        small=int(enlarged.sum()),
         cropped=[float(lost.mean()), float(lost.max())],
+        buckets=[_bucket(own, lost, enlarged, (target == own).all(1)) for own in np.unique(target, axis=0)],
+        mixture=[[share.rows, share.repeats, share.weight] for share in source.shares],
         captions=captions,
         empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
@@ -163,13 +173,25 @@ def survey(examples: data.Examples) -> Survey:
     )
 
 
+def _bucket(size: np.ndarray, lost: np.ndarray, enlarged: np.ndarray, own: np.ndarray) -> list[Any]:
+    """A line of the table of sizes."""
+    return [
+        int(size[1]),
+        int(size[0]),
+        int(own.sum()),
+        float(lost[own].mean()),
+        float(lost[own].max()),
+        int(enlarged[own].sum()),
+    ]
+
+
 def block_length(size: int) -> int:
     """The rows of a block, of which there are at most LISTED."""
     return -(-size // LISTED)
 
 
 def _images(examples: data.Examples, length: int) -> list[str]:
-    parts = examples.pictures.columns["file"].split(length)
+    parts = examples.images.columns["file"][examples.shown].split(length)
     return [sources.content_hash(part.contiguous().numpy().data)[:8] for part in parts]
 
 
@@ -213,6 +235,12 @@ def whole(found: Survey) -> Iterator[str]:
     yield f"aspect      {three(found.aspect, '.2f')} (width over height)"
     yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in found.modes.items())}"
     yield f"too small   {found.small:,} are enlarged to {found.resolution}"
+    for wide, high, count, mean, most, enlarged in found.buckets if len(found.buckets) > 1 else ():
+        small = f", {enlarged:,} enlarged" if enlarged else ""
+        cut = f"{mean:.0%} cropped on average, {most:.0%} at most"
+        yield f"bucket      {f'{wide} x {high}':<11} {count:>7,} images, {cut}{small}"
+    for i, (count, repeats, weight) in enumerate(found.mixture):
+        yield f"source {i:<4} {count:,} images, each {repeats:.4g} times a pass, loss weight {weight:g}"
     yield f"cropped     {found.cropped[0]:.0%} of an image on average, {found.cropped[1]:.0%} at most"
     captions = "{:,} different; {:,} images have none".format(*found.captions) if found.captions else "none"
     yield f"captions    {captions}{f', of {found.empty:,} it is empty' if found.empty else ''}"
@@ -233,7 +261,7 @@ def notable(found: Survey) -> Iterator[str]:
     if said := left_out_or_changed(found):
         yield f"left out or changed: {said}"
     if found.small:
-        yield f"{found.small:,} of {found.pictures:,} images are smaller than {found.resolution} pixels and are enlarged"
+        yield f"{found.small:,} of {found.pictures:,} images are smaller than their crop at {found.resolution} and are enlarged"
     if found.cropped[0] > 0.3:
         yield f"{found.cropped[0]:.0%} of the images' area is cropped away"
     if found.captions and found.captions[1]:
@@ -259,7 +287,7 @@ def _remarks(examples: data.Examples, out: Path) -> list[str]:
         checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
     found = replace(found, notes=list(examples.source.notes))  # of this start
     said = damaged + [f"warning: {text}" for text in filter(None, (sources.unused(examples.cfg), *notable(found)))]
-    if broken := examples.pictures.broken:
+    if broken := examples.images.broken:
         checkpoint.write(out / "broken.txt", "\n".join(broken) + "\n")
         said.append(f"warning: {len(broken):,} images cannot be read and are left out; {out}/broken.txt names them")
     return said
@@ -283,21 +311,24 @@ def check(task: Task, cfg: Any) -> None:
         BadInput: there are broken images, and --data.skip-broken was not given.
     """
     opened = replace(cfg.data, skip_broken=True, memory_budget=0, train_batch_size=1)
-    source, broken, size = sources.open_source(opened, task.needs), [], cfg.data.train_batch_size
+    source, broken, size = sources.open_for(task, replace(cfg, data=opened)), [], cfg.data.train_batch_size
     for title, part in (("trained on", source), ("held out", source.held_out)):
         if part is None:
             continue
         with tqdm(total=part.size, desc=title, unit="image", disable=None) as bar:
-            pictures = decoding.decode(part, opened, bar.update, skim=True)
+            images = store.decode(part, opened, bar.update, skim=True)
         print(f"{title}: {part.summary}")
-        if len(pictures):
-            examples = data.Examples(part, opened, cfg.base.seed, pictures)
+        if len(images):
+            examples = data.Examples(part, opened, cfg.base.seed, images, block=cfg.data.train_batch_size)
             print(*whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
-        for name in pictures.broken:
+            for n in range(3) if part.captions is not None else ():
+                first = examples[range(n, n + 1)]
+                print(f"example {n:<3} {first['key'][0]}: {first['caption'][0]!r}")
+        for name in images.broken:
             print(f"broken      {name}")
-        if part is source and len(pictures) < size:
-            print(f"too few     {len(pictures):,} images; --data.train-batch-size is {size:,}, and a run expects as many")
-        broken += pictures.broken
+        if part is source and len(images) < size:
+            print(f"too few     {len(images):,} images; --data.train-batch-size is {size:,}, and a run expects as many")
+        broken += images.broken
     if said := sources.unused(cfg.data):
         print(said)
     if broken and not cfg.data.skip_broken:

@@ -121,10 +121,10 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
     Raises:
         BadInput: as the run itself, or the temporary folder cannot be made.
     """
-    base, source = cfg.base, sources.open_source(cfg.data, task.needs)
+    base, source = cfg.base, sources.open_for(task, cfg)
     here = PartialState(cpu=not torch.accelerator.is_available())
     update = cfg.data.train_batch_size * here.num_processes * base.gradient_accumulation_steps
-    total = base.max_train_steps or math.ceil(round(base.num_epochs * source.size / update, 6))
+    total = base.max_train_steps or math.ceil(round(base.num_epochs * source.pass_length() / update, 6))
     steps, pictures = min(total, STEPS), min(source.size, max(STEPS * update, 256))
     place = Path(base.output_dir or f"runs/{configs.task_group(cfg)}").expanduser().absolute()
     place = next(parent for parent in place.parents if parent.exists())
@@ -143,8 +143,8 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
                 said = f"a short run of {steps} of {counted(total, 'step')}, with samples and a checkpoint; it is removed"
                 print(said, file=sys.stderr)
             short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
-            examples = watch.timed("read", data.Examples)(sources.open_source(short.data, task.needs), short.data, base.seed)
-            grows, examples = (source.size / pictures - 1) * examples.pictures.nbytes(short.data), None
+            examples = watch.timed("read", data.Examples)(sources.open_for(task, short), short.data, base.seed)
+            grows, examples = (source.size / pictures - 1) * examples.images.nbytes(short.data), None
             with contextlib.redirect_stderr(io.StringIO()):
                 watch.timed("run", run)(watch.over(task), short)
             if here.is_main_process:

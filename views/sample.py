@@ -9,6 +9,7 @@ images these are, to the bit, those of the run's own grid at that step.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -96,7 +97,8 @@ def main(settings: Settings) -> None:
     checkpoint.attach(accelerator, training, ema | followers)
     checkpoint.load(accelerator, saved)
 
-    shown = lambda first, count: data.Fixed(Unopened(task, cfg), count, accelerator.device, num, first)  # noqa: E731
+    unopened = Unopened(task, cfg)
+    shown = lambda first, count: data.Fixed(unopened, count, accelerator.device, num, first, True)  # noqa: E731
     rng = Rng.of(seed, range(num), "samples", accelerator.device)
     images = placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
     try:
@@ -114,9 +116,16 @@ class Unopened:
     task: Any
     cfg: Any
 
-    def fixed(self, size: int, count: int | None, first: int) -> Iterator[Any]:
+    @functools.cached_property
+    def examples(self) -> Any:
         from oneloop import data
         from oneloop.inputs import sources
 
-        cfg, source = self.cfg, sources.open_source(self.cfg.data, self.task.needs)
-        return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count, first)
+        source = sources.open_for(self.task, self.cfg)
+        return data.opened(source, self.cfg.data, self.cfg.base.seed, configs.example_cache(self.cfg))
+
+    def fixed(self, *given: Any) -> Iterator[Any]:
+        return self.examples.fixed(*given)
+
+    def ready(self, batch: Any, device: Any) -> Any:
+        return self.examples.ready(batch, device)
