@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from oneloop.configs import BadInput, Data
 from oneloop.inputs import store
+from oneloop.inputs.cache import Marks, as_marks
 from oneloop.inputs.captions import PURPOSES, Captions, caption, fill
 from oneloop.inputs.crop import corner as centre
 from oneloop.inputs.files import LISTED, listed, reason, shown
 from oneloop.inputs.plan import Bucket, Plan
-from oneloop.inputs.sources import Source, content_hash, select
+from oneloop.inputs.sources import Source, select
 from oneloop.inputs.store import Decoded
 from oneloop.machine.processes import signals_blocked
 from oneloop.tasks import COLUMNS, Batch, Column, Rng
@@ -36,8 +37,18 @@ RESIDENT = 0.1
 CHUNK = 1024
 """Examples that are planned at a time."""
 
-Reader = Callable[[Iterable[str]], dict[str, Tensor]]
-"""The marks of B values -> the columns that replace them, [B, ...] each."""
+Reader = Callable[[Marks], dict[str, Tensor]]
+"""The marks of B values -> what was made of them, [B, ...] each."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Everything that a run may ask an encoding for."""
+
+    marks: Marks
+    """What tells each from all others."""
+    make: Callable[[int], tuple[Any, ...]]
+    """Its number -> the value of each column."""
 
 
 class Examples(torch.utils.data.Dataset):
@@ -67,7 +78,8 @@ class Examples(torch.utils.data.Dataset):
             if source.size < size:
                 raise BadInput(f"--data.train-batch-size is {size}; expected at most the {source.size} images left: {named}")
         self.source, self.cfg, self.seed, self.size, self.images = source, cfg, seed, source.size, images
-        self.encoded: dict[str, Reader] = {}  # column -> what replaces it
+        self.encoded: dict[str, tuple[tuple[str, ...], Reader]] = {}  # encoding -> the columns that it reads, and its cache
+        self.hidden: set[str] = set()  # columns that nothing but cached encodings reads
         self.from_disk = set() if images.pixels is not None else set(images.kinds)  # columns that every batch reads from there
         self.resident: Tensor | None = None  # the decoded set on the device
         self.cache_path, self.cached = None, False  # where the images may be cached, and whether they came from there
@@ -102,7 +114,7 @@ class Examples(torch.utils.data.Dataset):
         """The batch of these examples of the run; images still uint8."""
         chunks = range(numbers[0] // CHUNK, numbers[-1] // CHUNK + 1)
         entries = torch.cat([self.dealt(chunk) for chunk in chunks])[numbers[0] - chunks[0] * CHUNK :][: len(numbers)]
-        return self._batch(torch.tensor(numbers), entries, Rng.of(self.seed, numbers, "data"), self.encoded)
+        return self._batch(torch.tensor(numbers), entries, Rng.of(self.seed, numbers, "data"))
 
     def sizes(self, rows: Tensor) -> list[tuple[int, ...]]:
         """What tells which of these rows, [B], may share a batch when they are shown: their images' sizes."""
@@ -133,10 +145,10 @@ class Examples(torch.utils.data.Dataset):
 
     def at(self, rows: Tensor) -> Batch:
         """These rows, [B], of one size: cut from the middle, never mirrored, with their first captions."""
-        return self._batch(rows, self.shown[rows], None, {})
+        return self._batch(rows, self.shown[rows], None)
 
-    def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None, encoded: dict[str, Reader]) -> Batch:
-        """These entries, [B], by the draws of `rng`; None: without chance."""
+    def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None) -> Batch:
+        """These entries, [B], by the draws of `rng`, with what is cached of their encodings; None: without chance, plain."""
         rows, cfg, images = self.rows[entries], self.cfg, self.images
         flip = rng.uniform("flip") < 0.5 if rng is not None and cfg.random_flip else torch.zeros(len(rows), dtype=torch.bool)
         corners: dict[str, Tensor] = {}  # column without `like` -> top, left of its crop, [B, 2]
@@ -147,10 +159,9 @@ class Examples(torch.utils.data.Dataset):
                 central = rng is None or cfg.center_crop
                 draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
                 corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
-            if name in encoded:
-                marks = zip(entries.tolist(), flip.tolist(), strict=True)
-                batch |= encoded[name]([self._mark(name, entry, mirrored) for entry, mirrored in marks])
-            elif self.resident is not None and name == "pixel_values" and rng is not None:
+            if name in self.hidden and rng is not None:
+                continue
+            if self.resident is not None and name == "pixel_values" and rng is not None:
                 whole = self.resident.shape[-2:] == tuple(images.about(name, "target")[0].tolist())  # cut when it was decoded
                 batch["crop"] = torch.cat([entries[:, None], corners[anchor] * (not whole), flip[:, None]], 1)  # for `ready`
             else:
@@ -168,15 +179,18 @@ class Examples(torch.utils.data.Dataset):
             "weight": self.weight[batch["source"]],
         }
         if self.source.captions is not None:
-            texts = self._texts(rows.tolist(), rng)
-            batch |= encoded["caption"](map(content_hash, texts)) if "caption" in encoded else {"caption": texts}
+            batch["caption"] = self._texts(rows.tolist(), rng)
         if self.source.labels is not None:
             batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
         for name, values in self.source.more.items():
             own = [values[row] for row in rows.tolist()]
             texts = self.source.columns[name].kind == "text"
             batch[name] = [(several or [""])[0] for several in own] if texts else torch.tensor(own)
-        return batch
+        for columns, read in self.encoded.values() if rng is not None else ():
+            texts = batch.get("caption", [""] * len(rows))
+            each = zip(entries.tolist(), flip.tolist(), texts, strict=True)
+            batch |= read(as_marks([self._mark(columns, *one) for one in each]))
+        return batch if rng is None else {name: value for name, value in batch.items() if name not in self.hidden}
 
     def _texts(self, rows: list[int], rng: Rng | None) -> list[str]:
         """Of each row what becomes of its captions."""
@@ -222,37 +236,66 @@ class Examples(torch.utils.data.Dataset):
 
     # What is encoded once.
 
-    def _mark(self, name: str, entry: int, flip: bool) -> str:
-        """What tells an image as the model sees it from every other."""
-        return self.images.about(name, "mark")[entry].numpy().tobytes().hex() + ("-mirrored" if flip else "")
+    def _mark(self, columns: tuple[str, ...], entry: int, flip: bool, text: str) -> bytes:
+        """What tells the values of these columns, as a model sees them, from all others: 16 bytes."""
+        marks = []
+        for column in columns:
+            if column in self.images.kinds:
+                mark = self.images.about(column, "mark")[entry].numpy().tobytes()
+                marks.append(digest(mark + b"mirrored") if flip else mark)
+            else:
+                value = text if column == "caption" else self.source.more[column][int(self.rows[entry])]
+                marks.append(digest(repr(value).encode()))
+        return marks[0] if len(marks) == 1 else digest(b"".join(marks))
 
-    def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
-        """Every value of a column that the run may ask for, as its mark -> the function that makes it.
-
-        None where they cannot be listed: images that are cut at random, captions whose tags are.
-        """
-        if column == "caption" and self.source.captions is not None and not (self.cfg.shuffle_tags or self.cfg.tag_dropout):
-            templates = self.cfg.caption_templates or ("{}",)
-            texts = {fill(form, text) for several in self.source.captions for text in several or [""] for form in templates}
-            if self.cfg.caption_dropout:
-                texts.add("")
-            return {content_hash(text): functools.partial(str, text) for text in texts}
-        if column not in self.images.kinds or (self.images.about(column, "room").any() and not self.cfg.center_crop):
+    def texts(self) -> list[str] | None:
+        """Every caption that the run may ask for; None where they cannot be listed, since tags are drawn, or there are none."""
+        if self.source.captions is None or self.cfg.shuffle_tags or self.cfg.tag_dropout:
             return None
+        return list(dict.fromkeys(text for row in range(self.size) for text in self._texts_of(row)))
 
-        def image(entry: int, flip: bool) -> Tensor:
-            x = self._pixels(column, entry)
-            return x.flip(-1) if flip else x
+    def _texts_of(self, row: int) -> list[str]:
+        templates, captions = self.cfg.caption_templates or ("{}",), self.source.captions[row] or [""]
+        return [fill(form, text) for text in captions for form in templates] + [""] * bool(self.cfg.caption_dropout)
 
-        flips = (False, True) if self.cfg.random_flip else (False,)
-        every = ((entry, flip) for entry in range(len(self.images)) for flip in flips)
-        return {self._mark(column, entry, flip): functools.partial(image, entry, flip) for entry, flip in every}
+    def values(self, columns: tuple[str, ...]) -> Values | None:
+        """Everything that the run may ask an encoding of these columns for; None where that cannot be listed: images that are
+        cut at random, captions whose tags are drawn, columns that are not there."""
+        images = [column for column in columns if column in self.images.kinds]
+        cut = any(self.images.about(column, "room").any() for column in images) and not self.cfg.center_crop
+        captions = self.texts() if "caption" in columns else []
+        if cut or captions is None or any(c not in (*images, "caption", *self.source.more) for c in columns):
+            return None
+        if columns == ("caption",):
+            return Values(as_marks([digest(repr(text).encode()) for text in captions]), lambda i: (captions[i],))
+        flips, every = (2 if self.cfg.random_flip and images else 1), range(len(self.images))
+        several = [list(dict.fromkeys(self._texts_of(row))) for row in self.rows.tolist()] if captions else [[""]] * len(every)
+        starts = np.cumsum([0, *(flips * len(texts) for texts in several)])
 
-    def substitute(self, column: str, read: Reader, in_memory: bool) -> None:
-        """From now on the stream has what `read` gives in place of this column, from memory or from the disk."""
-        self.encoded[column] = read
-        (self.from_disk.discard if in_memory else self.from_disk.add)(column)
-        if self.images.pixels and set(self.images.kinds) <= set(self.encoded):
+        def which(i: int) -> tuple[int, bool, str]:
+            entry = int(np.searchsorted(starts, i, "right")) - 1
+            text, flip = divmod(i - int(starts[entry]), flips)
+            return entry, bool(flip), several[entry][text]
+
+        def make(i: int) -> tuple[Any, ...]:
+            entry, flip, text = which(i)
+            row = int(self.rows[entry])
+            made = (
+                self._pixels(c, entry) if c in images else text if c == "caption" else self.source.more[c][row] for c in columns
+            )
+            return tuple(x.flip(-1) if flip and isinstance(x, Tensor) else x for x in made)
+
+        return Values(as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))]), make)
+
+    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, in_memory: bool) -> None:
+        """From now on the stream has what `read` gives of these columns; `in_memory`: the disk's cache holds all of it."""
+        self.encoded[name] = columns, read
+        (self.from_disk.discard if in_memory else self.from_disk.add)(name)
+
+    def hide(self, columns: set[str]) -> None:
+        """From now on the stream is without these columns."""
+        self.hidden, self.from_disk = columns, self.from_disk - columns
+        if self.images.pixels and set(self.images.kinds) <= columns:
             self.images = replace(self.images, pixels=None)  # `fixed` reads the few that it shows
 
     # Where the images lie.
@@ -298,6 +341,11 @@ class Examples(torch.utils.data.Dataset):
         )
         with signals_blocked():
             return _readable(iter(loader))
+
+
+def digest(content: bytes) -> bytes:
+    """16 bytes that tell it from all others."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _grouped(share: Tensor, images: Decoded) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:

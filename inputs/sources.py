@@ -414,8 +414,8 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
         if column.kind in ("text", "label") and name not in COLUMNS:
             inside = named(name, ("text",) if column.kind == "text" else ("class", "int"), () if column.optional else (name,))
             if inside is not None:
-                found = made(name, inside, _texts if column.kind == "text" else _numbered)
-                more[name] = found if column.kind == "text" else found[0]
+                column_values = made(name, inside, _texts if column.kind == "text" else _numbered)
+                more[name] = column_values if column.kind == "text" else column_values[0]
     size = len(values(image)) if isinstance(table, FolderTable) else len(table)
     others = "".join(f", {name}" for name in (*list(images)[1:], *more))
     summary = f"{size} images of {where}: image column {image!r}, captions {texts_of!r}, labels {label!r}{others}"
@@ -470,10 +470,10 @@ def _partners(images: Images, folder: str, asked: str, column: str, notes: list[
     by_path, by_stem = set(there), {}
     for path in there:
         by_stem.setdefault(stem(path), []).append(path)
-    found, wrong = [], []
+    paths, wrong = [], []
     for path in images.paths:
         several = [path] if path in by_path else by_stem.get(stem(path or ""), [])
-        found.append(several[0] if len(several) == 1 else None)
+        paths.append(several[0] if len(several) == 1 else None)
         if len(several) != 1:
             wrong.append(
                 f"{files.shown(path or 'a row without an image')} has {', '.join(map(files.shown, several)) or 'none'}"
@@ -483,9 +483,9 @@ def _partners(images: Images, folder: str, asked: str, column: str, notes: list[
         raise BadInput(
             f"{asked} {files.shown(folder)}: {len(wrong):,} images have no partner; {expected}: {files.listed(wrong)}"
         )
-    if unused := len(there) - len(set(found)):
+    if unused := len(there) - len(set(paths)):
         notes.append(f"{unused:,} images of {files.shown(folder)} without a partner")
-    return FolderImages(str(Path(folder).expanduser()), found)
+    return FolderImages(str(Path(folder).expanduser()), paths)
 
 
 def _images(table: Any, kinds: dict[str, str], column: str, name: str) -> FolderImages | DatasetImages:
@@ -594,36 +594,36 @@ def open_source(cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: in
     what, columns = kind_of(cfg), dict(columns)
     table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns)  # noqa: E731
     source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
-    given, share, held = cfg.validation_split, fraction(cfg.validation_split), None
+    given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
     if cfg.validation_data_dir is not None:
         if given is not None:
             raise BadInput(f"--data.validation-data-dir and --data.validation-split {given!r} are given; expected one of them")
-        held = table(replace(cfg, train_data_dir=cfg.validation_data_dir))
+        held_out = table(replace(cfg, train_data_dir=cfg.validation_data_dir))
     elif share is not None:
         out = held_out_rows(source.size, given)
-        held, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
+        held_out, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
     elif given is not None:
         if what != "a data set" or given == cfg.split:
             there = "which is trained on" if given == cfg.split else "and these images have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
-        held = table(cfg, "validation_split")
+        held_out = table(cfg, "validation_split")
     source = thinned(source, cfg)
     if parts := cfg.parts():
         settings = [part_of(cfg, part) for part in parts]
         sources = [source, *(thinned(table(own_cfg), own_cfg) for own_cfg in settings)]
         source = join(sources, shares([source.size for source in sources], parts))
     source = replace(source, columns=columns, sizes=sizes(cfg, multiple))
-    if held is not None:
+    if held_out is not None:
         where = f"--data.validation-{'split' if given else 'data-dir'} is {given or cfg.validation_data_dir!r}"
-        if held.size < 4:
-            rows = held.size + source.size
+        if held_out.size < 4:
+            rows = held_out.size + source.size
             enough = f"; of {rows} rows that is {math.ceil(400 / rows) / 100} or more" if share and rows >= 8 else ""
-            expected = f"expected at least 4 images, one for each quarter of the noise levels, not {held.size}"
+            expected = f"expected at least 4 images, one for each quarter of the noise levels, not {held_out.size}"
             raise BadInput(f"{where}; {expected}{enough}")
-        held = replace(held, columns=columns, sizes=source.sizes[-1:])
-        source = replace(source, held_out=held, summary=f"{source.summary}; {held.size} held out")
+        held_out = replace(held_out, columns=columns, sizes=source.sizes[-1:])
+        source = replace(source, held_out=held_out, summary=f"{source.summary}; {held_out.size} held out")
     if source.size < cfg.train_batch_size:
-        beside = f" beside the {held.size} of --data.validation-split {given}" if share else ""
+        beside = f" beside the {held_out.size} of --data.validation-split {given}" if share else ""
         raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} images{beside}")
     return source
 

@@ -187,13 +187,13 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
     memory, count, modes, changes, broken = _Memory(most, cfg.memory_budget * 2**30), 0, Counter(), Counter(), []
 
     def rows(some: range) -> list[_Row | str]:
-        found: list[_Row | str] = []
+        results: list[_Row | str] = []
         for row in some:
             try:
-                found.append(_read(source, cfg, kinds, skim, row))
+                results.append(_read(source, cfg, kinds, skim, row))
             except Exception as error:  # whatever a decoder throws at a broken file
-                found.append(f"{source.name(row)} ({reason(error)})")
-        return found
+                results.append(f"{source.name(row)} ({reason(error)})")
+        return results
 
     first, chunks = rows(range(1)), [range(i, min(i + 32, source.size)) for i in range(1, source.size, 32)]
     with ThreadPoolExecutor(threads(first[0])) as pool:

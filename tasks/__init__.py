@@ -115,13 +115,18 @@ class Follow:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding(Generic[C]):
-    """What frozen models make of a column before the loss: a function of each value alone, the same whenever it is called.
+    """What frozen models make of columns before the loss: a function of each example's values alone, the same whenever it is
+    called, and whatever else is in the batch.
 
-    The loop puts the new columns in the old one's place: in the step, or read from a cache that holds every value.
+    The loop puts the new columns in the place of those that are read: in the step, or from a cache that holds every value.
     """
 
-    fn: Callable[[Models, Any, C], Mapping[str, Tensor]]
-    """The column's B values -> new columns, [B, ...] each. Called without gradients, in the precision of the weights."""
+    fn: Callable[..., Mapping[str, Tensor]]
+    """(models, B values of each column that it reads, settings) -> new columns, [B, ...] each, of shapes that are the same for
+    all values of one shape: what differs in length is padded to a fixed one, with a mask. Called without gradients, in the
+    precision of the weights."""
+    columns: tuple[str, ...] = ()
+    """The columns that it reads; none: the one that it is called by in `Task.encodings`."""
     models: tuple[str, ...]
     """Models that it calls and the loss does not: with everything cached they leave the device but for samples. While one of
     them trains the loop leaves the column as it is, and the loss encodes it."""
@@ -151,7 +156,7 @@ class Task(Generic[C]):
     variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
     evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
-    """column -> its frozen encoding, which the loss sees in its place."""
+    """column, or another name -> the frozen encoding that the loss sees in the place of the columns that it reads."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
     samples and exports show is made by the loop: `--base.use-ema`.)"""

@@ -16,7 +16,7 @@ from warm import SHARED, cli, start, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import decoding, encodings, shapes, sources
+from oneloop.inputs import cache, decoding, shapes, sources
 from oneloop.inputs.crop import resized
 from oneloop.tasks import ddpm, lora, vae
 
@@ -377,8 +377,12 @@ def test_workers_that_are_started_anew(tmp_path, kind):
         cfg = dataclasses.replace(cfg, train_data_dir=None, dataset_name=str(tmp_path / "set"))
     examples = data.Examples(sources.open_source(cfg), cfg, 0)
     if kind == "shapes":
-        values = {mark: {"embedding": torch.tensor(float(i))} for i, mark in enumerate(sorted(examples.distinct("caption")))}
-        examples.substitute("caption", encodings._InMemory(values).read, True)
+        values, store = examples.values(("caption",)), cache.Cache(tmp_path / "cache")
+        every = range(len(values.marks))
+        store.fill(values.marks, every, 4, lambda some: ((i, {"embedding": torch.tensor(float(i))}) for i in some))
+        examples.substitute("caption", ("caption",), store.refresh().read, True)
+        examples.hide({"caption"})
+        examples[range(2)]  # what is open does not travel
     loader = DataLoader(
         data._Readable(examples),
         sampler=[range(0, 2), range(2, 4)],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from warm import cli, digest, tiny
+from warm import cli, cli_many, digest, flags, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data, Part
@@ -364,9 +364,11 @@ def test_captions_by_their_settings(tmp_path):
     tails = {text.removeprefix("photo of ") for text in texts}
     assert all(text.startswith("sks") for text in tails) and len(tails) > 20 and {len(t.split(", ")) for t in tails} > {4, 5}
     assert {text.startswith("photo of") for text in texts} == {True, False}
-    assert found.distinct("caption") is None and next(found.fixed(1))["caption"] == ["sks, a, b, c, d"]
+    assert (
+        found.texts() is None and found.values(("caption",)) is None and next(found.fixed(1))["caption"] == ["sks, a, b, c, d"]
+    )
     plain = examples(train_data_dir=str(folder), caption_templates=("{}", "photo of {}"), caption_dropout=0.1)
-    assert len(plain.distinct("caption")) == 3
+    assert plain.texts() == ["sks, a, b, c, d", "photo of sks, a, b, c, d", ""]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,3 +398,62 @@ def test_runs_with_all_of_it_end_in_the_same_bits(tmp_path):
     assert run("disk", 6, data__memory_budget=0, data__dataloader_num_workers=2) == whole
     halves = run("halves", 6, data__train_batch_size=2, base__gradient_accumulation_steps=2)
     assert halves == run("again", 6, data__train_batch_size=2, base__gradient_accumulation_steps=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two tasks that were written from the documentation, as anyone's modules.
+
+
+def edges_and_pairs(tmp_path):
+    """Shapes of colour, with their outline as a condition, and a darker image that is not preferred."""
+    for name in ("images", "edges"):
+        (tmp_path / name).mkdir()
+    rows = []
+    for i in range(8):
+        x = np.full((16, 24 if i % 2 else 16, 3), 255, np.uint8)
+        x[4 : 8 + i % 4, 4:12] = np.random.default_rng(i).integers(0, 256, 3)
+        Image.fromarray(x).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(x // 4).save(tmp_path / "images" / f"{i}-dark.png")
+        Image.fromarray(np.where(x < 255, 0, 255).astype(np.uint8)).save(tmp_path / "edges" / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "rejected_file_name": f"{i}-dark.png", "text": "a box"})
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("name", ["conditioned", "preference"])
+def test_tasks_of_several_images(tmp_path, name):
+    """They train, and end in the same bits when resumed, and on two processes as with two batches accumulated."""
+    edges_and_pairs(tmp_path)
+    common = {
+        "base.max_train_steps": 4,
+        "base.logger": "none",
+        "base.lr_scheduler": "constant",
+        "base.checkpointing_steps": 2,
+        "base.num_samples": 2,
+        "data.train_data_dir": tmp_path / "images",
+        "data.resolution": 16,
+        "data.train_batch_size": 2,
+        "data.random_flip": True,
+        "data.buckets": True,
+        "data.bucket_multiple": 4,
+    }
+    if name == "conditioned":
+        common["data.conditioning_data_dir"] = tmp_path / "edges"
+
+    def run(out, *more, **settings):
+        given = flags(name, common | {"base.output_dir": tmp_path / out} | settings)
+        result = cli(tmp_path, *given, *more)
+        assert result.code == 0, result.err
+        return digest(tmp_path / out)
+
+    whole = run("whole")
+    run("resumed", **{"base.max_train_steps": 2})
+    assert run("resumed") == whole
+    accumulated = run("accumulated", **{"base.gradient_accumulation_steps": 2})
+    two = flags(name, common | {"base.output_dir": tmp_path / "two"})
+    results = cli_many(tmp_path, 2, *two)
+    assert all(result.code == 0 for result in results), results[0].err
+    assert digest(tmp_path / "two") == accumulated
+    if name == "conditioned":
+        assert Image.open(next((tmp_path / "whole").glob("samples/4*.png"))).width > 3 * 16
+        result = cli(tmp_path, *flags(name, {k: v for k, v in common.items() if "conditioning" not in k}))
+        assert result.code == 2 and "the task needs a conditioning for each image" in result.err

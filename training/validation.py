@@ -90,7 +90,7 @@ def mean_losses(
     order = sorted(range(examples.size), key=lambda row: hash64("validation order", row))
     every = batches(examples.sizes(torch.tensor(order)), examples.cfg.train_batch_size)
     deal = itertools.islice(every, accelerator.process_index, None, accelerator.num_processes)
-    found: list[tuple[tuple[str, str], int, Any]] = []  # what, of how many examples, their mean
+    parts: list[tuple[tuple[str, str], int, Any]] = []  # what, of how many examples, their mean
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for quarter, ranks in deal:
             rows = [order[rank] for rank in ranks]
@@ -99,12 +99,12 @@ def mean_losses(
             descended: dict[str, Tensor] = {}  # optimizer -> the sum of its losses
             for loss in losses(examples.at(torch.tensor(rows)), rng):
                 descended[loss.name] = descended.get(loss.name, 0) + loss.value.detach()
-                found += [((key, ""), len(rows), torch.as_tensor(value).detach()) for key, value in loss.logs.items()]
+                parts += [((key, ""), len(rows), torch.as_tensor(value).detach()) for key, value in loss.logs.items()]
             for name, value in descended.items():
-                found += [((part, name), len(rows), value) for part in ("loss", f"q{quarter}")[: 1 + ("timestep" in rng.drawn)]]
-    values = torch.stack([value.float().to(device) for *_, value in found]).tolist() if found else []
+                parts += [((part, name), len(rows), value) for part in ("loss", f"q{quarter}")[: 1 + ("timestep" in rng.drawn)]]
+    values = torch.stack([value.float().to(device) for *_, value in parts]).tolist() if parts else []
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    measured = [(p, n, v) for (p, n, _), v in zip(found, values, strict=True)]
+    measured = [(p, n, v) for (p, n, _), v in zip(parts, values, strict=True)]
     for part, count, value in itertools.chain.from_iterable(gather(accelerator, measured)):
         total = sums[part]
         total[0], total[1] = total[0] + count * value, total[1] + count
