@@ -53,8 +53,8 @@ class Family:
     velocity: Callable[[nn.Module, Tensor, Tensor, Columns, float], Tensor]
     """(transformer, x_t [B, C, h, w], sigma [B] float32 in [0, 1], columns, guidance) -> noise - x, [B, C, h, w]. Only
     guidance-distilled models read the guidance, and they train at 1. CogView4 reads the column `target_size` too."""
-    targets: tuple[str, ...] | str
-    """Layers that get adapters: ends of names, or a regular expression for the whole name."""
+    targets: tuple[str, ...]
+    """Layers that get adapters: ends of names, or regular expressions for whole names."""
     length: int
     """T, the default of inference."""
     encoders: int = 1
@@ -88,6 +88,8 @@ class Family:
     """Further arguments of the pipeline, for samples that are what training saw."""
     together: bool = True
     """Whether the pipeline draws a batch of prompts as it draws each alone."""
+    lokr: bool = False
+    """Whether `load_lora_weights` reads LoKr."""
     load_lora: str = "pipeline.load_lora_weights({path})"
     """The line of Python that loads adapters from the folder whose name is the variable {path}."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
@@ -205,6 +207,7 @@ Z_IMAGE = Family(
     # Turbo and base differ in their shift alone, 3 and 6 (unslothai/unsloth#8270).
     distilled=lambda index, transformer, scheduler: scheduler.get("shift") == 3.0,
     few_steps=9,
+    lokr=True,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,12 +249,13 @@ FLUX2 = Family(
     text=flux2_text,
     velocity=flux2_velocity,
     # Without the single blocks' to_out the subject is not learned (unslothai/unsloth#8267); their number differs, so a pattern.
-    targets=r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out",
+    targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out"),
     length=512,
     patch=1,
     sample=False,
     shift=flux2_shift,
     few_steps=4,
+    lokr=True,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -165,13 +165,16 @@ def remarks(models: Models, s: Any) -> Iterator[str]:
 
 
 def adapt(models: Models, s: Any) -> None:
-    """Give the transformer its adapters: on the layers that are asked for, or the family's own, but those that would get no
-    gradient: they would learn nothing, and several processes would wait for them."""
+    """Give the transformer its adapters: those of a file, or on the layers that are asked for, or the family's own; but none to
+    layers that would get no gradient: they would learn nothing, and several processes would wait for them."""
     transformer, targets = models[TRAINED], s.target_modules or family(s).targets
-    names = adapters.layers(transformer, targets)
+    names = list(adapters.tuned(transformer)) or adapters.layers(transformer, targets)
     silent = adapters.silent(transformer, names, functools.partial(rehearsal, models, s))
-    targets = names if targets == ("all-linear",) else targets if isinstance(targets, str) else list(targets)
-    adapters.adapt(transformer, s, target_modules=targets, exclude_modules=silent or None)
+    if not s.init_lora:
+        adapters.adapt(transformer, s, targets, silent)
+    elif silent:
+        adapters.drop(transformer, silent)
+        transformer.peft_config["default"].exclude_modules = silent
 
 
 def rehearsal(models: Models, s: Any) -> Tensor:

@@ -47,14 +47,31 @@ class Settings:
     dropout: ShareBelowOne = 0.0
     """Dropout before the adapters."""
     target_modules: tuple[Name, ...] | None = None
-    """Layers of the UNet or transformer that get an adapter, by the ends of their names, or all-linear. None: those that are
-    usual for the family."""
+    """Layers of the UNet or transformer that get an adapter: ends of their names, patterns (regular expressions for the whole
+    name, such as `blocks\\.\\d+\\.attn\\..*`), or all-linear. None: those that are usual for the family."""
+    rank_pattern: tuple[Words, ...] = ()
+    """Other ranks by layer, TARGET=RANK each, such as `to_q=8`, with targets as in target_modules."""
+    alpha_pattern: tuple[Words, ...] = ()
+    """Other alphas by layer, TARGET=ALPHA each."""
+    learning_rate_pattern: tuple[Words, ...] = ()
+    """Other peak learning rates by layer, TARGET=RATE each; the first target that means a layer counts."""
+    init_lora: Name | None = None
+    """Start from the adapters of a file, or of a folder that an export wrote, in every form that diffusers reads. Layers, ranks
+    and alphas are the file's."""
+    training_adapter: Name | None = None
+    """Adapters that are on while this LoRA trains, and off in samples and exports: what keeps a distilled checkpoint's few
+    steps."""
     max_sequence_length: Annotated[int, Range(1, 65_536)] | None = None
     """Tokens that a caption is cut or filled to, in training and samples. None: the family's own, as at inference."""
     use_dora: bool = False
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
     use_rslora: bool = False
     """Divide by the rank's square root (Kalajdzievski 2023, A Rank Stabilization Scaling Factor, arXiv:2312.03732)."""
+    use_lokr: bool = False
+    """Adapters as Kronecker products (Yeh et al. 2023, LyCORIS, arXiv:2309.14859): Z-Image and FLUX.2, whose pipelines read
+    them."""
+    lokr_factor: Annotated[int, Range(-1, 65_536, without=0)] = -1
+    """Size of LoKr's first factor where it divides a layer's: the larger, the smaller the file. -1: the most even."""
     train_text_encoder: bool = False
     """Train adapters of the text encoders too (Stable Diffusion and SDXL); captions are then encoded in every step."""
     learning_rate: Live[Amount] = 1e-4
@@ -100,6 +117,8 @@ class Settings:
     """Strength of guidance in samples. None: the default of the model's pipeline."""
     num_inference_steps: Live[Annotated[int, Range(1, 1000)] | None] = None
     """Steps to draw a sample. None: the default of the model's pipeline."""
+    save_dtype: Live[Literal["float32", "bfloat16", "float16"]] = "float32"
+    """Precision of the exported adapters."""
     kohya: Live[bool] = False
     """Export lora_kohya.safetensors too, the form that ComfyUI and other programs read."""
 
@@ -111,8 +130,22 @@ class Settings:
         require(alone, "lora.target_modules", given, "all-linear without other names")
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise BadInput("--lora.use-8bit-adam needs the package bitsandbytes; install it, or leave the flag out")
-        if self.kohya and self.use_dora:
-            raise BadInput("--lora.kohya with --lora.use-dora: programs do not agree on DoRA in that form; leave one out")
+        numbers = {"rank_pattern": Range(1, 65_536), "alpha_pattern": Range(0.0, 3e38, without=0)}
+        for name, limit in (numbers | {"learning_rate_pattern": Range(0.0, 3e38)}).items():
+            adapters.check_pattern(f"lora.{name.replace('_', '-')}", getattr(self, name), limit)
+        for one, others in APART.items():
+            for other in others if getattr(self, one) else ():
+                if getattr(self, other) != getattr(Settings, other):
+                    one, other = (f"--lora.{name.replace('_', '-')}" for name in (one, other))
+                    raise BadInput(f"{one} with {other}: they do not go together; leave one out")
+
+
+APART = {
+    "kohya": ("use_dora", "use_lokr"),  # programs do not agree on DoRA in that form
+    "use_lokr": ("use_dora", "use_rslora", "dropout", "training_adapter"),
+    "init_lora": ("target_modules", "alpha", "rank_pattern", "alpha_pattern", "dropout", "use_dora", "use_rslora", "use_lokr"),
+}
+"""Settings -> those that mean nothing beside them."""
 
 
 @dataclass(frozen=True)
@@ -163,25 +196,33 @@ def check_base(cfg: Config) -> None:
 def make_models(cfg: Config) -> Models:
     s = cfg.lora
     check_base(cfg)
-    adapters.check_targets(s, "lora", family(s).TRAINED)
-    if family(s) is transformer:
+    own = family(s)
+    adapters.check_targets(s, "lora", own.TRAINED)
+    if own is transformer:
         models = transformer.load(s, "lora", cfg.base.mixed_precision)
+    else:
+        models = stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
+    if s.init_lora:
+        adapters.read(own.pipeline(models, s), s.init_lora, "--lora.init-lora")
+    if own is transformer:
         transformer.adapt(models, s)
-        return models
-    models = stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
-    targets = s.target_modules or stable_diffusion.TARGETS
-    targets = adapters.layers(models["unet"], targets) if targets == ("all-linear",) else list(targets)
-    adapters.adapt(models["unet"], s, target_modules=targets)
-    if s.train_text_encoder:
-        for name in stable_diffusion.ENCODERS:
-            if name in models:
-                # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
-                layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
-                    stable_diffusion.is_xl(s) and name == "text_encoder"
-                )
-                adapters.adapt(
-                    models[name], s, target_modules=list(adapters.TEXT_TARGETS), layers_to_transform=list(range(layers))
-                )
+    elif not s.init_lora:
+        adapters.adapt(models["unet"], s, s.target_modules or stable_diffusion.TARGETS)
+    for name in own.ENCODERS:
+        if name not in models:
+            continue
+        if s.train_text_encoder and not adapters.tuned(models[name]):
+            # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
+            layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
+                stable_diffusion.is_xl(s) and name == "text_encoder"
+            )
+            adapters.adapt(models[name], s, (adapters.text_target(range(layers)),))
+        elif adapters.tuned(models[name]) and not s.train_text_encoder:
+            raise BadInput(f"--lora.init-lora {s.init_lora}: has adapters of the {name}; add --lora.train-text-encoder")
+    if s.training_adapter:
+        adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "training")
+    for name in (own.TRAINED, *own.ENCODERS):
+        adapters.activate(models[name]) if name in models else None
     return models
 
 
@@ -192,8 +233,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
         (family(s).TRAINED, s.learning_rate),
         *((encoder, text_rate) for encoder in stable_diffusion.ENCODERS if encoder in models),
     ):
-        params = [p for p in models[name].parameters() if p.requires_grad]
-        groups += [{"params": params, "lr": rate}] if params else []
+        groups += adapters.groups(models[name], rate, s)
     return {"lora": diffusion.adamw(groups, s, s.use_8bit_adam)}
 
 
@@ -256,7 +296,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
     s, settings = cfg.lora, configs.portable(configs.to_dict(cfg), cfg)
     settings["base"]["output_dir"] = None
-    adapters.save(models, path, s, json.dumps(settings))
+    adapters.save(models, path, s, {"oneloop": json.dumps(settings)})
     how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, cfg.data.resolution).items())
     how = "prompt=" + stable_diffusion.quoted(prompts(examples, cfg)[0]) + how.replace("{", "{{").replace("}", "}}")
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
