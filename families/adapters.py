@@ -8,6 +8,7 @@ Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.0
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -186,7 +187,7 @@ def activate(module: nn.Module) -> None:
     """Have all adapters of a module count, and the one that trains be all that trains."""
     for adapter in getattr(module, "peft_config", {}):
         for layer in tuned(module, adapter).values():
-            layer.set_adapter([name for name in ("default", "training") if name in layer.scaling])
+            layer.set_adapter([name for name in ("default", "assistant") if name in layer.scaling])
     for key, p in module.named_parameters():
         p.requires_grad_(re.search(r"\.(?:lora|lokr)_", key) is not None and ".default" in key)
 
@@ -236,6 +237,7 @@ def read(pipeline: Any, path: str, flag: str, adapter: str = "default") -> None:
 def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, as other programs do. Their ranks and alphas are in the
     file, and so are the texts `about`."""
+    import safetensors.torch
     import torch
     from safetensors.torch import save_file
 
@@ -252,7 +254,9 @@ def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
                 weights[f"{name}.{inside}{key}"] = x.detach().to("cpu", getattr(torch, s.save_dtype)).contiguous()
             for key, layer in tuned(models[name]).items():
                 alphas[f"{name}.{inside}{key}"] = layer.scaling["default"] * layer.r["default"]
-    about = {"format": "pt", **about}
+    raw = memoryview(safetensors.torch.save(weights))
+    content = raw[8 + int.from_bytes(raw[:8], "little") :]  # behind the header and its length
+    about = {"format": "pt", **about, "modelspec.hash_sha256": f"0x{hashlib.sha256(content).hexdigest()}"}
     save_file(weights, path / WEIGHTS, about | {internals.adapter_metadata_key(): json.dumps(told, sort_keys=True)})
     if s.kohya:
         rank, alpha = next(len(x) for key, x in weights.items() if ".lora_A." in key), next(iter(alphas.values()))
@@ -262,8 +266,8 @@ def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
 
 def kohya(weights: Mapping[str, Tensor], alphas: Mapping[str, float], s: Any) -> dict[str, Tensor]:
     """Adapters with an alpha beside each, which is divided by the rank. Those of Stable Diffusion under the names of kohya's
-    sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_...; those of transformers under diffusers' own,
-    which ComfyUI knows."""
+    sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_...; those of transformers under diffusers' own
+    names, which ComfyUI knows."""
     import torch
 
     flow = stable_diffusion.kind(s) not in stable_diffusion.PIPELINES

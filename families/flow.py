@@ -90,6 +90,9 @@ class Family:
     """Whether the pipeline draws a batch of prompts as it draws each alone."""
     lokr: bool = False
     """Whether `load_lora_weights` reads LoKr."""
+    comfyui: bool = True
+    """Whether ComfyUI knows adapters of it by diffusers' names: SD3, FLUX.1, Chroma and AuraFlow by a run of its key maps,
+    Qwen-Image, HiDream, Z-Image, FLUX.2, Krea 2 and ERNIE by reading comfy/lora.py alone."""
     load_lora: str = "pipeline.load_lora_weights({path})"
     """The line of Python that loads adapters from the folder whose name is the variable {path}."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
@@ -463,7 +466,9 @@ def lumina2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: 
     )[0]
 
 
-LUMINA2 = Family(text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256)
+LUMINA2 = Family(
+    text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256, comfyui=False
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sana.
@@ -500,6 +505,7 @@ SANA = Family(
     velocity=sana_velocity,
     targets=("to_q", "to_k", "to_v"),
     length=300,
+    comfyui=False,
     patch=1,
     multiple=32,
     call={"use_resolution_binning": False},  # samples of the size that is asked for
@@ -582,6 +588,7 @@ HUNYUAN_IMAGE = Family(
     patch=1,
     multiple=32,
     distilled=lambda index, transformer, scheduler: bool(transformer.get("guidance_embeds")),
+    comfyui=False,
     guided_by="distilled_guidance_scale",  # true guidance is a component of its own
     # The pipeline has no load_lora_weights.
     load_lora=(
@@ -644,6 +651,7 @@ COGVIEW4 = Family(
     targets=("to_q", "to_k", "to_v", "to_out.0"),
     length=1024,
     together=False,
+    comfyui=False,
     shift=cogview4_shift,
     prepare=cogview4_prepare,
 )

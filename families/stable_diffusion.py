@@ -87,7 +87,7 @@ def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
         other = s.pretrained_vae_model_name_or_path
         expected = f"another --{group}.pretrained-vae-model-name-or-path" if other else "a text-to-image model"
         raise BadInput(f"{flag}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}")
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    factor = multiple(s)
     require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
     otherwise = overrides(s)
     predicts = (said | otherwise).get("prediction_type", "epsilon")
@@ -269,6 +269,20 @@ def tag(s: Any) -> str:
     return "stable-diffusion-xl" if is_xl(s) else "stable-diffusion"
 
 
+def architecture(s: Any) -> str:
+    """The family's name in ModelSpec: SD 2 is the one whose text has 1024 channels."""
+    if is_xl(s):
+        return "stable-diffusion-xl-v1-base"
+    if config(s, "unet").get("cross_attention_dim") != 1024:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if prediction_type(s) == "v_prediction" else "stable-diffusion-v2-512"
+
+
+def multiple(s: Any) -> int:
+    """What an image's height and width must be multiples of."""
+    return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)
+
+
 def remarks(models: Models, s: Any) -> Iterator[str]:
     """What there is to say of the checkpoint before it trains: nothing."""
     yield from ()
@@ -325,16 +339,16 @@ def pipeline(models: Models, s: Any) -> Any:
     return made
 
 
-def arguments(s: Any, side: int) -> dict[str, Any]:
+def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample; what is not asked for is its own."""
     asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
     asked |= {"negative_prompt": s.negative_prompt or None}
-    return {"height": side, "width": side, **{key: value for key, value in asked.items() if value is not None}}
+    return {"height": height, "width": width, **{key: value for key, value in asked.items() if value is not None}}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
-    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
-    call = arguments(s, side)
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+    """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
+    call = arguments(s, height, width)
     negative = {"negative_prompt": [s.negative_prompt] * len(prompts)} if s.negative_prompt else {}
     latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
     return decode(models["vae"], latents)

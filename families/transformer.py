@@ -5,7 +5,7 @@ out. The counterpart of stable_diffusion.py, with its names; `s` is a task's set
     target_modules                                                                           which layers get adapters
     negative_prompt, guidance_scale, num_inference_steps                                     how samples are drawn
 
-and these functions weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
+and these functions density, weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
 """
 
 from __future__ import annotations
@@ -44,6 +44,17 @@ def distilled(s: Any) -> bool:
 def tag(s: Any) -> str:
     """The family's name as the hub's pages have it."""
     return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
+
+
+def architecture(s: Any) -> str:
+    """The family's name in ModelSpec: what other trainers write where they write one, else that of its pages."""
+    flux = "flux-1-schnell" if distilled(s) else "flux-1-dev"
+    return {"flux": flux, "stablediffusion3": "stable-diffusion-3-medium"}.get(tag(s), tag(s))
+
+
+def multiple(s: Any) -> int:
+    """What an image's height and width must be multiples of."""
+    return family(s).multiple
 
 
 def check(s: Any, group: str, resolution: int) -> None:
@@ -207,7 +218,7 @@ def scheme(s: Any) -> str:
 def noise_level(s: Any, u: Tensor, shape: torch.Size) -> Tensor:
     """Uniform numbers [B] -> sigma [B] of the run's density, shifted as inference shifts it for latents of this shape."""
     own = family(s)
-    name = scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform"
+    name = s.density or (scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform")
     tokens = shape[-2] * shape[-1] // own.patch**2
     alpha = s.flow_shift or own.shift(parts(s)["scheduler"], tokens, config(s, ""))
     return maths.shift(maths.density(name, u, s.logit_mean, s.logit_std, s.mode_scale), alpha)
@@ -219,7 +230,7 @@ def weight(s: Any, sigma: Tensor) -> Tensor:
     return maths.weight(name, sigma.clamp(min=1e-3))
 
 
-def arguments(s: Any, side: int) -> dict[str, Any]:
+def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample."""
     import diffusers
 
@@ -231,16 +242,16 @@ def arguments(s: Any, side: int) -> dict[str, Any]:
     asked = {"num_inference_steps": s.num_inference_steps, own.guided_by: s.guidance_scale}
     asked |= {"max_sequence_length": s.max_sequence_length} if "max_sequence_length" in known else {}
     asked |= {"negative_prompt": s.negative_prompt or own.negative} if "negative_prompt" in known else {}
-    return {"height": side, "width": side, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
+    return {"height": height, "width": width, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
-    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+    """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
     import torch
 
-    drawn, call = pipeline(models, s), arguments(s, side)
+    drawn, call = pipeline(models, s), arguments(s, height, width)
     if config(s, "")["_class_name"] == "HiDreamImagePipeline":  # it scales every size to the area of this many latents
-        drawn.default_sample_size = side // drawn.vae_scale_factor
+        drawn.default_sample_size = (height * width) ** 0.5 / drawn.vae_scale_factor
     images, size = [], len(prompts) if family(s).together else 1
     for start in range(0, len(prompts), size):
         some = slice(start, start + size)

@@ -9,10 +9,12 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,12 +22,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
 from oneloop.families import adapters, flow, hub, latents, stable_diffusion, transformer
+from oneloop.inputs import prompts
+from oneloop.inputs.prompts import Prompt
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
-from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
+from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, without_adapters
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Settings:
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
     """Flow matching: which noise levels count most, by the official scripts' names (Esser et al. 2024, arXiv:2403.03206, 3.1).
     logit_normal and mode draw them more often; sigma_sqrt and cosmap weigh their loss. None: the family's."""
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = None
+    """Flow matching: how often each noise level is drawn, before the shift. None: as weighting_scheme says."""
     logit_mean: Annotated[float, Range(-100, 100)] = 0.0
     """Mean of logit_normal: above 0 is more noise."""
     logit_std: Annotated[float, Range(0, 100, without=0)] = 1.0
@@ -109,8 +115,16 @@ class Settings:
     """Share of noise that is the same all over an image, for very dark and very bright ones (0.05 to 0.1)."""
     input_perturbation: Amount = 0.0
     """More noise for the UNet's input alone (Ning et al. 2023, arXiv:2301.11706; 0.1)."""
+    preservation_weight: Amount = 0.0
+    """Weight of a second loss: under preservation_prompt the model shall answer as its base does, on the same noised images.
+    What the images do not teach stays as it was, without images of it."""
+    preservation_prompt: Words = ""
+    """What that is said of, such as the subject's class: `a dog` beside captions of one dog."""
     validation_prompts: Live[tuple[Words, ...]] = ()
-    """What to draw samples of, in turn. None given: the first captions."""
+    """What to draw samples of, in turn: prompts, with settings of their own after ` --` (negative, width, height, seed, steps,
+    guidance, strength), as in `a dog --seed 7 --strength 0.5`. None given: the first captions."""
+    prompts_file: Live[Name | None] = None
+    """A text file with such a prompt in each line, in the place of validation_prompts."""
     negative_prompt: Live[Words] = ""
     """What samples shall not look like."""
     guidance_scale: Live[Amount | None] = None
@@ -142,7 +156,10 @@ class Settings:
 
 APART = {
     "kohya": ("use_dora", "use_lokr"),  # programs do not agree on DoRA in that form
+    "train_text_encoder": ("use_dora",),  # transformers 5 loses the lengths when it loads them
     "use_lokr": ("use_dora", "use_rslora", "dropout", "training_adapter"),
+    "preservation_weight": ("train_text_encoder",),
+    "prompts_file": ("validation_prompts",),
     "init_lora": ("target_modules", "alpha", "rank_pattern", "alpha_pattern", "dropout", "use_dora", "use_rslora", "use_lokr"),
 }
 """Settings -> those that mean nothing beside them."""
@@ -152,7 +169,7 @@ APART = {
 class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for a few photographs."""
 
-    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200))
+    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200, validate_first=True))
     data: Data = field(
         default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1, interpolation="lanczos")
     )
@@ -162,14 +179,14 @@ class Config:
         s = self.lora
         if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
             check_base(self)  # a name on the hub is looked up by make_models
-        given, several = self.base.num_samples, len(self.lora.validation_prompts)
-        require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.validation-prompts")
+        given, several, flag = self.base.num_samples, len(asked(s)), "prompts-file" if s.prompts_file else "validation-prompts"
+        require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.{flag}")
 
 
 DIFFUSION = ("train_text_encoder", "text_encoder_learning_rate", "prediction_type", "rescale_betas_zero_snr", "snr_gamma")
-DIFFUSION += ("noise_offset", "input_perturbation", "kohya")
+DIFFUSION += ("noise_offset", "input_perturbation")
 """Settings that only the families of Stable Diffusion have a use for."""
-FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
+FLOW = ("weighting_scheme", "density", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
 """Settings that only flow-matching families have a use for."""
 
 
@@ -190,10 +207,18 @@ def check_base(cfg: Config) -> None:
         if getattr(s, name) != getattr(Settings, name):
             flag = f"--lora.{name}".replace("_", "-")
             raise BadInput(f"{flag} is {getattr(s, name)!r}: a {stable_diffusion.kind(s)} has no use for it; leave it out")
+    if s.kohya and family(s) is transformer and not transformer.family(s).comfyui:
+        raise BadInput(f"--lora.kohya: other programs have no names known here for a {stable_diffusion.kind(s)}; leave it out")
+    if s.use_lokr and not (family(s) is transformer and transformer.family(s).lokr):
+        readers = ", ".join(name for name, own in flow.FAMILIES.items() if own.lokr)
+        raise BadInput(f"--lora.use-lokr: the loader of a {stable_diffusion.kind(s)} reads no LoKr; expected one of {readers}")
     family(s).check(s, "lora", cfg.data.resolution)
+    asked(s, family(s).multiple(s))
 
 
 def make_models(cfg: Config) -> Models:
+    import torch
+
     s = cfg.lora
     check_base(cfg)
     own = family(s)
@@ -220,9 +245,14 @@ def make_models(cfg: Config) -> Models:
         elif adapters.tuned(models[name]) and not s.train_text_encoder:
             raise BadInput(f"--lora.init-lora {s.init_lora}: has adapters of the {name}; add --lora.train-text-encoder")
     if s.training_adapter:
-        adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "training")
+        adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "assistant")
     for name in (own.TRAINED, *own.ENCODERS):
         adapters.activate(models[name]) if name in models else None
+    if s.preservation_weight:
+        models["preservation"] = torch.nn.Module()
+        with torch.no_grad():
+            for key, x in encode_captions(models, [s.preservation_prompt], cfg).items():  # [1, ...]
+                models["preservation"].register_buffer(key, x, persistent=False)
     return models
 
 
@@ -246,26 +276,46 @@ def encode_captions(models: Models, captions: list[str], cfg: Config) -> dict[st
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
+    """The objective; before it, where asked, the loss that keeps the base's answers, whose gradient is added to its own."""
+    s = cfg.lora
     if "prompt_embeds" not in batch:  # the text encoders train
         batch = batch | encode_captions(models, batch["caption"], cfg)
-    objective = diffusion_loss if family(cfg.lora) is stable_diffusion else flow_loss
+    objective = diffusion_loss if family(s) is stable_diffusion else flow_loss
+    if s.preservation_weight:
+        like = batch["prompt_embeds"]
+        same = {
+            key: x.to(like.dtype if x.is_floating_point() else x.dtype).expand(len(like), *x.shape[1:])
+            for key, x in models["preservation"].named_buffers()
+        }
+        with without_adapters(models[family(s).TRAINED]) as base:
+            kept = objective(models, batch | same, rng, cfg, base).mean()
+        yield Loss("lora", s.preservation_weight * kept, {"preservation": kept.detach()}, step=False)
     yield Loss("lora", objective(models, batch, rng, cfg).mean())
 
 
-def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
+def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config, base: nn.Module | None = None) -> Tensor:
     """Weighted squared error of the velocity noise - x at (1 - sigma) x + sigma noise, [B] (Esser et al. 2024, eq. 13,
-    arXiv:2403.03206)."""
+    arXiv:2403.03206); with a `base`, of its difference from what that answers."""
+    import torch
+
     s, family = cfg.lora, transformer.family(cfg.lora)
     x = latents.draw(batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
     sigma = transformer.noise_level(s, rng.uniform("timestep"), x.shape)  # [B]
     columns = batch | {"target_size": sigma.new_full((len(x), 2), cfg.data.resolution)}
-    v = family.velocity(models["transformer"], rectified.interpolate(x, noise, sigma), sigma, columns, 1.0)  # [B, C, h, w]
-    return transformer.weight(s, sigma) * diffusion.mse(v, rectified.velocity(x, noise))
+    answer = lambda net: family.velocity(net, rectified.interpolate(x, noise, sigma), sigma, columns, 1.0)  # noqa: E731
+    target = rectified.velocity(x, noise)  # [B, C, h, w]
+    if base is not None:
+        with torch.no_grad():
+            target = answer(base)
+    return transformer.weight(s, sigma) * diffusion.mse(answer(models["transformer"]), target)
 
 
-def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
-    """Weighted squared error of what the UNet predicts, [B] (Ho et al. 2020, arXiv:2006.11239)."""
+def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config, base: nn.Module | None = None) -> Tensor:
+    """Weighted squared error of what the UNet predicts, [B] (Ho et al. 2020, arXiv:2006.11239); with a `base`, of its
+    difference from what that predicts."""
+    import torch
+
     s = cfg.lora
     x = stable_diffusion.draw(models["vae"], batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
@@ -276,30 +326,76 @@ def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tenso
     t = rng.integers("timestep", len(alphas))  # [B]
     a, predicts = alphas[t], stable_diffusion.prediction_type(s)  # [B]
     given = stable_diffusion.conditions(batch, cfg.data.resolution, stable_diffusion.is_xl(s))
-    prediction = models["unet"](diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # [B, C, h, w]
-    error = diffusion.mse(prediction, diffusion.target(predicts, x, noise, a))  # [B]
+    answer = lambda net: net(diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # noqa: E731
+    target = diffusion.target(predicts, x, noise, a)  # [B, C, h, w]
+    if base is not None:
+        with torch.no_grad():
+            target = answer(base)
+    error = diffusion.mse(answer(models["unet"]), target)  # [B]
     return diffusion.loss_weight(predicts, a, s.snr_gamma) * error
 
 
-def prompts(examples: Iterable[Batch], cfg: Config) -> list[str]:
-    """What to draw samples of."""
-    return list(cfg.lora.validation_prompts) or next(iter(examples))["caption"]
+def asked(s: Settings, multiple: int = 1) -> list[Prompt]:
+    """The sample prompts that the settings give, whose sizes must be multiples of `multiple`."""
+    flag = "--lora.prompts-file" if s.prompts_file else "--lora.validation-prompts"
+    return prompts.read(prompts.read_file(s.prompts_file, flag) if s.prompts_file else s.validation_prompts, flag, multiple)
 
 
 def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
-    s, texts = cfg.lora, cfg.lora.validation_prompts
-    wanted = [texts[i % len(texts)] for i in rng.numbers] if texts else next(iter(examples))["caption"]
-    images = family(s).sample(models, s, wanted, rng.generators("sample"), cfg.data.resolution)
-    return {"samples": images}  # [B, 3, H, W] in [0, 1]
+    """The prompts of the settings in turn, or of the first captions; images of several sizes on white, in the largest."""
+    import torch
+
+    s, side, own = cfg.lora, cfg.data.resolution, family(cfg.lora)
+    entries = asked(s)
+    wanted = [entries[i % len(entries)] for i in rng.numbers] if entries else map(Prompt, next(iter(examples))["caption"])
+    sizes = [(entry.height or side, entry.width or side) for entry in entries] or [(side, side)]
+    canvas = torch.ones(len(rng), 3, *map(max, zip(*sizes, strict=True)))  # [B, 3, H, W]
+    alike = lambda pair: replace(pair[0], prompt="", seed=None)  # noqa: E731
+    first = 0
+    for how, pairs in itertools.groupby(zip(wanted, rng.generators("sample"), strict=True), alike):
+        some, generators = zip(*pairs, strict=True)
+        for entry, generator in zip(some, generators, strict=True):
+            generator.manual_seed(entry.seed) if entry.seed is not None else None
+        told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        settings = replace(s, **{key: value for key, value in told.items() if value is not None})
+        height, width = how.height or side, how.width or side
+        with contextlib.ExitStack() as stack:
+            for name in (own.TRAINED, *own.ENCODERS):
+                if name in models:
+                    stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))
+            images = own.sample(models, settings, [entry.prompt for entry in some], [*generators], height, width)
+        canvas[first : first + len(some), :, :height, :width] = images.cpu()
+        first += len(some)
+    return {"samples": canvas}  # in [0, 1]
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    s, settings = cfg.lora, configs.portable(configs.to_dict(cfg), cfg)
+    s, settings, side = cfg.lora, configs.portable(configs.to_dict(cfg), cfg), cfg.data.resolution
     settings["base"]["output_dir"] = None
-    adapters.save(models, path, s, {"oneloop": json.dumps(settings)})
-    how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, cfg.data.resolution).items())
-    how = "prompt=" + stable_diffusion.quoted(prompts(examples, cfg)[0]) + how.replace("{", "{{").replace("}", "}}")
+    adapters.save(models, path, s, {"oneloop": json.dumps(settings)} | model_spec(cfg))
+    prompt = next((entry.prompt for entry in asked(s)), None) or next(iter(examples))["caption"][0]
+    how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, side, side).items())
+    how = "prompt=" + stable_diffusion.quoted(prompt) + how.replace("{", "{{").replace("}", "}}")
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
+
+
+def model_spec(cfg: Config) -> dict[str, str]:
+    """What the file says of itself, by the keys of Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec). Without
+    a date, so that equal runs write equal files."""
+    s, trigger = cfg.lora, cfg.data.trigger
+    said = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family(s).architecture(s)}/lora",
+        "implementation": "diffusers",
+        "title": Path(cfg.base.output_dir or "lora").name,
+        "description": f"Adapters of {Path(s.pretrained_model_name_or_path).name}, trained with oneloop.",
+        "resolution": f"{cfg.data.resolution}x{cfg.data.resolution}",
+    }
+    if trigger:
+        said |= {"trigger_phrase": trigger, "usage_hint": f"Trigger: {trigger}"}
+    if family(s) is stable_diffusion:
+        said["prediction_type"] = {"v_prediction": "v"}.get(kind := stable_diffusion.prediction_type(s), kind)
+    return {f"modelspec.{key}": value for key, value in said.items()}
 
 
 def card(cfg: Config) -> dict[str, Any]:
