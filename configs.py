@@ -203,6 +203,7 @@ def fraction(given: str | None) -> float | None:
 
 
 COMMANDS = {
+    "merge": "Put a finished LoRA into its base, or into one file of weights.",
     "compare": "One page that shows several runs over each other.",
     "sample": "Draw images from a run's output folder, or from one of its checkpoints.",
 }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oneloop.configs import BadInput, require
 from oneloop.families import adapters, flow, hub, latents
 from oneloop.families.flow import Family
-from oneloop.families.stable_diffusion import MODEL, config, load_parts, quoted
+from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
 from oneloop.maths import flow as maths
 from oneloop.tasks import Models, unwrap
 
@@ -65,7 +65,8 @@ def check(s: Any, group: str, resolution: int) -> None:
     """
     index, own = config(s, ""), family(s)
     flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-    if s.pretrained_vae_model_name_or_path and index["vae"][1] != "AutoencoderKL":
+    own_vae = s.pretrained_vae_model_name_or_path
+    if own_vae and not hub.is_file(own_vae) and index["vae"][1] != "AutoencoderKL":
         raise BadInput(f"--{group}.pretrained-vae-model-name-or-path: {flag} has an {index['vae'][1]}; leave the flag out")
     require(resolution % own.multiple == 0, "data.resolution", resolution, f"a multiple of {own.multiple}")
     for name in ENCODERS[: own.encoders]:
@@ -263,12 +264,4 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], he
 def load_lines(s: Any) -> str:
     """The lines of Python that make `pipeline` of the checkpoint and load the adapters of the folder `path`; for
     `str.format`."""
-    kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
-    more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
-    lines = f"from diffusers import {kind}\n"
-    if own := s.pretrained_vae_model_name_or_path:
-        lines += f"from diffusers import AutoencoderKL\nvae = AutoencoderKL.from_pretrained({quoted(own)})\n"
-        more += ", vae=vae"
-    return lines + (
-        f"pipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n{family(s).load_lora}\n"
-    )
+    return f"{pipeline_lines(s)}{family(s).load_lora}\n"

@@ -43,7 +43,11 @@ class Settings:
     variant: Name | None = None
     """Variant of its weight files, such as fp16."""
     pretrained_vae_model_name_or_path: Name | None = None
-    """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, or a name on the hub."""
+    """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, a name on the hub, or a
+    .safetensors file."""
+    single_file: Name | None = None
+    """A .safetensors or .gguf file whose weights stand in the place of its UNet's or transformer's; text encoders, autoencoder
+    and all configs are those of pretrained_model_name_or_path."""
     rank: Annotated[int, Range(1, 65_536)] = 16
     """Rank of the adapters: how much they can learn, and how large they are."""
     alpha: Annotated[float, Range(0, 3e38, without=0)] | None = None
@@ -216,6 +220,13 @@ def check_base(cfg: Config) -> None:
     asked(s, family(s).multiple(s))
 
 
+def load(s: Settings, precision: str) -> Models:
+    """The checkpoint's parts, frozen."""
+    if family(s) is transformer:
+        return transformer.load(s, "lora", precision)
+    return stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
+
+
 def make_models(cfg: Config) -> Models:
     import torch
 
@@ -223,10 +234,7 @@ def make_models(cfg: Config) -> Models:
     check_base(cfg)
     own = family(s)
     adapters.check_targets(s, "lora", own.TRAINED)
-    if own is transformer:
-        models = transformer.load(s, "lora", cfg.base.mixed_precision)
-    else:
-        models = stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
+    models = load(s, cfg.base.mixed_precision)
     if s.init_lora:
         adapters.read(own.pipeline(models, s), s.init_lora, "--lora.init-lora")
     if own is transformer:

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.util
 import types
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_lora_families import CAPTIONS, NAMES, SIDE, config, encoded
+from test_lora import draw_photos
+from test_lora_families import CAPTIONS, NAMES, SIDE, command, config, encoded
+from warm import cli
 
 from oneloop import configs
 from oneloop.configs import BadInput
@@ -37,6 +40,11 @@ def built(tmp_path_factory):
             else tiny_families.build(name, folder)
         )
     )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"))
 
 
 def made(cfg, std=0.3):
@@ -434,3 +442,60 @@ def test_densities(built, density):
     sigma = transformer.noise_level(cfg.lora, u, (2, 4, 8, 8))
     torch.testing.assert_close(sigma, maths.shift(maths.density(density, u, 0.3, 0.8, 0.5), 2.0))
     assert sigma.diff().gt(0).all() and torch.equal(transformer.weight(cfg.lora, sigma), sigma.clamp(min=1e-3) ** -2.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging, and single files.
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sd", {"lora__use_dora": True}), ("Flux2KleinPipeline", {"lora__use_lokr": True})])
+def test_a_finished_lora_is_merged_into_its_base_and_into_a_file_that_is_a_base(built, photos, tmp_path, name, kind):
+    """The merged pipeline draws what base and adapters draw; the file, in the place of the UNet's weights, does so too."""
+    line = command(tmp_path, built(name), photos, lora__learning_rate=0.3, base__lr_scheduler="constant", **kind)
+    assert cli(tmp_path, *line).code == 0
+    for to in ("whole", "part.safetensors"):
+        done = cli(tmp_path, "merge", "out", "--to", to, "--dtype", "float32")
+        assert done.code == 0 and "checkpoint-2 at strength 1 merged into" in done.out, done.err
+    cfg = config(built(name))
+    own = lora.family(cfg.lora)
+    fresh = lambda folder: diffusers.DiffusionPipeline.from_pretrained(folder)  # noqa: E731
+    rng = Rng.of(0, range(1), "samples")
+    draw = lambda parts, s=cfg.lora: own.sample(parts, s, CAPTIONS[:1], rng.generators("sample"), SIDE, SIDE)  # noqa: E731
+    adapted = fresh(built(name))
+    with torch.no_grad():
+        bare = draw(adapted.components)
+        adapted.load_lora_weights(tmp_path / "out" / "export")
+        wanted = draw(adapted.components)
+        torch.testing.assert_close(draw(fresh(tmp_path / "whole").components), wanted, rtol=0, atol=1e-4)
+        single = config(built(name), single_file=str(tmp_path / "part.safetensors"))
+        models = lora.make_models(single)
+        torch.testing.assert_close(draw(models, single.lora), wanted, rtol=0, atol=1e-4)
+        scope = {"path": exported(models, single, tmp_path / "again")}
+        exec(own.load_lines(single.lora).format(path="path"), scope)
+        torch.testing.assert_close(draw(scope["pipeline"].components), wanted, rtol=0, atol=1e-4)
+    assert (bare - wanted).abs().max() > 1e-3
+    taken = cli(tmp_path, "merge", "out", "--to", "whole")
+    assert taken.code == 2 and "--to is 'whole'; expected a name that is not taken" in taken.err
+
+
+def test_single_files(built, tmp_path):
+    """An autoencoder of one file, in diffusers' names; and what is no such file."""
+    folder = built("sd")
+    state = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({key: 2 * x for key, x in state.items()}, tmp_path / "vae.safetensors", {"format": "pt"})
+    models = lora.make_models(config(folder, pretrained_vae_model_name_or_path=str(tmp_path / "vae.safetensors")))
+    assert all(torch.equal(x, 2 * state[key]) for key, x in models["vae"].state_dict().items())
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    for name, value, says in (
+        ("sd", "nowhere.safetensors", "--lora.single-file is 'nowhere.safetensors'; expected a .safetensors or .gguf file"),
+        ("sd", str(folder), "expected a .safetensors or .gguf file that is there"),
+        ("sd", str(tmp_path / "junk.safetensors"), "unet cannot be loaded as a UNet2DConditionModel"),
+        ("ZImagePipeline", str(tmp_path / "some.gguf"), "transformer needs the package gguf"),
+        ("CogView4Pipeline", str(tmp_path / "junk.safetensors"), "reads no CogView4Transformer2DModel from a single file"),
+    ):
+        if "gguf" in says and importlib.util.find_spec("gguf"):
+            continue
+        with pytest.raises(BadInput) as refused:
+            lora.make_models(config(built(name), single_file=value))
+        assert says in str(refused.value) and "\n" not in str(refused.value), str(refused.value)
