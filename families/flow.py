@@ -59,6 +59,8 @@ class Family:
     """T, the default of inference."""
     encoders: int = 1
     """Text encoders that it cannot do without."""
+    clips: int = 0
+    """How many of them, from the first on, are CLIPs that the official script trains too."""
     patch: int = 2
     """Height and width of a token in latent pixels."""
     multiple: int = 16
@@ -298,6 +300,7 @@ FLUX = Family(
     targets=(*JOINT, *FEED_FORWARD),
     length=512,
     encoders=2,
+    clips=1,
     distilled=lambda index, transformer, scheduler: not transformer.get("guidance_embeds"),  # schnell
     few_steps=4,
 )
@@ -415,7 +418,7 @@ def sd3_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Colu
     )[0]
 
 
-SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256, encoders=2, weighting="logit_normal")
+SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256, encoders=2, clips=2, weighting="logit_normal")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chroma.

@@ -306,6 +306,11 @@ def architecture(s: Any) -> str:
     return "stable-diffusion-v2-768-v" if prediction_type(s) == "v_prediction" else "stable-diffusion-v2-512"
 
 
+def trainable(s: Any) -> tuple[str, ...]:
+    """Text encoders that can train."""
+    return ENCODERS
+
+
 def multiple(s: Any) -> int:
     """What an image's height and width must be multiples of."""
     return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)

@@ -52,6 +52,11 @@ def architecture(s: Any) -> str:
     return {"flux": flux, "stablediffusion3": "stable-diffusion-3-medium"}.get(tag(s), tag(s))
 
 
+def trainable(s: Any) -> tuple[str, ...]:
+    """Text encoders that can train: the CLIPs, where the official script trains them."""
+    return ENCODERS[: family(s).clips]
+
+
 def multiple(s: Any) -> int:
     """What an image's height and width must be multiples of."""
     return family(s).multiple
@@ -124,7 +129,24 @@ def pipeline(models: Models, s: Any, vae: bool = True) -> Any:
     scheduler = parts(s)["scheduler"]
     modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
     fresh = {"scheduler": type(scheduler).from_config(scheduler.config)}
-    return flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+    made = flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+    for name in ENCODERS:
+        if name in models and models[name] is not unwrap(models[name]):  # it trains in several processes
+            setattr(made, name, Wrapped(models[name]))
+    return made
+
+
+class Wrapped:
+    """A module that is called through the wrapper that reduces its gradients, and else is the module itself."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.module(*args, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(unwrap(self.module), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

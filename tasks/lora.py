@@ -81,7 +81,8 @@ class Settings:
     lokr_factor: Annotated[int, Range(-1, 65_536, without=0)] = -1
     """Size of LoKr's first factor where it divides a layer's: the larger, the smaller the file. -1: the most even."""
     train_text_encoder: bool = False
-    """Train adapters of the text encoders too (Stable Diffusion and SDXL); captions are then encoded in every step."""
+    """Train adapters of the CLIP text encoders too (Stable Diffusion, SDXL, SD3, FLUX.1), as the official scripts do; captions
+    are then encoded in every step."""
     learning_rate: Live[Amount] = 1e-4
     """Peak learning rate of AdamW for the adapters of the UNet or transformer."""
     text_encoder_learning_rate: Live[Amount | None] = None
@@ -187,8 +188,9 @@ class Config:
         require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.{flag}")
 
 
-DIFFUSION = ("train_text_encoder", "text_encoder_learning_rate", "prediction_type", "rescale_betas_zero_snr", "snr_gamma")
-DIFFUSION += ("noise_offset", "input_perturbation")
+TEXT = ("train_text_encoder", "text_encoder_learning_rate")
+"""Settings for families whose official scripts train text encoders."""
+DIFFUSION = ("prediction_type", "rescale_betas_zero_snr", "snr_gamma", "noise_offset", "input_perturbation")
 """Settings that only the families of Stable Diffusion have a use for."""
 FLOW = ("weighting_scheme", "density", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
 """Settings that only flow-matching families have a use for."""
@@ -207,7 +209,7 @@ def check_base(cfg: Config) -> None:
     """
     s, known = cfg.lora, (*stable_diffusion.PIPELINES, *flow.FAMILIES)
     stable_diffusion.check_files(s, "lora", known)
-    for name in FLOW if family(s) is stable_diffusion else DIFFUSION:
+    for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
         if getattr(s, name) != getattr(Settings, name):
             flag = f"--lora.{name}".replace("_", "-")
             raise BadInput(f"{flag} is {getattr(s, name)!r}: a {stable_diffusion.kind(s)} has no use for it; leave it out")
@@ -244,7 +246,7 @@ def make_models(cfg: Config) -> Models:
     for name in own.ENCODERS:
         if name not in models:
             continue
-        if s.train_text_encoder and not adapters.tuned(models[name]):
+        if s.train_text_encoder and name in own.trainable(s) and not adapters.tuned(models[name]):
             # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
             layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
                 stable_diffusion.is_xl(s) and name == "text_encoder"

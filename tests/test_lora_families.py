@@ -172,7 +172,7 @@ def test_validation_spreads_the_noise_levels(moved):
     assert "timestep" in stratified.drawn and torch.equal(seen[0], seen[0].sort().values)
 
 
-@pytest.mark.parametrize("name", ["ZImagePipeline", "FluxPipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize("name", NAMES)
 def test_adapters_learn_an_image(built, photos, name):
     """Over 64 fixed pairs of noise and sigma of one image the loss falls with adapters on all linear layers, and is what it
     was without them."""

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import draw_photos
 from test_lora_families import CAPTIONS, NAMES, SIDE, command, config, encoded
-from warm import cli
+from warm import cli, cli_many, distance
 
 from oneloop import configs
 from oneloop.configs import BadInput
@@ -245,6 +245,42 @@ def test_a_training_adapter_is_on_in_training_and_off_in_samples_and_exports(bui
     assert torch.equal(drawn(both, cfg), drawn(alone, plain))
     one, two = (load_file(exported(m, c, tmp_path / n) / WEIGHTS) for m, c, n in ((both, cfg, "a"), (alone, plain, "b")))
     assert one.keys() == two.keys() and all(torch.equal(x, two[key]) for key, x in one.items())
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
+def test_clip_text_encoders_train_with_the_transformer(built, photos, tmp_path, name):
+    """All their adapters get gradients, two processes agree with one, and the export draws what training drew."""
+    cfg = config(built(name), train_text_encoder=True)
+    models = made(cfg)
+    batch = encoded(models, cfg)
+    columns = ("prompt_embeds", "pooled_prompt_embeds")
+    batch = {key: x for key, x in batch.items() if key not in columns} | {"caption": CAPTIONS[:2]}
+    next(lora.loss_fn(models, batch, Rng.of(0, range(2)), cfg)).value.backward()
+    trained = {f"{part}.{key}": p for part, m in models.items() for key, p in m.named_parameters() if p.requires_grad}
+    assert all(p.grad.any() for p in trained.values())
+    encoders = {key.partition(".")[0] for key in trained} - {"transformer"}
+    assert encoders == {"text_encoder", "text_encoder_2"} if "3" in name else {"text_encoder"}
+    fresh = diffusers.DiffusionPipeline.from_pretrained(built(name))
+    fresh.load_lora_weights(exported(models, cfg, tmp_path))
+    generators = lambda: Rng.of(0, range(1), "samples").generators("sample")  # noqa: E731
+    with torch.no_grad():
+        loaded = transformer.sample(fresh.components, cfg.lora, CAPTIONS[:1], generators(), SIDE, SIDE)
+        torch.testing.assert_close(loaded, drawn(models, cfg), rtol=0, atol=1e-4)
+        part = transformer.sample(
+            fresh.components | {"text_encoder": lora.load(cfg.lora, "no")["text_encoder"]},
+            cfg.lora,
+            CAPTIONS[:1],
+            generators(),
+            SIDE,
+            SIDE,
+        )
+    assert (part - loaded).abs().max() > 1e-4  # the text encoder's part is no formality
+    more = {"lora__train_text_encoder": True, "base__use_ema": False, "base__validate_first": False}
+    assert cli(tmp_path, *command(tmp_path, built(name), photos, "one", **more)).code == 0
+    for result in cli_many(tmp_path, 2, *command(tmp_path, built(name), photos, "two", data__train_batch_size=1, **more)):
+        assert result.code == 0, result.err
+    for part in ("model/", "model_1/"):
+        assert 0 < distance(tmp_path / "one", tmp_path / "two", part) < 1e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
