@@ -3,10 +3,13 @@
 import functools
 import hashlib
 import importlib.util
+import re
+import shlex
 import types
 from dataclasses import replace
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_families
 import tiny_models
@@ -15,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_lora import draw_photos
 from test_lora_families import CAPTIONS, NAMES, SIDE, command, config, encoded
-from warm import cli, cli_many, distance
+from warm import ROOT, SHARED, cli, cli_many, distance, flags, shown
 
 from oneloop import configs
 from oneloop.configs import BadInput
@@ -535,3 +538,44 @@ def test_single_files(built, tmp_path):
         with pytest.raises(BadInput) as refused:
             lora.make_models(config(built(name), single_file=value))
         assert says in str(refused.value) and "\n" not in str(refused.value), str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The worked example.
+
+
+@pytest.mark.skipif(not (SHARED / "dog").is_dir(), reason="the photographs of ../shared/data/dog are not here")
+def test_the_worked_example(built, tmp_path):
+    """The commands of docs/lora.md, as they stand there, on five photographs: a grid before the first step, whose image at
+    strength 0 stays as it is, while the others change; the merged file is a base that draws as the run does."""
+    name, steps = "ZImagePipeline", 12
+    section = (ROOT / "docs" / "lora.md").read_text().partition("## A worked example")[2].partition("\n## ")[0]
+    lines = [shlex.split(line)[2:] for line in re.search(r"```bash\n(.*?)```", section, re.S)[1].splitlines()]
+    assert [line[0] for line in lines] == ["lora", "sample", "merge"]
+    (tmp_path / "dog").symlink_to(SHARED / "dog")
+    tiny = {
+        "base.max_train_steps": steps,
+        "base.logger": "none",
+        "base.lr_scheduler": "constant",
+        "base.use_ema": False,
+        "data.resolution": SIDE,
+        "lora.pretrained_model_name_or_path": built(name),
+        "lora.num_inference_steps": 2,
+        "lora.learning_rate": 2e-2,
+    }
+    lines[0] += flags("lora", tiny)[1:]
+    lines[2] += ["--dtype", "float32"]
+    for line in lines:
+        done = cli(tmp_path, *line)
+        assert done.code == 0, done.err
+    grids = [shown(tmp_path / "runs" / "dog" / "samples" / f"{step}.png", SIDE) for step in (0, steps)]
+    base, now = (np.split(grid[:, : 2 * SIDE], 2, axis=1) for grid in grids)  # the first row: sks dog, and at strength 0
+    assert np.array_equal(base[0], base[1]) and np.array_equal(base[1], now[1]) and np.abs(now[0] - now[1]).max() > 2
+    assert (tmp_path / "dog.png").read_bytes() == (tmp_path / "runs" / "dog" / "samples" / f"{steps}.png").read_bytes()
+    cfg = config(built(name), single_file=str(tmp_path / "dog-unet.safetensors"), guidance_scale=None)
+    with torch.no_grad():
+        models = lora.make_models(cfg)
+        (image,) = transformer.sample(
+            models, cfg.lora, ["sks dog, on the moon"], [torch.Generator().manual_seed(7)], SIDE, SIDE
+        )
+    assert np.abs(image.permute(1, 2, 0).numpy() * 255 - now[0]).max() <= 1.01
