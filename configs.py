@@ -39,6 +39,7 @@ from oneloop.settings.ranges import (
     Seed,
     Share,
     ShareBelowOne,
+    Text,
     Words,
     check,
     hints,
@@ -106,6 +107,8 @@ class Base:
     """Checkpoints kept; older ones are removed after the new one stands. None: all."""
     resume_from_checkpoint: Live[Name] = "latest"
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
+    validate_first: Live[bool] = False
+    """Validate before the first step too, where validation_steps is more than 0."""
     max_skipped_updates: Live[CountOrZero] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
     check: Live[bool] = False
@@ -296,6 +299,7 @@ def fraction(given: str | None) -> float | None:
 
 
 COMMANDS = {
+    "merge": "Put a finished LoRA into its base, or into one file of weights.",
     "compare": "One page that shows several runs over each other.",
     "sample": "Draw images from a run's output folder, or from one of its checkpoints.",
 }
@@ -409,6 +413,8 @@ def as_flags(settings: dict[str, Any], config: type, source: str = "") -> list[s
             value = [json.dumps(v) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else value
             scalars, types = value if isinstance(value, (list, tuple)) else (value,), [bool, int, float, str]
             many, switch = any(get_origin(part) is tuple for part in parts), bool in parts and type(None) not in parts
+            if many and Text() in parts:  # an object is read as JSON where a text is
+                scalars = [json.dumps(v) if type(v) is dict else v for v in scalars]
             fits = {
                 "one value": many or not isinstance(value, (list, tuple)),
                 "true or false": not switch or isinstance(value, bool),

@@ -398,7 +398,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
     meter, compared = Meter(accelerator, len(learner.optims) > 1), set()
     signals.training = True
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
-    if state.step and validates(run) and not on_main(accelerator, drawn):  # saved, and killed before this
+    if validates(run) and not on_main(accelerator, drawn):  # before the first step; or saved, and killed before this
         validate(run)
     while state.step < run.total and not signals.agreed():
         factor = run.factor_at(state.step)
@@ -440,9 +440,9 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
 
 
 def validates(run: Run) -> bool:
-    """Whether a validation belongs to the step that was just taken."""
+    """Whether a validation belongs to the step that was just taken, or, at 0, to the start."""
     step, every = run.learner.state.step, run.cfg.base.validation_steps
-    return step == run.total or (every > 0 and step % every == 0)
+    return step == run.total or (every > 0 and step % every == 0 and (step > 0 or run.cfg.base.validate_first))
 
 
 def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int, phase: str) -> Iterator[Loss]:

@@ -12,6 +12,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -293,6 +294,8 @@ def _fixed(module: nn.Module) -> nn.Module:
             return kind([(k, twin(v)) for k, v in x.items()])
         if kind in (list, tuple):
             return kind(map(twin, x))
+        if kind is partial:
+            return partial(twin(x.func), *map(twin, x.args), **twin(x.keywords))
         return MethodType(x.__func__, twin(x.__self__)) if kind is MethodType else twins.get(id(x), x)
 
     for m in modules:
