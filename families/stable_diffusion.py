@@ -69,11 +69,6 @@ def check_files(s: Any, group: str, known: Collection[str]) -> None:
             config(s, part) if index.get(part) else None
 
 
-def multiple(s: Any) -> int:
-    """What the images' sides are multiples of: the factor of the autoencoder."""
-    return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)
-
-
 def check(s: Any, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the configs of a checkpoint of Stable Diffusion alone.
 
