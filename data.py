@@ -449,10 +449,7 @@ def crop(images: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
 def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS) -> Batch:
     """The batch on the device; images and masks, which travel as uint8, become float32 there, in [-1, 1] and in [0, 1]."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    kinds = {k: columns[k].kind for k in moved if k in columns and moved[k] is not None}
-    for name, kind in kinds.items():
-        if kind == "image":
-            moved[name] = moved[name].float() / 127.5 - 1
-        elif kind == "mask":
-            moved[name] = moved[name].float() / 255
+    for name in (name for name, x in moved.items() if isinstance(x, Tensor) and x.dtype == torch.uint8 and name in columns):
+        x = moved[name].float()
+        moved[name] = x / 255 if columns[name].kind == "mask" else x / 127.5 - 1
     return moved

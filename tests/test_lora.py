@@ -124,7 +124,7 @@ def test_loss_is_the_official_formula(built, photos, kind, settings):
     pixels = rng.uniform("x", 3, 32, 32) * 2 - 1
     original, corner = torch.tensor([[36, 48]] * size), torch.tensor([[0, 5]] * size)
     texts = CAPTIONS + CAPTIONS[:2]
-    batch = {"original_size": original, "crop_top_left": corner}
+    batch = {"original_size": original, "crop_top_left": corner, "target_size": torch.full((size, 2), 32)}
     with torch.no_grad():
         batch |= lora.encode_images(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
         (ours,) = [loss.value for loss in lora.loss_fn(models, batch, rng, cfg)]

@@ -110,7 +110,8 @@ def encoded(models, cfg, captions=CAPTIONS[:2]):
     """A batch of two encoded examples."""
     x = Rng.of(0, range(len(captions))).uniform("x", 3, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
-        return {**lora.encode_images(models, x, cfg), **lora.encode_captions(models, captions, cfg)}
+        columns = lora.encode_images(models, x, cfg) | lora.encode_captions(models, captions, cfg)
+        return columns | {"target_size": torch.full((len(captions), 2), SIDE)}
 
 
 @pytest.mark.parametrize("name", NAMES)

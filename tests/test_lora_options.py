@@ -297,7 +297,11 @@ def test_preservation_holds_to_the_base(built, name, recompute):
     step; gradients reach the adapters alone."""
     cfg = config(built(name), preservation_weight=0.5, preservation_prompt="a dog")
     fresh = lora.make_models(cfg)
-    batch = encoded(fresh, cfg) | {"original_size": torch.full((2, 2), 32), "crop_top_left": torch.zeros(2, 2)}
+    batch = encoded(fresh, cfg) | {
+        "original_size": torch.full((2, 2), 32),
+        "crop_top_left": torch.zeros(2, 2),
+        "target_size": torch.full((2, 2), 32),
+    }
     rng = Rng.of(0, range(2))
     net = lora.family(cfg.lora).TRAINED
     if recompute:
