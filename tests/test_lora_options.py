@@ -22,8 +22,7 @@ from warm import ROOT, SHARED, cli, cli_many, distance, flags, shown
 
 from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.families import adapters, flow, transformer
-from oneloop.inputs import prompts
+from oneloop.families import adapters, flow, prompts, transformer
 from oneloop.maths import flow as maths
 from oneloop.tasks import Rng, lora
 
