@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
-from oneloop.families import adapters, flow, hub, latents, stable_diffusion, transformer
-from oneloop.inputs import prompts
-from oneloop.inputs.prompts import Prompt
+from oneloop.families import adapters, flow, hub, latents, prompts, stable_diffusion, transformer
+from oneloop.families.prompts import Prompt
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
 from oneloop.tasks import Batch, Column, Encoding, Images, Loss, Models, Optims, Rng, Task, masked, mean, without_adapters
@@ -405,6 +404,18 @@ def model_spec(cfg: Config) -> dict[str, str]:
     if family(s) is stable_diffusion:
         said["prediction_type"] = {"v_prediction": "v"}.get(kind := stable_diffusion.prediction_type(s), kind)
     return {f"modelspec.{key}": value for key, value in said.items()}
+
+
+def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[Any, str]:
+    """The checkpoint's pipeline with the adapters of an export added to its weights, times a strength, and the name of the part
+    that trained; `precision` is what a transformer is read in: bf16, or no."""
+    s, own = cfg.lora, family(cfg.lora)
+    models = load(s, precision)
+    pipeline = own.pipeline(models, s)
+    adapters.read(pipeline, str(folder), "the folder")
+    for name in (own.TRAINED, *own.ENCODERS):
+        adapters.merge(models[name], strength) if name in models else None
+    return pipeline, own.TRAINED
 
 
 def card(cfg: Config) -> dict[str, Any]:

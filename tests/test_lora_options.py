@@ -22,8 +22,7 @@ from warm import ROOT, SHARED, cli, cli_many, distance, flags, shown
 
 from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.families import adapters, flow, transformer
-from oneloop.inputs import prompts
+from oneloop.families import adapters, flow, prompts, transformer
 from oneloop.maths import flow as maths
 from oneloop.tasks import Rng, lora
 
@@ -290,8 +289,7 @@ def test_clip_text_encoders_train_with_the_transformer(built, photos, tmp_path, 
 # Output preservation.
 
 
-@pytest.mark.parametrize("name", ["sdxl", "ZImagePipeline", "FluxPipeline", "HiDreamImagePipeline"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("name", "recompute"), [("sdxl", False), ("ZImagePipeline", False), ("HiDreamImagePipeline", True)])
 def test_preservation_holds_to_the_base(built, name, recompute):
     """The second loss is the squared distance from what the model without adapters answers to the prompt, 0 before the first
     step; gradients reach the adapters alone."""
@@ -442,7 +440,7 @@ def test_prompts_have_settings_of_their_own(built, name):
         "a dog",
     )
     cfg = config(built(name), validation_prompts=entries, guidance_scale=2.0)
-    models = made(cfg)
+    models = made(cfg, std=0.1)
     images = drawn(models, cfg, 5)
     assert images.shape == (5, 3, 32, 48) and (images[[0, 1, 2, 4], :, :, 32:] == 1).all() and (images[3, :, :, 32:] < 1).any()
     own = lora.family(cfg.lora)

@@ -51,7 +51,6 @@ def main(settings: Settings) -> None:
     from safetensors.torch import save_file
 
     from oneloop import checkpoint
-    from oneloop.families import adapters, stable_diffusion
     from oneloop.machine import files
     from oneloop.tasks import lora
     from oneloop.views.sample import opened
@@ -59,20 +58,16 @@ def main(settings: Settings) -> None:
     saved, _, task, cfg = opened(settings.folder)
     if task is not lora.task:
         raise BadInput(f"{settings.folder}: holds no run of lora")
-    own = lora.family(cfg.lora)
-    models = lora.load(cfg.lora, "bf16" if settings.dtype == "bfloat16" else "no")
-    pipeline = own.pipeline(models, cfg.lora)
-    adapters.read(pipeline, str(saved), "--folder")
-    for name in (own.TRAINED, *stable_diffusion.ENCODERS):
-        if name in models:
-            adapters.merge(models[name], settings.strength)
-    for name, module in models.items():
-        module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
+    precision = "bf16" if settings.dtype == "bfloat16" else "no"
+    pipeline, part = lora.merged(cfg, saved, settings.strength, precision)
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
     to = Path(settings.to).expanduser()
     staged = files.staged(to)
     try:
         if settings.to.endswith(".safetensors"):
-            save_file({k: x.contiguous() for k, x in models[own.TRAINED].state_dict().items()}, staged, {"format": "pt"})
+            save_file({k: x.contiguous() for k, x in getattr(pipeline, part).state_dict().items()}, staged, {"format": "pt"})
         else:
             pipeline.save_pretrained(staged)
         staged.rename(to)

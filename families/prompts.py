@@ -14,8 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from oneloop.configs import Amount, BadInput, Range, Seed, Words
-from oneloop.settings.ranges import check, hints, nested
+from oneloop.configs import Amount, BadInput, Range, Seed, Words, check, hints, nested
 
 
 @dataclass(frozen=True)
