@@ -378,11 +378,13 @@ def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is no file")
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"--{flag} {path}: cannot read {file} as JSON: {error}") from None
     if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
-        raise BadInput(f"--{flag} {path}: expected the config of a model of class {kind}")
+        raise BadInput(f"--{flag} {path}: expected an object, the config of a model whose _class_name is {kind}")
     return config
 
 

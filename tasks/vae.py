@@ -125,7 +125,7 @@ class Config:
     def __post_init__(self):
         s, side = self.vae, self.data.resolution
         if not s.pretrained_model_name_or_path:
-            check_config(model_config(self), f"--vae.model-config {s.model_config or '(the default)'}", side)
+            building.check_config(model_config(self), f"--vae.model-config {s.model_config or '(the default)'}", side, 1)
         if s.perceptual_weight:
             require(side >= 16, "data.resolution", side, "at least 16 for LPIPS, or --vae.perceptual-weight 0")
         if s.disc_weight:
@@ -147,19 +147,6 @@ def multiple(cfg: Config) -> int:
     if cfg.vae.pretrained_model_name_or_path:
         return 8
     return 2 ** (len(model_config(cfg).get("block_out_channels", [64])) - 1)
-
-
-def check_config(config: Any, flag: str, side: int) -> None:
-    """Refuse an autoencoder that does not take RGB images of this side."""
-    for key in ("in_channels", "out_channels"):
-        if config.get(key, 3) != 3:
-            raise BadInput(f"{flag}: {key} is {config[key]}; expected 3, for RGB images")
-    blocks = config.get("block_out_channels", [64])
-    if not isinstance(blocks, list):
-        raise BadInput(f"{flag}: block_out_channels is {blocks!r}; expected a list of channels")
-    halvings = len(blocks) - 1
-    expected = f"a multiple of {2**halvings}, since {flag} halves it {halvings} times"
-    require(side % 2**halvings == 0, "data.resolution", side, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +186,7 @@ def pretrained(cfg: Config) -> nn.Module:
         config = hub.read(name, s.revision, f"{s.subfolder}/config.json" if s.subfolder else "config.json")
         if config.get("_class_name") != "AutoencoderKL":
             raise BadInput(f"{flag}: holds a {config.get('_class_name')}; expected an AutoencoderKL (--vae.subfolder?)")
-        check_config(config, flag, cfg.data.resolution)
+        building.check_config(config, flag, cfg.data.resolution, 1)
     return hub.load("diffusers", "AutoencoderKL", name, flag, **inside, torch_dtype=torch.float32)
 
 

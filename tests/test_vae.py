@@ -385,7 +385,7 @@ def test_fine_tuning_all_begins_at_the_pretrained_weights(tmp_path, whole):
             "--vae.model-config None --vae.pretrained-model-name-or-path /nowhere/x",
             "not an AutoencoderKL",
         ),
-        ("--vae.model-config unet.json", "expected the config of a model of class AutoencoderKL"),
+        ("--vae.model-config unet.json", "whose _class_name is AutoencoderKL"),
         ("--vae.model-config nothing.json", "cannot read nothing.json as JSON"),
         ("--vae.model-config gray.json", "in_channels is 1; expected 3"),
         ("--vae.model-config odd.json", "no AutoencoderKL can be made of it"),
