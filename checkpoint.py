@@ -42,6 +42,8 @@ from oneloop.tasks import Models, unwrap
 MANIFEST = "manifest.json"
 FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
 """What a manifest holds at least."""
+MORE = {"module": str, "data": str, "models": dict, "made_of": dict}
+"""What those of today hold too."""
 LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
 """Kinds of files that a training state is loaded from."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -349,6 +351,10 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         wrong = [name for name, kind in FACTS.items() if type(manifest[name]) is not kind]
+        wrong += [name for name, kind in MORE.items() if type(manifest.get(name, kind())) is not kind]
+        wrong += [name for name in ("step", "examples", "skipped") if manifest[name] < 0]
+        made_of = (part for made in manifest.get("made_of", {}).values() for part in (made, made.get("config", {})))
+        wrong += ["made_of" for part in made_of if not isinstance(part, dict)]
         entries = [(Path(name), entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()]
         wrong += [str(name) for name, length, xxh3 in entries if (type(length), type(xxh3)) != (int, str)]
         wrong += [name for name, group in manifest["settings"].items() if not isinstance(group, dict)]
@@ -356,7 +362,7 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: {getattr(error, 'strerror', None) or 'not a manifest'}") from None
     if wrong:
-        raise Damaged(f"{path}: not a manifest: {wrong[0]} is of another type")
+        raise Damaged(f"{path}: not a manifest: {wrong[0]} is of another type, or negative")
     if manifest["sha256"] != digest:
         raise Damaged(f"{path}: its content does not have its sha256")
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":

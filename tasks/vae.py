@@ -295,9 +295,11 @@ def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last:
     """lambda = |grad match| / (|grad doubt| + delta), gradients of the weight of the decoder's last layer (Esser et al. 2021,
     eq. 7); for each example by itself, [B], a constant.
 
-    taming: delta is 1e-6, as in the paper, and lambda at most 1e4. latent_diffusion (Rombach et al. 2022, in their code): the
-    match is a sum over the N numbers of an image, N times ours, so that lambda is N |grad match| / (|grad doubt| + 1e-4) and at
-    most 1e4; the whole loss is N times ours too, so that here it is at most 1e4 / N.
+    taming: on means over pixels, delta is 1e-6, as in the paper (their code, taming/modules/losses/vqperceptual.py, has 1e-4),
+    and lambda at most 1e4. latent_diffusion (Rombach et al. 2022; in CompVis/latent-diffusion at a506df5,
+    ldm/modules/losses/contperceptual.py, calculate_adaptive_weight and forward): the match, with LPIPS added to every pixel, is
+    a sum over the N numbers of an image, N times ours, while the doubt is a mean; so lambda is N |grad match| / (|grad doubt| +
+    1e-4), at most 1e4 before disc_weight. The whole loss is N times ours too, so that here lambda is at most 1e4 / N.
 
     match, doubt: losses [B]; y: the reconstruction [B, 3, H, W]; seen: the last layer's input [B, C, H, W].
     """

@@ -544,3 +544,20 @@ def test_what_else_is_owed(done, tmp_path):
 def loop_cfg(out):
     """Settings of a run in this folder that uploads nothing."""
     return types.SimpleNamespace(base=configs.Base(output_dir=str(out)))
+
+
+def test_no_value_of_a_manifest_passes_by_its_seal(done, tmp_path):
+    """Whoever seals another type, or another's, has a damaged checkpoint."""
+    folder = tmp_path / "checkpoint-6"
+    folder.mkdir()
+    good = json.loads((done / "checkpoint-6" / checkpoint.MANIFEST).read_text())
+    assert set(good) == {*checkpoint.FACTS, *checkpoint.MORE}
+    cases = [(key, value) for key in good for value in (None, -1, 1.5, True, [1], {"a": 1}, {"a": {"config": 1}})]
+    for key, value in cases:
+        if (key, value) in (("models", {"a": 1}), ("models", {"a": {"config": 1}}), ("settings", {"a": {"config": 1}})):
+            continue  # models are lines for people; of settings what is not known is refused by its name
+        manifest = good | {key: value}
+        manifest["sha256"] = checkpoint._digest(manifest) if key != "sha256" else value
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(checkpoint.Damaged):
+            print(key, value, checkpoint.read(folder))
