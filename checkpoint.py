@@ -34,7 +34,7 @@ from torch import Tensor
 
 from oneloop.configs import BadInput
 from oneloop.machine import internals
-from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, size, steps, strangers, write
+from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, read_text, size, steps, strangers, write
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
@@ -349,7 +349,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(read_text(path))
         wrong = [name for name, kind in FACTS.items() if type(manifest[name]) is not kind]
         wrong += [name for name, kind in MORE.items() if type(manifest.get(name, kind())) is not kind]
         wrong += [name for name in ("step", "examples", "skipped") if manifest[name] < 0]

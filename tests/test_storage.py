@@ -22,7 +22,7 @@ from oneloop.configs import BadInput
 from oneloop.inputs import store
 from oneloop.machine import files
 from oneloop.tasks import Loss
-from oneloop.views import publish
+from oneloop.views import data_report, publish
 from oneloop.views.trackers import check_trackers
 
 FACTS = {"task": "toy", "examples": 4, "skipped": 0, "settings": {"base": {}}}
@@ -561,3 +561,15 @@ def test_no_value_of_a_manifest_passes_by_its_seal(done, tmp_path):
         (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
         with pytest.raises(checkpoint.Damaged):
             print(key, value, checkpoint.read(folder))
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(done, tmp_path):
+    shutil.copytree(done, out := tmp_path / "out")
+    for name in ("check.json", "lives.jsonl", "metrics.jsonl", "run.json", "export.json", "checkpoint-3/manifest.json"):
+        (out / name).unlink()
+        os.mkfifo(out / name)
+    result = cli(tmp_path, *tiny(tmp_path), timeout=20)
+    assert result.code == 0 and "Traceback" not in result.err, result.err
+    with pytest.raises(checkpoint.Damaged, match=r"checkpoint-3/manifest\.json: not a file"):
+        checkpoint.read(out / "checkpoint-3")
+    assert data_report._read(out) is None

@@ -76,7 +76,7 @@ def owed(out: Path, cfg: Any, manifest: dict[str, Any], complete: bool) -> bool:
 def _record(out: Path) -> dict[str, Any]:
     """What export.json says; nothing where it is damaged."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        record = json.loads((out / "export.json").read_text("utf-8"))
+        record = json.loads(files.read_text(out / "export.json"))
         if all((entry["size"], entry["xxh3"]) and ".." not in Path(name).parts for name, entry in record["files"].items()):
             return {name: record[name] for name in ("checkpoint", "files", "uploaded")}
     return {"checkpoint": None, "files": {}, "uploaded": None}
