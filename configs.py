@@ -657,6 +657,7 @@ def one_line(text: str, most: int = 2000) -> str:
 
 def fail(error: BaseException | str, code: int, everywhere: bool = False) -> NoReturn:
     """One line on standard error, from one process of several unless it is not of all, and out."""
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if everywhere or not rank.isdecimal() or int(rank) == 0:
         print(one_line(f"error: {error}"), file=sys.stderr)
     raise SystemExit(code)
