@@ -22,7 +22,7 @@ from oneloop.configs import BadInput
 from oneloop.inputs import store
 from oneloop.machine import files
 from oneloop.tasks import Loss
-from oneloop.views import data_report, publish
+from oneloop.views import publish
 from oneloop.views.trackers import check_trackers
 
 FACTS = {"task": "toy", "examples": 4, "skipped": 0, "settings": {"base": {}}}
@@ -572,4 +572,3 @@ def test_a_record_that_is_a_pipe_is_not_waited_for(done, tmp_path):
     assert result.code == 0 and "Traceback" not in result.err, result.err
     with pytest.raises(checkpoint.Damaged, match=r"checkpoint-3/manifest\.json: not a file"):
         checkpoint.read(out / "checkpoint-3")
-    assert data_report._read(out) is None
