@@ -41,7 +41,7 @@ from oneloop.tasks import Models, unwrap
 MANIFEST = "manifest.json"
 FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
 """What a manifest holds at least."""
-MORE = {"module": str, "data": str, "models": dict, "made_of": dict}
+MORE = {"module": str, "data": str, "block": int, "models": dict, "made_of": dict}
 """What those of today hold too."""
 LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
 """Kinds of files that a training state is loaded from."""
@@ -350,7 +350,7 @@ def read(folder: Path) -> dict[str, Any]:
         manifest = json.loads(read_text(path))
         wrong = [name for name, kind in FACTS.items() if type(manifest[name]) is not kind]
         wrong += [name for name, kind in MORE.items() if type(manifest.get(name, kind())) is not kind]
-        wrong += [name for name, kind in FACTS.items() if kind is int and not wrong and manifest[name] < 0]
+        wrong += [name for name, kind in (FACTS | MORE).items() if kind is int and not wrong and manifest.get(name, 0) < 0]
         made_of = (part for made in manifest.get("made_of", {}).values() for part in (made, made.get("config", {})))
         wrong += ["made_of" for part in made_of if not isinstance(part, dict)]
         entries = [(Path(name), entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()]
