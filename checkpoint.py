@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import socket
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from oneloop.configs import BadInput
 from oneloop.machine import internals
-from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, size, steps, strangers, write
+from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, read_text, size, steps, strangers, write
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
@@ -42,11 +41,12 @@ from oneloop.tasks import Models, unwrap
 MANIFEST = "manifest.json"
 FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
 """What a manifest holds at least."""
+MORE = {"module": str, "data": str, "block": int, "models": dict, "made_of": dict}
+"""What those of today hold too."""
 LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
 """Kinds of files that a training state is loaded from."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What only a write is answered with."""
-UNREADABLE = (SafetensorError, pickle.UnpicklingError)
 
 
 class Damaged(Exception):
@@ -347,8 +347,12 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(read_text(path))
         wrong = [name for name, kind in FACTS.items() if type(manifest[name]) is not kind]
+        wrong += [name for name, kind in MORE.items() if type(manifest.get(name, kind())) is not kind]
+        wrong += [name for name, kind in (FACTS | MORE).items() if kind is int and not wrong and manifest.get(name, 0) < 0]
+        made_of = (part for made in manifest.get("made_of", {}).values() for part in (made, made.get("config", {})))
+        wrong += ["made_of" for part in made_of if not isinstance(part, dict)]
         entries = [(Path(name), entry["size"], entry["xxh3"]) for name, entry in manifest["files"].items()]
         wrong += [str(name) for name, length, xxh3 in entries if (type(length), type(xxh3)) != (int, str)]
         wrong += [name for name, group in manifest["settings"].items() if not isinstance(group, dict)]
@@ -356,7 +360,7 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: {getattr(error, 'strerror', None) or 'not a manifest'}") from None
     if wrong:
-        raise Damaged(f"{path}: not a manifest: {wrong[0]} is of another type")
+        raise Damaged(f"{path}: not a manifest: {wrong[0]} is of another type, or negative")
     if manifest["sha256"] != digest:
         raise Damaged(f"{path}: its content does not have its sha256")
     if folder.name.startswith("checkpoint-") and folder.name != f"checkpoint-{manifest['step']}":
@@ -464,7 +468,7 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
                 group.update({k: v for k, v in values.items() if saved.get(k) == given.get(k)})
     except BadInput:
         raise
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, EOFError, RuntimeError, *UNREADABLE) as error:
+    except Exception as error:  # whatever a reader makes of a file that is none
         if is_out_of_memory(error):
             raise
         raise BadInput(f"{getattr(error, 'filename', None) or state} cannot be loaded: {str(error)[:500]}") from None

@@ -378,11 +378,13 @@ def read_model_config(path: str, flag: str, kind: str) -> dict[str, Any]:
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is no file")
         config = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"--{flag} {path}: cannot read {file} as JSON: {error}") from None
     if not isinstance(config, dict) or config.get("_class_name", kind) != kind:
-        raise BadInput(f"--{flag} {path}: expected the config of a model of class {kind}")
+        raise BadInput(f"--{flag} {path}: expected an object, the config of a model whose _class_name is {kind}")
     return config
 
 
@@ -655,6 +657,7 @@ def one_line(text: str, most: int = 2000) -> str:
 
 def fail(error: BaseException | str, code: int, everywhere: bool = False) -> NoReturn:
     """One line on standard error, from one process of several unless it is not of all, and out."""
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if everywhere or not rank.isdecimal() or int(rank) == 0:
         print(one_line(f"error: {error}"), file=sys.stderr)
     raise SystemExit(code)

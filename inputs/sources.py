@@ -32,6 +32,9 @@ from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_sh
 from oneloop.machine import internals
 from oneloop.tasks import COLUMNS, Column, Facts, Task, hash64
 
+CLASSES = 10**6
+"""The most classes whose numbers are labels: each has a name, and is counted."""
+
 
 def content_hash(*parts: Any) -> str:
     """Texts, numbers and buffers as 32 hexadecimal digits."""
@@ -536,8 +539,9 @@ def _numbered(values: Any) -> tuple[list[int], list[str]]:
     """
     values = list(values)
     for row, value in enumerate(values):
-        if not isinstance(value, (int, str, float)) or value != value or (isinstance(value, int) and value < 0):
-            raise ValueError(f"has {files.shown(repr(value), 40)} in row {row}; expected a label of 0 or more, or a name")
+        if not isinstance(value, (int, str, float)) or value != value or (isinstance(value, int) and not 0 <= value < CLASSES):
+            expected = f"expected a label from 0 to {CLASSES - 1:,}, or a name"
+            raise ValueError(f"has {files.shown(repr(value), 40)} in row {row}; {expected}")
     kinds, order = np.unique(np.asarray(values), return_inverse=True)
     if kinds.dtype.kind in "iu":
         return values, [str(i) for i in range(max(values) + 1)]

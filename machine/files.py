@@ -10,6 +10,7 @@ leaves is all in one folder that is known to be this program's, and nothing else
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import hashlib
 import os
@@ -44,6 +45,17 @@ def write(path: Path, text: str) -> None:
         os.replace(made, path)
     finally:
         made.unlink(missing_ok=True)
+
+
+def read_text(path: Path) -> str:
+    """A text file, and nothing that would be waited for, such as a pipe.
+
+    Raises:
+        OSError: it is none, or cannot be read. ValueError: it is not in UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "not a file" if os.path.lexists(path) else "no such file", str(path))
+    return path.read_text("utf-8")
 
 
 def flush(path: Path) -> None:

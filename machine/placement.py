@@ -133,7 +133,9 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
         for p in module.parameters():
             if p.is_floating_point():
                 p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
-        module.to(accelerator.device).train(training)
+        module.to(accelerator.device)
+        if not (training and module.training):  # else what trains says itself which of its parts are in eval()
+            module.train(training)
     for enable in recomputes if recompute else ():
         enable()
 
@@ -161,7 +163,7 @@ def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) 
     Nothing is copied: each parameter points to its EMA meanwhile, and to its own memory, at its address of before, afterwards.
     So what changes a parameter in place meanwhile changes the EMA.
     """
-    training = {k: m.training for k, m in models.items()}
+    training = [(part, part.training) for module in models.values() for part in module.modules()]
     own = {key: weights[key].data for key in ema}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
@@ -173,8 +175,8 @@ def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) 
         finally:
             for key, value in own.items():
                 weights[key].data = value
-            for name, module in models.items():
-                module.train(training[name])
+            for part, flag in training:  # each its own: a task may have put some of them in eval()
+                part.training = flag
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ PATIENCE = timedelta(days=7)
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run ended or stopped answering. Exit code 1."""
+    """Another process of the run, or one that reads its images, ended or stopped answering. Exit code 1."""
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
@@ -98,6 +98,11 @@ def company(accelerator: Accelerator) -> Iterator[None]:
     except RuntimeError as error:
         gone = r"[Cc]onnection (closed|reset|refused)|[Bb]roken pipe|DistBackendError|NCCL|ProcessGroup|[Tt]imed out waiting"
         text = f"{type(error).__name__}: {error}"
+        if "DataLoader worker" in text:
+            raise ProcessLost(
+                f"a process that reads images is gone: {error}; where memory was short, fewer --data.dataloader-num-workers "
+                "take less; the same command resumes from the last checkpoint"
+            ) from None
         if accelerator.num_processes == 1 or isinstance(error, torch.OutOfMemoryError) or not re.search(gone, text):
             raise
         raise ProcessLost(

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 C = TypeVar("C")
 Models = dict[str, "nn.Module"]
-"""name -> module. What trains is what requires a gradient; the rest is frozen, moved, cast and kept in eval()."""
+"""name -> module. What trains is what requires a gradient; the rest is frozen, moved, cast and kept in eval().
+Parts of what trains that a task puts in eval(), such as the norms of a pretrained model, stay in it."""
 Optims = dict[str, "torch.optim.Optimizer"]
 """name -> optimizer. One `Loss` of the same name is one step of it."""
 Batch = dict[str, Any]

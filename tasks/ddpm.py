@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 
 from oneloop.configs import (
     Amount,
-    BadInput,
     Base,
     Data,
     Live,
@@ -86,17 +85,8 @@ class Config:
     ddpm: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
-        unet, where = model_config(self), self.ddpm.model_config or "the default model"
-        for key in ("in_channels", "out_channels"):
-            if unet.get(key, 3) != 3:
-                raise BadInput(f"--ddpm.model-config {where}: {key} is {unet[key]}; expected 3, for RGB images")
-        blocks = unet.get("block_out_channels", DEFAULT_UNET["block_out_channels"])
-        if not isinstance(blocks, list):
-            raise BadInput(f"--ddpm.model-config {where}: block_out_channels is {blocks!r}; expected a list of channels")
-        halvings = len(blocks) - 1
-        side = self.data.resolution
-        expected = f"a multiple of {2**halvings}, since {where} halves it {halvings} times"
-        require(side % 2**halvings == 0, "data.resolution", side, expected)
+        what = f"--ddpm.model-config {self.ddpm.model_config or '(the default)'}"
+        building.check_config(model_config(self), what, self.data.resolution, 4)
 
 
 def model_config(cfg: Config) -> dict[str, Any]:

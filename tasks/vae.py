@@ -125,7 +125,7 @@ class Config:
     def __post_init__(self):
         s, side = self.vae, self.data.resolution
         if not s.pretrained_model_name_or_path:
-            check_config(model_config(self), f"--vae.model-config {s.model_config or '(the default)'}", side)
+            building.check_config(model_config(self), f"--vae.model-config {s.model_config or '(the default)'}", side, 1)
         if s.perceptual_weight:
             require(side >= 16, "data.resolution", side, "at least 16 for LPIPS, or --vae.perceptual-weight 0")
         if s.disc_weight:
@@ -147,19 +147,6 @@ def multiple(cfg: Config) -> int:
     if cfg.vae.pretrained_model_name_or_path:
         return 8
     return 2 ** (len(model_config(cfg).get("block_out_channels", [64])) - 1)
-
-
-def check_config(config: Any, flag: str, side: int) -> None:
-    """Refuse an autoencoder that does not take RGB images of this side."""
-    for key in ("in_channels", "out_channels"):
-        if config.get(key, 3) != 3:
-            raise BadInput(f"{flag}: {key} is {config[key]}; expected 3, for RGB images")
-    blocks = config.get("block_out_channels", [64])
-    if not isinstance(blocks, list):
-        raise BadInput(f"{flag}: block_out_channels is {blocks!r}; expected a list of channels")
-    halvings = len(blocks) - 1
-    expected = f"a multiple of {2**halvings}, since {flag} halves it {halvings} times"
-    require(side % 2**halvings == 0, "data.resolution", side, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +186,7 @@ def pretrained(cfg: Config) -> nn.Module:
         config = hub.read(name, s.revision, f"{s.subfolder}/config.json" if s.subfolder else "config.json")
         if config.get("_class_name") != "AutoencoderKL":
             raise BadInput(f"{flag}: holds a {config.get('_class_name')}; expected an AutoencoderKL (--vae.subfolder?)")
-        check_config(config, flag, cfg.data.resolution)
+        building.check_config(config, flag, cfg.data.resolution, 1)
     return hub.load("diffusers", "AutoencoderKL", name, flag, **inside, torch_dtype=torch.float32)
 
 
@@ -308,9 +295,11 @@ def adaptive_weight(match: Tensor, doubt: Tensor, y: Tensor, seen: Tensor, last:
     """lambda = |grad match| / (|grad doubt| + delta), gradients of the weight of the decoder's last layer (Esser et al. 2021,
     eq. 7); for each example by itself, [B], a constant.
 
-    taming: delta is 1e-6, as in the paper, and lambda at most 1e4. latent_diffusion (Rombach et al. 2022, in their code): the
-    match is a sum over the N numbers of an image, N times ours, so that lambda is N |grad match| / (|grad doubt| + 1e-4) and at
-    most 1e4; the whole loss is N times ours too, so that here it is at most 1e4 / N.
+    taming: on means over pixels, delta is 1e-6, as in the paper (their code, taming/modules/losses/vqperceptual.py, has 1e-4),
+    and lambda at most 1e4. latent_diffusion (Rombach et al. 2022; in CompVis/latent-diffusion at a506df5,
+    ldm/modules/losses/contperceptual.py, calculate_adaptive_weight and forward): the match, with LPIPS added to every pixel, is
+    a sum over the N numbers of an image, N times ours, while the doubt is a mean; so lambda is N |grad match| / (|grad doubt| +
+    1e-4), at most 1e4 before disc_weight. The whole loss is N times ours too, so that here lambda is at most 1e4 / N.
 
     match, doubt: losses [B]; y: the reconstruction [B, 3, H, W]; seen: the last layer's input [B, C, H, W].
     """

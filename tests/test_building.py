@@ -26,13 +26,30 @@ BAD = [
     ({"down_block_types": []}, "down_block_types"),
     ({"up_block_types": [None, None]}, "up_block_types"),
     ({"in_channels": 1}, "in_channels"),
+    ({"in_channels": "3"}, "in_channels"),
+    ({"block_out_channels": [8] * 20_000}, "block_out_channels"),
+    ({"block_out_channels": [8, 10**30]}, "block_out_channels"),
+    ({"block_out_channels": []}, "block_out_channels"),
+    ({"layers_per_block": 10**30}, "layers_per_block"),  # would be built without end
+    ({"layers_per_block": 1.0}, "layers_per_block"),
+    ({"layers_per_block": True}, "layers_per_block"),
+    ({"act_fn": {}}, "act_fn"),
+    ({"down_block_types": "DownBlock2D"}, "down_block_types"),
 ]
 OF_UNET = [
     ({"attention_head_dim": 0}, "attention_head_dim"),
     ({"num_class_embeds": 10}, "num_class_embeds"),
     ({"time_embedding_type": "psychic"}, "time_embedding_type"),
+    ({"center_input_sample": 5}, "center_input_sample"),
+    ({"dropout": "much"}, "dropout"),
+    ({"norm_eps": 1e999}, "norm_eps"),
+    ({"sample_size": 8, "num_train_timesteps": []}, "num_train_timesteps"),
 ]
-OF_VAE = [({"latent_channels": -1}, "latent_channels"), ({"latent_channels": "2"}, "latent_channels")]
+OF_VAE = [
+    ({"latent_channels": -1}, "latent_channels"),
+    ({"latent_channels": "2"}, "latent_channels"),
+    ({"force_upcast": "no"}, "force_upcast"),
+]
 
 
 @pytest.mark.parametrize(

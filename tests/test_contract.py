@@ -8,6 +8,7 @@ from types import MethodType
 import consistency
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, inject_adapter_in_model
 from test_loop import Scale, settings, toy
 from torch import nn
@@ -186,6 +187,21 @@ def test_weights_stay_where_they_are():
     assert tied.training and tied["b"].weight is tied["a"].weight
     for name, p in weights.items():
         assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1]) and (averaged[name] == 5.0).all()
+
+
+def test_parts_in_eval_stay_so():
+    """What a task puts in eval() inside of a model that trains is as it was, on the device and after it was shown."""
+    accelerator, frozen_part = Accelerator(cpu=True), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    loaded = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).eval()  # as from_pretrained has them
+    frozen_part[1].eval()
+    models = {"a": frozen_part, "loaded": loaded}
+    placement.place(models, accelerator, False, ())
+    flags = lambda: [part.training for model in models.values() for part in model.modules()]  # noqa: E731
+    before = [True, True, False, True] + [True] * 3
+    assert flags() == before
+    with at_rest(models, {}, {}):
+        assert not any(flags())
+    assert flags() == before
 
 
 def test_a_sample_moves_no_weight(tmp_path):

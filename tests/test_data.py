@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import struct
 import types
 
@@ -427,3 +429,24 @@ def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path, workers):
     assert result.code == 2 and "Traceback" not in result.err
     last = result.err.splitlines()[-1]
     assert last.startswith("error: the image p3.png could be read at the start") and "(the file is empty)" in last
+
+
+def test_a_reader_that_is_killed_ends_a_run_in_a_line(tmp_path):
+    """As by a system without memory: no bug of ours, and the run can go on."""
+    place, parent = folder(tmp_path, 6), os.getpid()
+
+    def patch():
+        real, run = data.Examples.__getitem__, os.getpid()
+
+        def get(self, numbers):
+            if os.getpid() not in (run, parent) and numbers[0] > 12:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, numbers)
+
+        data.Examples.__getitem__ = get
+
+    more = {"data__train_data_dir": place, "data__memory_budget": 0, "data__dataloader_num_workers": 1}
+    result = cli(tmp_path, *tiny(tmp_path, steps=20, **more), patch=patch)
+    assert result.code == 1 and "Traceback" not in result.err and "bug" not in result.err, result.err
+    last = result.err.splitlines()[-1]
+    assert last.startswith("error: a process that reads images is gone: ") and "fewer --data.dataloader-num-workers" in last

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_settings import refused
@@ -12,7 +13,7 @@ from warm import cli, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import files, sources
+from oneloop.inputs import decoding, files, sources
 
 
 def draw(folder, *names):
@@ -63,6 +64,22 @@ def test_heic_is_named_where_it_cannot_be_read(monkeypatch):
             files.opened(raw)
     monkeypatch.undo()
     files.formats.cache_clear()
+
+
+def test_heic_is_read_as_it_is_seen(tmp_path):
+    """Where pillow-heif is installed, which the extra `test` does: turned as the camera was held, a damaged one named."""
+    heif = pytest.importorskip("pillow_heif", reason="the extra `heif` is not installed")
+    heif.register_heif_opener()
+    image, turned, read = Image.linear_gradient("L").resize((60, 40)).convert("RGB"), Image.Exif(), {}
+    turned[0x0112] = 6  # to be turned by a quarter
+    for ending in ("heic", "jpg"):
+        image.save(tmp_path / f"a.{ending}", "HEIF" if ending == "heic" else None, exif=turned.tobytes(), quality=95)
+        read[ending] = np.asarray(decoding.to_rgb(files.opened((tmp_path / f"a.{ending}").read_bytes()))).astype(int)
+    assert read["heic"].shape == (60, 40, 3) and abs(read["heic"] - read["jpg"]).mean() < 3
+    raw = (tmp_path / "a.heic").read_bytes()
+    (tmp_path / "a.heic").write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(BadInput, match=r"1 of 2 images cannot be read: a.heic \("):
+        data.Examples(opened(tmp_path), Data(train_batch_size=1, resolution=8), 0)
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -195,7 +212,7 @@ def test_columns_that_cannot_be_used(tmp_path):
     source = opened("", **given)
     assert source.captions == [["a"], [], ["b"]] and source.labels is None
     assert source.notes == (
-        "the column 'label', which has None in row 1; expected a label of 0 or more, or a name",
+        "the column 'label', which has None in row 1; expected a label from 0 to 999,999, or a name",
         "byte order marks of 1 captions",
     )
     with pytest.raises(BadInput, match=r"1 of 3 images cannot be read: row 1 \(the image is missing\)"):
@@ -203,6 +220,14 @@ def test_columns_that_cannot_be_used(tmp_path):
     assert "--data.label-column is 'label', which has None in row 1" in line("", **given, label_column="label")
     assert "--data.caption-column is 'n', which holds dict in row 0" in line("", **given, caption_column="n")
     assert "does not hold images" in line("", **given, image_column="n")
+
+
+def test_labels_are_numbers_of_classes():
+    """Each class below the largest has a name, so a number that is an id of something else would fill the memory."""
+    assert sources._numbered([0, 2, 999_999])[0] == [0, 2, 999_999]
+    for label in (10**6, 2**40, 10**30, -1):
+        with pytest.raises(ValueError, match="expected a label from 0 to 999,999, or a name"):
+            sources._numbered([0, label])
 
 
 def test_settings_without_meaning_are_named(tmp_path):

@@ -286,10 +286,11 @@ def test_push_uploads_the_export_and_nothing_else(tmp_path):
             print("UPLOAD", repo_id, *sorted(os.listdir(folder_path)))
 
         huggingface_hub.create_repo, huggingface_hub.upload_folder = create_repo, upload_folder
+        huggingface_hub.upload_file = lambda path_in_repo, repo_id, **kwargs: print("CARD", repo_id, path_in_repo)
 
     result = cli(tmp_path, *tiny(tmp_path, base__push_to_hub=True), env={"HF_TOKEN": "hf_canary"}, patch=patch)
     assert result.code == 0, result.err
-    assert "UPLOAD me/out README.md model_index.json samples.png scheduler unet" in result.out
+    assert "UPLOAD me/out README.md model_index.json samples.png scheduler unet\nCARD me/out README.md" in result.out
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or b"hf_canary" not in path.read_bytes()
 

@@ -447,3 +447,18 @@ def test_there_is_no_circle():
         for name in leaves:
             del graph[name]
     assert not graph
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"LOCAL_RANK": "x"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        {"ACCELERATE_DYNAMO_BACKEND": "x"},
+    ],
+)
+def test_an_environment_that_cannot_be_set_up(tmp_path, env):
+    name, value = next(reversed(env.items()))
+    refused(cli(tmp_path, *tiny(tmp_path), env=env), "the environment asks for what cannot be set up", f"{name}={value}")
+    assert not (tmp_path / "out").exists()

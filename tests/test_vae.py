@@ -160,19 +160,21 @@ def test_adaptive_weight_is_the_formula(make):
 
 
 @pytest.mark.parametrize("rises", [1.0, 1e-6])
-def test_adaptive_weight_as_latent_diffusion_has_it(make, rises):
-    """Its loss, a sum over the pixels, written out as its code has it: the same gradient, times the numbers of an image."""
-    cfg, models, batch, rng = make(disc_balance="latent_diffusion", kl_weight=0.0)
+def test_adaptive_weight_as_latent_diffusion_has_it(make, lpips, rises):
+    """Its loss, a sum over the pixels, written out as its code has it (ldm/modules/losses/contperceptual.py: LPIPS is added to
+    every pixel before the sum, its log variance is never trained): the same gradient, times the numbers of an image."""
+    cfg, models, batch, rng = make(disc_balance="latent_diffusion", kl_weight=1e-6, perceptual_weight=1.0)
     for p in models["discriminator"][-1].parameters():
         p.data *= rises  # a discriminator that says little, whose weight rises to the limit
     auto, x = models["vae"], batch["pixel_values"][:1]
     rng = Rng.of(0, [0])
-    y = auto(x, rng.normal("posterior", 2, 8, 8))[0]
-    nll, g = (x - y).abs().sum(), -models["discriminator"](y).mean()
+    y, mean, logvar, _ = auto(x, rng.normal("posterior", 2, 8, 8))
+    nll, g = ((x - y).abs() + models["perceptual"](x, y)).sum(), -models["discriminator"](y).mean()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()
     norm = lambda loss: torch.autograd.grad(loss, auto.decoder.conv_out.weight, retain_graph=True)[0].norm()  # noqa: E731
     weight = (norm(nll) / (norm(g) + 1e-4)).clamp(0, 1e4).detach()
     assert (weight == 1e4) == (rises < 1)
-    (nll + 0.5 * weight * g).backward(inputs=list(auto.parameters()))
+    (nll + 1e-6 * kl + 0.5 * weight * g).backward(inputs=list(auto.parameters()))
     theirs = {n: p / x.numel() for n, p in gradients(auto).items()}
     auto.zero_grad()
     (_, got, _), _ = descend(cfg, models, {"pixel_values": x, "step": 0}, rng)
@@ -385,7 +387,7 @@ def test_fine_tuning_all_begins_at_the_pretrained_weights(tmp_path, whole):
             "--vae.model-config None --vae.pretrained-model-name-or-path /nowhere/x",
             "not an AutoencoderKL",
         ),
-        ("--vae.model-config unet.json", "expected the config of a model of class AutoencoderKL"),
+        ("--vae.model-config unet.json", "whose _class_name is AutoencoderKL"),
         ("--vae.model-config nothing.json", "cannot read nothing.json as JSON"),
         ("--vae.model-config gray.json", "in_channels is 1; expected 3"),
         ("--vae.model-config odd.json", "no AutoencoderKL can be made of it"),

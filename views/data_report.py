@@ -24,6 +24,7 @@ from oneloop.configs import BadInput
 from oneloop.inputs import encodings, files, sources, store
 from oneloop.inputs.buckets import enlargement
 from oneloop.inputs.crop import resized
+from oneloop.machine.files import read_text
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Task
 
@@ -296,7 +297,7 @@ def _remarks(examples: data.Examples, out: Path) -> list[str]:
 def _read(out: Path) -> Survey | None:
     """What an output folder's check.json says, if it says all of it."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        report = json.loads((out / "check.json").read_text("utf-8"))
+        report = json.loads(read_text(out / "check.json"))
         kinds = {field.name: field.type.partition("[")[0].partition(" |")[0] for field in fields(Survey)}
         types = {"str": str, "int": int, "list": list, "dict": dict}
         if all(report[name] is None or isinstance(report[name], types[kind]) for name, kind in kinds.items()):

@@ -1,7 +1,9 @@
 """The export of a finished run by itself, with its card, uploaded where asked; and what of that is still owed.
 
 OUT/export.json says what OUT/export holds: the checkpoint it was made from, its files, and where it was uploaded. So a start
-knows what an earlier one did not finish, and that it replaces nothing that this program did not write.
+knows what an earlier one did not finish, and that it replaces nothing that this program did not write. Without that record, as
+before there was one, an export with the very files of the last checkpoint is done; a longer run would replace it, and since
+nothing tells then whether its card was edited, refuses to.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +25,8 @@ from oneloop.views.loading import load_lines
 
 CARD = "README.md"
 """The one file of an export that people edit, and are done all the same."""
+HERE = "path = '.'"
+"""How the card's lines begin for one who has the folder; on the hub they have the name of the repository."""
 
 
 def publish(saved: Path, out: Path, cfg: Any, found: str, step: int, facts: Mapping[str, Any]) -> str:
@@ -33,14 +38,19 @@ def publish(saved: Path, out: Path, cfg: Any, found: str, step: int, facts: Mapp
     """
     record, manifest, repository = _record(out), checkpoint.read(saved), cfg.base.hub_model_id or out.name
     if not _whole(out, record, manifest):
-        card = functools.partial(_card, out, cfg, found, step, load_lines(saved, "."), facts=facts)
+        lines = load_lines(saved, ".").replace(HERE, f"{HERE}  # the folder of this file", 1)
+        card = functools.partial(_card, out, cfg, found, step, lines, facts=facts)
         record = _export(saved, out, manifest, card, step)
     if cfg.base.push_to_hub and record["uploaded"] != repository:
         try:
             import huggingface_hub
 
             repo = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
-            huggingface_hub.upload_folder(repo_id=repo, folder_path=out / "export", commit_message=f"{step} optimizer steps")
+            where = {"repo_id": repo, "commit_message": f"{step} optimizer steps"}
+            huggingface_hub.upload_folder(folder_path=out / "export", ignore_patterns=[CARD], **where)
+            if (card := out / "export" / CARD).is_file():
+                text = re.sub(f"^{re.escape(HERE)}.*", f"path = {repo!r}", card.read_text("utf-8"), count=1, flags=re.M)
+                huggingface_hub.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, **where)
         except Exception as error:  # whatever the hub and the network throw
             reason = f"{type(error).__name__}: {str(error)[:500]}"
             text = f"{out}/export was not uploaded to {repository}: {reason}; the same command tries again"
@@ -66,16 +76,18 @@ def owed(out: Path, cfg: Any, manifest: dict[str, Any], complete: bool) -> bool:
 def _record(out: Path) -> dict[str, Any]:
     """What export.json says; nothing where it is damaged."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        record = json.loads((out / "export.json").read_text("utf-8"))
+        record = json.loads(files.read_text(out / "export.json"))
         if all((entry["size"], entry["xxh3"]) and ".." not in Path(name).parts for name, entry in record["files"].items()):
             return {name: record[name] for name in ("checkpoint", "files", "uploaded")}
     return {"checkpoint": None, "files": {}, "uploaded": None}
 
 
 def _whole(out: Path, record: dict[str, Any], manifest: dict[str, Any]) -> bool:
-    """Whether OUT/export is the export of the checkpoint with this manifest."""
-    wanted = {name: entry for name, entry in record["files"].items() if name != CARD}
-    return record["checkpoint"] == manifest.get("sha256", "") and not files.flaws(out / "export", wanted)
+    """Whether OUT/export is the export of the checkpoint with this manifest, by its record or, without one, by its content."""
+    made_of, ours = manifest.get("sha256"), record["files"] or checkpoint.part(manifest, False)
+    wanted = {name: entry for name, entry in ours.items() if name not in (CARD, "load.py")}
+    known = record["checkpoint"] == made_of if record["files"] else bool(wanted)
+    return known and not files.flaws(out / "export", wanted)
 
 
 def _refuse_another(out: Path, record: dict[str, Any]) -> None:

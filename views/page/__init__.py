@@ -94,7 +94,7 @@ def read(folder: Path, say: Say = lambda text: None) -> Run:
         if match := re.fullmatch(r"([0-9]{1,15})(?:-(.+))?", path.stem):
             grids.setdefault(int(match[1]), {})[match[2] or "samples"] = path
     try:
-        settings = dict(json.loads((folder / "run.json").read_text("utf-8")))
+        settings = dict(json.loads(files.read_text(folder / "run.json")))
     except (ValueError, TypeError, RecursionError):
         say(f"{folder}/run.json: damaged; its settings are left out")
         settings = {}
