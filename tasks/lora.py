@@ -9,7 +9,6 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from oneloop.families import adapters, flow, hub, latents, stable_diffusion, tra
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
 from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
+from oneloop.training import optimizers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +57,14 @@ class Settings:
     """Divide by the rank's square root (Kalajdzievski 2023, A Rank Stabilization Scaling Factor, arXiv:2312.03732)."""
     train_text_encoder: bool = False
     """Train adapters of the text encoders too (Stable Diffusion and SDXL); captions are then encoded in every step."""
+    optimizer: optimizers.Kind = "adamw"
+    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 1e-4
-    """Peak learning rate of AdamW for the adapters of the UNet or transformer."""
+    """Peak learning rate for the adapters of the UNet or transformer: of AdamW; about 1 with prodigy."""
     text_encoder_learning_rate: Live[Amount | None] = None
     """Peak learning rate for the text encoders' adapters. None: half of learning_rate."""
     use_8bit_adam: bool = False
-    """AdamW with one byte for each of its numbers; needs the package bitsandbytes."""
+    """The same as --lora.optimizer adamw8bit."""
     adam_beta1: Live[ShareBelowOne] = 0.9
     """AdamW's beta1."""
     adam_beta2: Live[ShareBelowOne] = 0.999
@@ -109,8 +111,6 @@ class Settings:
         require(given is None or len(given) > 0, "lora.target_modules", given, "at least one name, or all-linear")
         alone = given is None or "all-linear" not in given or len(given) == 1
         require(alone, "lora.target_modules", given, "all-linear without other names")
-        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            raise BadInput("--lora.use-8bit-adam needs the package bitsandbytes; install it, or leave the flag out")
         if self.kohya and self.use_dora:
             raise BadInput("--lora.kohya with --lora.use-dora: programs do not agree on DoRA in that form; leave one out")
 
@@ -127,6 +127,7 @@ class Config:
 
     def __post_init__(self):
         s = self.lora
+        optimizers.check(s, "lora", self.base)
         if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
             check_base(self)  # a name on the hub is looked up by make_models
         given, several = self.base.num_samples, len(self.lora.validation_prompts)
@@ -194,7 +195,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
     ):
         params = [p for p in models[name].parameters() if p.requires_grad]
         groups += [{"params": params, "lr": rate}] if params else []
-    return {"lora": diffusion.adamw(groups, s, s.use_8bit_adam)}
+    return {"lora": optimizers.make(groups, s)}
 
 
 def encode_images(models: Models, x: Tensor, cfg: Config) -> dict[str, Tensor]:
