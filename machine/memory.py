@@ -16,10 +16,20 @@ from oneloop.tasks import Models
 from oneloop.training.optimizers import remembered, state_bytes
 
 
+def stored(p: torch.Tensor) -> int:
+    """Bytes of a tensor and of the scales of a quantized one, which torchao has inside it and bitsandbytes beside it."""
+    if hasattr(p, "__tensor_flatten__"):
+        return sum(stored(getattr(p, name)) for name in p.__tensor_flatten__()[0])
+    beside, state = 0, getattr(p, "quant_state", None)
+    while state is not None:
+        beside, state = beside + state.absmax.nbytes, state.state2
+    return p.nbytes + beside
+
+
 def held(models: Models, state: Any, device: torch.device) -> dict[str, int]:
     """Bytes on the device that last from step to step: weights, gradients, EMA and optimizer states."""
     once = {id(p): p for m in models.values() for p in m.parameters()}  # a model that follows another shares what is frozen
-    weights = sum(p.nbytes for p in once.values() if p.device.type == device.type)
+    weights = sum(stored(p) for p in once.values() if p.device.type == device.type)
     gradients = sum(p.nbytes for o in state.optims.values() for group in o.param_groups for p in group["params"])
     return {
         "weights": weights,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
-from oneloop.families import adapters, flow, hub, latents, stable_diffusion, transformer
+from oneloop.families import adapters, flow, hub, latents, precision, stable_diffusion, transformer
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
 from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
@@ -51,6 +51,8 @@ class Settings:
     usual for the family."""
     max_sequence_length: Annotated[int, Range(1, 65_536)] | None = None
     """Tokens that a caption is cut or filled to, in training and samples. None: the family's own, as at inference."""
+    base_precision: precision.Precision = "auto"
+    """How the frozen UNet or transformer is stored: as the run computes, or in bf16, float8, int8 or nf4 (docs/lora.md)."""
     use_dora: bool = False
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
     use_rslora: bool = False
@@ -128,6 +130,7 @@ class Config:
     def __post_init__(self):
         s = self.lora
         optimizers.check(s, "lora", self.base)
+        precision.check(s, "lora", self.base)
         if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
             check_base(self)  # a name on the hub is looked up by make_models
         given, several = self.base.num_samples, len(self.lora.validation_prompts)
@@ -263,6 +266,11 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
 
 
+def remarks(models: Models, cfg: Config) -> Iterator[str]:
+    yield from filter(None, [precision.remark(cfg.lora, cfg.base)])
+    yield from family(cfg.lora).remarks(models, cfg.lora)
+
+
 def card(cfg: Config) -> dict[str, Any]:
     """What the hub's page of adapters needs. `base_model` is a name on the hub; for a folder there is none."""
     s, trigger = cfg.lora, cfg.data.trigger
@@ -294,5 +302,5 @@ task = Task(
     },
     float32=("vae",),
     needs=("caption",),
-    remarks=lambda models, cfg: family(cfg.lora).remarks(models, cfg.lora),
+    remarks=remarks,
 )
