@@ -124,8 +124,8 @@ def footprints(name: str) -> dict[str, footprint.Footprint]:
     """Precision of the base -> its footprint; without activations where shapes do not say them."""
     module, known = transformer(name), bool(MODELS[name][-1])
     call = (lambda: velocity(name, module)) if known else (lambda: torch.empty(0))
-    blocks = list(flow.recomputable(module))
-    return {precision: footprint.of(module, blocks, call, precision) for precision in PRECISIONS}
+    kept = footprint.activations(module, flow.recomputable(module), call)
+    return {precision: footprint.of(module, kept, precision) for precision in PRECISIONS}
 
 
 def gib(count: float) -> str:
@@ -143,7 +143,8 @@ def main() -> None:
     parts = parser.parse_args().parts
     heads = ["weights", "adapters and gradients", "optimizer and EMA", "activations", "recomputed"] if parts else ()
     cards = [f"{card} GB" for card in CARDS]
-    print("| family | B | " + " | ".join(heads or [*PRECISIONS, "without checkpointing, bf16", *cards]) + " |")
+    heads = ["family", "B", *(heads or [*PRECISIONS, "bf16 without checkpointing", *cards])]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name in MODELS:
         every = footprints(name)
         one = every["bf16"]
@@ -156,7 +157,7 @@ def main() -> None:
             more = "" if known else " + ?"
             cells = [gib(peak) + more for peak in peaks.values()] + [gib(one.peak(False)) if known else "?"]
             cells += [fits(card, peaks) if known else "?" for card in CARDS]
-        print(f"| {name} | {count} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {count} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,28 +41,16 @@ class Footprint:
         return lasting + (self.recomputed if recompute else self.activations) + beside
 
 
-def of(
-    module: nn.Module,
-    blocks: Iterable[nn.Module],
-    call: Callable[[], Tensor],
-    precision: str = "bf16",
-    optimizer: str = "adamw",
-    ema: bool = True,
-) -> Footprint:
-    """Of a model with adapters, on whatever device: what takes a gradient is adapters.
-
-    Args:
-        blocks: of the model, those that gradient checkpointing computes again.
-        call: the pass forward. Tensors of the model's own device make it a computation of shapes where that is meta.
-        precision: as families.precision names them; the model itself is not quantized.
-    """
+def of(module: nn.Module, kept: Kept, precision: str = "bf16", optimizer: str = "adamw", ema: bool = True) -> Footprint:
+    """Of a model with adapters, on whatever device: what takes a gradient is adapters. The model itself is not quantized:
+    `precision` is as families.precision names it. `kept` is what `activations` counts of it."""
     adapters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    narrow = frozenset() if precision in ("auto", "bf16", "nf4") else stored_narrow(module, precision)
-    kept, recomputed = activations(module, list(blocks), call, narrow)
+    copied = stored_narrow(module, precision) if precision in ("float8", "int8") else ()
+    narrow = [module.get_submodule(name).weight for name in copied]
+    activations = kept.with_copies({p.untyped_storage()._cdata: 2 * p.numel() for p in narrow})
     numbers = sum(p.numel() for p in adapters.values())
-    zero = lambda name: "lora_B" in name  # noqa: E731
-    state = sum(state_bytes(optimizer, tuple(p.shape), zero(name)) for name, p in adapters.items())
-    return Footprint(weight_bytes(module, precision), 4 * numbers, state, 4 * numbers * ema, kept, recomputed)
+    state = sum(state_bytes(optimizer, tuple(p.shape), "lora_B" in name) for name, p in adapters.items())
+    return Footprint(weight_bytes(module, precision), 4 * numbers, state, 4 * numbers * ema, *activations)
 
 
 def stored_narrow(module: nn.Module, precision: str) -> frozenset[str]:
@@ -104,52 +92,70 @@ def weight_bytes(module: nn.Module, precision: str) -> int:
     return total
 
 
-def activations(
-    module: nn.Module, blocks: list[nn.Module], call: Callable[[], Tensor], narrow: frozenset[str] = frozenset()
-) -> tuple[int, int]:
-    """Bytes that the backward pass of a call keeps; the same where `blocks` keep their inputs alone and are computed again.
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass of a call keeps, in bytes, and which weights it reads, by the address of their storage."""
 
-    `narrow` names layers whose weights are cast as they are used, so that the backward pass keeps the copy.
-    """
+    every: int
+    inputs: int
+    """What is kept where blocks are computed again: their inputs, and all from outside them."""
+    inside: tuple[tuple[int, frozenset[int]], ...]
+    """Of each block."""
+    outside: frozenset[int]
+
+    def with_copies(self, copies: dict[int, int]) -> tuple[int, int]:
+        """Bytes without and with recomputation, where the weights of `copies` (storage -> bytes) are cast as they are used."""
+        more = lambda read: sum(copies.get(weight, 0) for weight in read)  # noqa: E731
+        read = self.outside.union(*(weights for _, weights in self.inside))
+        largest = max((own + more(weights) for own, weights in self.inside), default=0)
+        return self.every + more(read), self.inputs + more(self.outside) + largest
+
+
+def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Tensor]) -> Kept:
+    """What the backward pass of a call keeps; `blocks` are those that gradient checkpointing computes again. Where the model is on
+    the meta device nothing is computed but shapes."""
     import torch
 
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    copies = {module.get_submodule(name).weight.untyped_storage()._cdata for name in narrow}
-    everywhere, inputs, inside, open_blocks = {}, {}, [], []
-
-    def note(x: Tensor, into: dict[int, Any]) -> None:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            into[storage._cdata] = storage  # which stays, so that no other one gets its address
-        elif storage._cdata in copies:
-            into[storage._cdata] = x.new_empty(x.shape, dtype=torch.bfloat16, device="meta").untyped_storage()
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    every: dict[int, Any] = {}  # address -> storage, which stays, so that no other one gets its address
+    inputs: dict[int, Any] = {}
+    inside: list[tuple[dict[int, Any], set[int]]] = []
+    outside: set[int] = set()
+    opened = [False]
 
     def keep(x: Tensor) -> Tensor:
-        note(x, everywhere)
-        note(x, inside[-1] if open_blocks else inputs)
+        storage = x.untyped_storage()
+        into, read = inside[-1] if opened[0] else (inputs, outside)
+        if storage._cdata in weights:
+            read.add(storage._cdata)
+        else:
+            every[storage._cdata] = into[storage._cdata] = storage
         return x
 
     def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
-        open_blocks.append(block)
-        inside.append({})
-        for x in (*args, *kwargs.values()):
-            for y in x if isinstance(x, (tuple, list)) else (x,):
-                if isinstance(y, torch.Tensor):
-                    note(y, inputs)
+        given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, (tuple, list)) else (x,))]
+        inputs.update({(s := y.untyped_storage())._cdata: s for y in given if isinstance(y, torch.Tensor)})
+        inside.append(({}, set()))
+        opened[0] = True
 
-    listeners = [block.register_forward_pre_hook(begin, with_kwargs=True) for block in blocks]
-    listeners += [block.register_forward_hook(lambda *_: open_blocks.pop() and None) for block in blocks]
+    def end(*_: Any) -> None:
+        opened[0] = False
+
+    listeners = [listener for block in blocks for listener in _around(block, begin, end)]
     attention = fused() if next(module.parameters()).is_meta else contextlib.nullcontext()
     try:
         with attention, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            answer = call()
+            call()
     finally:
         for listener in listeners:
             listener.remove()
     size = lambda storages: sum(storage.nbytes() for storage in storages.values())  # noqa: E731
-    del answer
-    largest = max((size({k: v for k, v in own_.items() if k not in inputs}) for own_ in inside), default=0)
-    return size(everywhere), size(inputs) + largest
+    own = [({k: v for k, v in storages.items() if k not in inputs}, read) for storages, read in inside]
+    return Kept(size(every), size(inputs), tuple((size(s), frozenset(read)) for s, read in own), frozenset(outside))
+
+
+def _around(block: nn.Module, begin: Any, end: Any) -> tuple[Any, Any]:
+    return block.register_forward_pre_hook(begin, with_kwargs=True), block.register_forward_hook(end)
 
 
 @contextlib.contextmanager

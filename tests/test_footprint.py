@@ -41,7 +41,8 @@ def call(module, tokens=1024):
 
 
 def of(module, kind="bf16", optimizer="adamw"):
-    return footprint.of(module, list(flow.recomputable(module)), functools.partial(call, module), kind, optimizer)
+    kept = footprint.activations(module, flow.recomputable(module), functools.partial(call, module))
+    return footprint.of(module, kept, kind, optimizer)
 
 
 @pytest.mark.parametrize("kind", ["bf16", "float8", "int8", "nf4"])
