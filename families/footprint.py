@@ -112,8 +112,8 @@ class Kept:
 
 
 def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[], Tensor]) -> Kept:
-    """What the backward pass of a call keeps; `blocks` are those that gradient checkpointing computes again. Where the model is on
-    the meta device nothing is computed but shapes."""
+    """What the backward pass of a call keeps; `blocks` are those that gradient checkpointing computes again. Where the model is
+    on the meta device nothing is computed but shapes."""
     import torch
 
     weights = {p.untyped_storage()._cdata for p in module.parameters()}
