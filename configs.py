@@ -39,6 +39,7 @@ from oneloop.settings.ranges import (
     Seed,
     Share,
     ShareBelowOne,
+    Text,
     Words,
     check,
     hints,
@@ -106,6 +107,8 @@ class Base:
     """Checkpoints kept; older ones are removed after the new one stands. None: all."""
     resume_from_checkpoint: Live[Name] = "latest"
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
+    validate_first: Live[bool] = False
+    """Validate before the first step too, where validation_steps is more than 0."""
     max_skipped_updates: Live[CountOrZero] = 0
     """Updates with a non-finite loss or gradient that are skipped before the run stops with exit code 3."""
     check: Live[bool] = False
@@ -119,6 +122,39 @@ class Base:
 
     def __post_init__(self):
         check(self, "base")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One more source of the examples, beside that which the other settings name: what is None is as there."""
+
+    train_data_dir: Folder | None = None
+    dataset_name: Name | None = None
+    dataset_config_name: Name | None = None
+    split: Name | None = None
+    image_column: Name | None = None
+    caption_column: Name | None = None
+    label_column: Name | None = None
+    conditioning_column: Name | None = None
+    conditioning_data_dir: Folder | None = None
+    mask_column: Name | None = None
+    mask_data_dir: Folder | None = None
+    max_train_samples: Count | None = None
+    trigger: Words | None = None
+    repeats: Annotated[float, Range(0, 10**6, without=0)] = 1.0
+    """How often a pass of the run has each of its images; fractions are exact over several passes."""
+    share: Annotated[float, Range(0, 1, without=1)] | None = None
+    """Share of the run's examples that are its own, in place of repeats."""
+    loss_weight: Amount = 1.0
+    """How much the loss of its examples counts."""
+
+    def __post_init__(self):
+        check(self, "data.mixture")
+        alone = self.share is None or self.repeats == 1
+        require(alone, "data.mixture", {"repeats": self.repeats, "share": self.share}, "repeats or a share, above 0")
+        require(self.share != 0, "data.mixture", {"share": self.share}, "a share above 0")
+        named = self.train_data_dir is not None or self.dataset_name is not None
+        require(named, "data.mixture", asdict(self), "the train_data_dir or dataset_name of a source")
 
 
 @dataclass(frozen=True)
@@ -140,24 +176,69 @@ class Data:
     metadata.jsonl, metadata.csv or a .txt beside each image, labels from subfolders. Hidden files are left out."""
     cache_dir: Live[Folder | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
+    validation_data_dir: Live[Folder | None] = None
+    """Folder of images to measure the loss on, in place of validation_split."""
     max_train_samples: Live[Count | None] = None
     """Train on as many images, spread evenly over the set. None: all."""
+    mixture: Live[tuple[Part, ...]] = ()
+    """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3}.
+    Also the other settings that say where images are, trigger, share (of the run's examples) and loss_weight."""
+    class_data_dir: Live[Folder | None] = None
+    """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
+    class_prompt: Live[Words | None] = None
+    """Their caption, such as "a photo of a dog"."""
+    prior_loss_weight: Amount = 1.0
+    """How much the loss of an example of class_data_dir counts."""
     num_shapes: Annotated[int, Range(1, 10**7)] = 2560
     """Images in the embedded `shapes`."""
     image_column: Live[Name | None] = None
     """Column of images. None: found by its type."""
     caption_column: Live[Name | None] = None
     """Column of captions, one or a list for each image. None: found by its usual names."""
+    conditioning_column: Live[Name | None] = None
+    """Column of the images that a task is conditioned on."""
+    conditioning_data_dir: Live[Folder | None] = None
+    """Folder with conditioning images of the same file names, in place of a column."""
+    mask_column: Live[Name | None] = None
+    """Column of masks, in grey: the loss counts what is white."""
+    mask_data_dir: Live[Folder | None] = None
+    """Folder with masks of the same file names, in place of a column."""
+    mask_from_alpha: bool = False
+    """The mask is the image's own transparency: the loss counts what is opaque."""
+    mask_minimum: Share = 0.0
+    """How much the loss counts what is black in a mask."""
     trigger: Words | None = None
     """Words put in front of every caption, with a space between; alone where an image has no caption. `{label}` in them is the
     name of the image's class."""
+    shuffle_tags: bool = False
+    """Captions are tags: their order is drawn anew for every example."""
+    keep_tags: CountOrZero = 0
+    """The first tags, which are neither moved nor left out."""
+    tag_dropout: Share = 0.0
+    """Probability of each other tag to be left out."""
+    tag_separator: Words = ","
+    """What stands between tags."""
+    caption_templates: tuple[Words, ...] = ()
+    """One is drawn for every example, and the caption put where it has {}, as in "a photo of {}"."""
     caption_dropout: Share = 0.0
     """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
     label_column: Live[Name | None] = None
     """Column of class labels. None: found by its type or usual names."""
     resolution: Annotated[int, Range(1, 16_384)] = 32
     """Side of the square images in pixels: the shorter side is resized to it, then a square is cut. Transparent images
-    are laid on white."""
+    are laid on white. With buckets: the root of their area."""
+    more_resolutions: tuple[Annotated[int, Range(1, 16_384)], ...] = ()
+    """Further resolutions below it, such as 512 768, at each of which the run sees every image equally often; where one would
+    enlarge an image, the next lower one has it instead."""
+    buckets: bool = False
+    """Aspect-ratio buckets: each image gets the size of about resolution squared of the nearest ratio; a batch has one size."""
+    bucket_ratio: Annotated[float, Range(1, 16)] = 2.0
+    """The largest ratio of a bucket's sides; what is longer is cropped."""
+    bucket_multiple: Annotated[int, Range(1, 1024)] | None = None
+    """What the sides of a bucket are multiples of. None: of what the model needs, doubled up to a 16th of the resolution."""
+    bucket_block: Annotated[int, Range(1, 65_536)] | None = None
+    """Examples in a row that have one size; any batch size that divides it trains on the same examples. None: the batch size
+    with which the run began."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bilinear"
     """How images are resized, with antialiasing."""
     center_crop: bool = False
@@ -184,8 +265,26 @@ class Data:
         share, expected = fraction(self.validation_split), "the name of a split, or a fraction between 0 and 1"
         require(share is None or 0 < share < 1, "data.validation_split", self.validation_split, expected)
         cache = self.example_cache
+        if self.class_data_dir is not None:
+            require(self.class_prompt is not None, "data.class_prompt", None, "the caption of the images in class_data_dir")
+        require(self.tag_separator != "", "data.tag_separator", "", "at least a character")
+        for template in self.caption_templates:
+            require("{}" in template, "data.caption_templates", template, "a text with {} in it")
+        for side in self.more_resolutions:
+            require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
+        share = sum(part.share or 0 for part in self.parts())
+        require(share < 1, "data.mixture", share, "shares below 1 altogether; the rest is that of the other sources")
+        mask = [self.mask_column, self.mask_data_dir, self.mask_from_alpha or None]
+        require(len(mask) - mask.count(None) < 2, "data.mask_column", mask, "one source of masks")
         is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))
         require(not is_file, "data.example_cache", cache, "auto, no, or the path of a folder")
+
+    def parts(self) -> tuple[Part, ...]:
+        """The further sources, class images first."""
+        if self.class_data_dir is None:
+            return self.mixture
+        part = Part(self.class_data_dir, trigger=self.class_prompt, share=0.5, loss_weight=self.prior_loss_weight)
+        return (part, *self.mixture)
 
 
 def fraction(given: str | None) -> float | None:
@@ -200,6 +299,7 @@ def fraction(given: str | None) -> float | None:
 
 
 COMMANDS = {
+    "merge": "Put a finished LoRA into its base, or into one file of weights.",
     "compare": "One page that shows several runs over each other.",
     "sample": "Draw images from a run's output folder, or from one of its checkpoints.",
 }
@@ -310,8 +410,11 @@ def as_flags(settings: dict[str, Any], config: type, source: str = "") -> list[s
             if today not in (known := hints(group_type(config, group))):
                 raise not_a_setting(f"--{group}.{name}", config, source)
             parts = list(nested(known[today]))
+            value = [json.dumps(v) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else value
             scalars, types = value if isinstance(value, (list, tuple)) else (value,), [bool, int, float, str]
             many, switch = any(get_origin(part) is tuple for part in parts), bool in parts and type(None) not in parts
+            if many and Text() in parts:  # an object is read as JSON where a text is
+                scalars = [json.dumps(v) if type(v) is dict else v for v in scalars]
             fits = {
                 "one value": many or not isinstance(value, (list, tuple)),
                 "true or false": not switch or isinstance(value, bool),
@@ -347,13 +450,26 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
     """
     import tyro
 
-    complaint, registry = io.StringIO(), tyro.constructors.ConstructorRegistry()
+    complaint, registry, wrong = io.StringIO(), tyro.constructors.ConstructorRegistry(), []
 
     @registry.primitive_rule
     def unmarked(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
         spec = tyro.constructors.PrimitiveConstructorSpec
         read = lambda args: args[0].removeprefix(MARK)  # noqa: E731
         return spec(1, "STR", read, lambda v: isinstance(v, str), lambda v: [v]) if given.type is str else None
+
+    @registry.primitive_rule
+    def as_json(given: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        def read(args: list[str]) -> Part:
+            try:
+                return from_json(Part, args[0])
+            except BadInput as error:  # of which tyro would say that it is wrong, and no more
+                wrong.append(error)
+                raise
+
+        write = lambda part: [json.dumps(asdict(part))]  # noqa: E731
+        spec = tyro.constructors.PrimitiveConstructorSpec
+        return spec(1, "JSON", read, lambda v: isinstance(v, Part), write) if given.type is Part else None
 
     try:
         with contextlib.redirect_stderr(complaint):
@@ -363,6 +479,8 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
     except SystemExit as end:
         if not end.code:
             raise
+        if wrong:
+            raise BadInput(f"{source}{wrong[0]}") from None
         # tyro draws a box: the sentence stands before its first rule.
         drawn = re.sub("-{5,}", "─────", complaint.getvalue())  # where the terminal is not in UTF-8
         sentence = re.split(r"\n\W*─{3,}\W*\n", drawn.partition("\n")[2])[0]
@@ -377,6 +495,28 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         before = next((given for given in flags[at::-1] if given.startswith("--")), prog).partition("=")[0]
         raise BadInput(f"{source}{unknown[0]!r} is one value too many for {before}")
     return result
+
+
+def from_json(kind: type[T], text: str) -> T:
+    """A dataclass of settings from an object in JSON.
+
+    Raises:
+        BadInput: it is none, or has a name or a value that `kind` has not.
+    """
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        given = None
+    known = {f.name: list(nested(hint)) for f, hint in zip(fields(kind), hints(kind).values(), strict=True)}
+    if not isinstance(given, dict):
+        raise BadInput(f'--data.mixture is {text[:200]!r}; expected objects in JSON, such as \'{{"train_data_dir": "cats"}}\'')
+    for name, value in given.items():
+        fits = [t for t in (bool, int, float, str, type(None)) if t in known.get(name, ())]
+        fits += [int] * (float in fits)
+        if type(value) not in fits:
+            expected = "one of " + ", ".join(known) if name not in known else " or ".join(t.__name__ for t in fits)
+            raise BadInput(f"--data.mixture has {name!r}: {str(value)[:100]!r}; expected {expected}")
+    return kind(**given)
 
 
 def setting_names(config: type) -> list[str]:

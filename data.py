@@ -1,8 +1,8 @@
 """The examples: an opened data set (inputs/), dealt out as an endless keyed stream of batches.
 
-Example number n of a run (which image, which crop, which flip) is a function of (seed, n) alone: each pass over the data is
-a permutation keyed by its epoch, and batches are cut from the numbers by arithmetic. So nothing has to be skipped to
-continue, and processes, batch sizes and loader workers change nothing.
+Example number n of a run (which image, which crop, which caption) is a function of (seed, n) alone: a plan (inputs/plan.py)
+says which row it is, keyed draws say the rest, and batches are cut from the numbers by arithmetic. So nothing has to be skipped
+to resume, and processes, batch sizes and loader workers change nothing.
 """
 
 from __future__ import annotations
@@ -11,198 +11,325 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oneloop.configs import BadInput, Data
+from oneloop.inputs import store
+from oneloop.inputs.cache import Marks, as_marks
+from oneloop.inputs.captions import PURPOSES, Captions, caption, fill
 from oneloop.inputs.crop import corner as centre
-from oneloop.inputs.decoding import Pictures, decode, keep, kept, pixels, place, to_rgb
 from oneloop.inputs.files import LISTED, listed, reason, shown
-from oneloop.inputs.sources import Source, content_hash, select
+from oneloop.inputs.plan import Bucket, Plan
+from oneloop.inputs.sources import Source, select
+from oneloop.inputs.store import Decoded
 from oneloop.machine.processes import signals_blocked
-from oneloop.tasks import Batch, Rng, hash64
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set made ready.
+from oneloop.tasks import COLUMNS, Batch, Column, Rng
 
 RESIDENT = 0.1
-"""Share of a GPU's memory that the decoded set may take, so that only the places of the cuts travel in a step."""
+"""Share of a GPU's memory that the decoded set may take, so that only the corners of the crops travel in a step."""
+CHUNK = 1024
+"""Examples that are planned at a time."""
 
-Reader = Callable[[Iterable[str]], dict[str, Tensor]]
-"""The marks of B values -> the columns that stand in their place, [B, ...] each."""
+Reader = Callable[[Marks], dict[str, Tensor]]
+"""The marks of B values -> what was made of them, [B, ...] each."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Everything that a run may ask an encoding for."""
+
+    marks: Marks
+    """What tells each from all others."""
+    make: Callable[[int], tuple[Any, ...]]
+    """Its number -> the value of each column."""
 
 
 class Examples(torch.utils.data.Dataset):
     """The training set: numbers of the run in, a batch out."""
 
-    def __init__(self, source: Source, cfg: Data, seed: int, pictures: Pictures | None = None, report: Path | None = None):
-        """The examples of a source whose images were decoded and checked as `pictures`; None: they are here.
+    def __init__(
+        self,
+        source: Source,
+        cfg: Data,
+        seed: int,
+        images: Decoded | None = None,
+        report: Path | None = None,
+        block: int | None = None,
+    ):
+        """The examples of a source whose images were decoded as `images`; None: they are here. `block`: as of `Plan`.
 
         Raises:
             BadInput: images that cannot be read. The first ten are named, and where they are more, all of them in the file
                 `report`.
         """
-        pictures = decode(source, cfg) if pictures is None else pictures
-        if pictures.broken:
-            named = f"{len(pictures.broken)} of {source.size} images cannot be read: {_listed(pictures.broken, report)}"
+        images = store.decode(source, cfg) if images is None else images
+        if images.broken:
+            named = f"{len(images.broken)} of {source.size} images cannot be read: {_listed(images.broken, report)}"
             if not cfg.skip_broken:
                 raise BadInput(f"{named}; --data.skip-broken leaves them out")
-            source, size = select(source, pictures.columns["row"].tolist()), cfg.train_batch_size
+            source, size = select(source, np.unique(images.columns["row"].numpy())), cfg.train_batch_size
             if source.size < size:
                 raise BadInput(f"--data.train-batch-size is {size}; expected at most the {source.size} images left: {named}")
-        self.source, self.cfg, self.seed, self.size, self.pictures = source, cfg, seed, source.size, pictures
-        self.encoded: dict[str, Reader] = {}  # column -> what stands in its place
-        self.unheld = {"pixel_values"} if pictures.pixels is None else set()  # columns that every batch reads from the disk
+        self.source, self.cfg, self.seed, self.size, self.images = source, cfg, seed, source.size, images
+        self.encoded: dict[str, tuple[tuple[str, ...], Reader]] = {}  # encoding -> the columns that it reads, and its cache
+        self.hidden: set[str] = set()  # columns that nothing but cached encodings reads
+        self.from_disk = set() if images.pixels is not None else set(images.kinds)  # columns that every batch reads from there
         self.resident: Tensor | None = None  # the decoded set on the device
-        self.place, self.kept = None, False  # where the images may be kept, and whether they came from there
-        files = pictures.columns["file"].contiguous().numpy().tobytes()
-        self.fingerprint = hashlib.blake2b(files + repr((source.captions, source.labels)).encode(), digest_size=16).hexdigest()
+        self.cache_path, self.cached = None, False  # where the images may be cached, and whether they came from there
+        self.rows = torch.from_numpy(np.unique(images.columns["row"].numpy(), return_inverse=True)[1])  # [N], of each entry
+        self.shown = torch.from_numpy(np.flatnonzero(np.diff(self.rows.numpy(), append=self.size)))  # row -> its largest entry
+        shares, block = source.mixed(), block or cfg.bucket_block or cfg.train_batch_size
+        self.share = torch.from_numpy(np.repeat(np.arange(len(shares)), [share.rows for share in shares]))  # [rows]
+        self.weight = torch.tensor([share.weight for share in shares])
+        self.entries, buckets = [], []  # of each bucket its entries, [n] int64
+        for (i, *size), entries in _grouped(self.share[self.rows], images):
+            self.entries.append(entries)
+            buckets.append(Bucket(i, tuple(size), len(entries), shares[i].repeats / max(len(source.sizes), 1)))
+        self.plan = Plan(tuple(buckets), block, seed)
+        self.captions = Captions(
+            *(getattr(cfg, name) for name in ("shuffle_tags", "keep_tags", "tag_dropout", "tag_separator"))
+        )
+        self.captions = replace(self.captions, templates=cfg.caption_templates, caption_dropout=cfg.caption_dropout)
+        self.fingerprint = _fingerprint(source, images)
 
-    def _pixels(self, row: int) -> Tensor:
-        """The image of a row, [3, h, w] uint8.
+    # What an example is.
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two chunks
+    def dealt(self, chunk: int) -> Tensor:
+        """The entry of each of CHUNK examples, [CHUNK] int64."""
+        plan = self.plan.examples(np.arange(chunk * CHUNK, (chunk + 1) * CHUNK))
+        entries = np.empty(CHUNK, np.int64)
+        for i in np.unique(plan.bucket):
+            entries[plan.bucket == i] = self.entries[i][plan.row[plan.bucket == i]]
+        return torch.from_numpy(entries)
+
+    def __getitem__(self, numbers: range) -> Batch:
+        """The batch of these examples of the run; images still uint8."""
+        chunks = range(numbers[0] // CHUNK, numbers[-1] // CHUNK + 1)
+        entries = torch.cat([self.dealt(chunk) for chunk in chunks])[numbers[0] - chunks[0] * CHUNK :][: len(numbers)]
+        return self._batch(torch.tensor(numbers), entries, Rng.of(self.seed, numbers, "data"))
+
+    def sizes(self, rows: Tensor) -> list[tuple[int, ...]]:
+        """What tells which of these rows, [B], may share a batch when they are shown: their images' sizes."""
+        entries = self.shown[rows]
+        return list(
+            map(tuple, torch.cat([self.images.about(name, "target")[entries] for name in self.images.kinds], 1).tolist())
+        )
+
+    def fixed(self, size: int, count: int | None = None, first: int = 0, alike: bool = False) -> Iterator[Batch]:
+        """The data in order, as `at` has them, or `count` rows spread evenly over them (more than there are begin again), from
+        the one numbered `first` on, at most `size` at a time. With `alike` they are taken from the rows of the most frequent
+        size; else a batch ends where the size changes."""
+        rows = torch.arange(self.size)
+        if alike and len(self.plan.buckets) > 1:
+            every = self.sizes(rows)
+            most = max(dict.fromkeys(every), key=every.count)
+            rows = torch.tensor([row for row, own in enumerate(every) if own == most])
+        if count is not None:
+            rows = rows[torch.arange(count) * len(rows) // count if count <= len(rows) else torch.arange(count) % len(rows)]
+        rows = rows[first:]
+        edges = (
+            [i for i, (a, b) in enumerate(itertools.pairwise(self.sizes(rows)), 1) if a != b]
+            if len(self.plan.buckets) > 1
+            else []
+        )
+        for same in rows.tensor_split(edges):
+            yield from map(self.at, same.split(size))
+
+    def at(self, rows: Tensor) -> Batch:
+        """These rows, [B], of one size: cut from the middle, never mirrored, with their first captions."""
+        return self._batch(rows, self.shown[rows], None)
+
+    def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None) -> Batch:
+        """These entries, [B], by the draws of `rng`, with what is cached of their encodings; None: without chance, plain."""
+        rows, cfg, images = self.rows[entries], self.cfg, self.images
+        flip = rng.uniform("flip") < 0.5 if rng is not None and cfg.random_flip else torch.zeros(len(rows), dtype=torch.bool)
+        corners: dict[str, Tensor] = {}  # column without `like` -> top, left of its crop, [B, 2]
+        batch: Batch = {"n": n, "index": rows, "source": self.share[rows], "key": list(map(self.source.name, rows.tolist()))}
+        for name, column in images.kinds.items():
+            anchor, room = column.like or name, images.about(name, "room")[entries]
+            if anchor not in corners:
+                central = rng is None or cfg.center_crop
+                draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
+                corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
+            if name in self.hidden and rng is not None:
+                continue
+            if self.resident is not None and name == "pixel_values" and rng is not None:
+                whole = self.resident.shape[-2:] == tuple(images.about(name, "target")[0].tolist())  # cut when it was decoded
+                batch["crop"] = torch.cat([entries[:, None], corners[anchor] * (not whole), flip[:, None]], 1)  # for `ready`
+            else:
+                cut = self._cut(name, entries, corners[anchor])
+                batch[name] = torch.where(flip[:, None, None, None], cut.flip(-1), cut) if flip.any() else cut
+        corner, room = corners["pixel_values"], images.about("pixel_values", "room")[entries]
+        # Mirroring the crop is mirroring the image and cutting at the mirrored corner.
+        left = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
+        batch |= {
+            k: images.about("pixel_values", what)[entries] for k, what in (("target_size", "target"), ("original_size", "size"))
+        }
+        batch |= {
+            "crop_top_left": torch.stack([corner[:, 0], left], 1),
+            "mirrored": flip,
+            "weight": self.weight[batch["source"]],
+        }
+        if self.source.captions is not None:
+            batch["caption"] = self._texts(rows.tolist(), rng)
+        if self.source.labels is not None:
+            batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
+        for name, values in self.source.more.items():
+            own = [values[row] for row in rows.tolist()]
+            texts = self.source.columns[name].kind == "text"
+            batch[name] = [(several or [""])[0] for several in own] if texts else torch.tensor(own)
+        for columns, read in self.encoded.values() if rng is not None else ():
+            texts = batch.get("caption", [""] * len(rows))
+            each = zip(entries.tolist(), flip.tolist(), texts, strict=True)
+            batch |= read(as_marks([self._mark(columns, *one) for one in each]))
+        return batch if rng is None else {name: value for name, value in batch.items() if name not in self.hidden}
+
+    def _texts(self, rows: list[int], rng: Rng | None) -> list[str]:
+        """Of each row what becomes of its captions."""
+        captions, cfg = self.source.captions, self.captions
+        if rng is None:
+            cfg = Captions(templates=cfg.templates)
+        used = {
+            "caption": True,
+            "tag dropout": cfg.tag_dropout,
+            "tag order": cfg.shuffle_tags,
+            "template": len(cfg.templates) > 1,
+            "caption dropout": cfg.caption_dropout,
+        }
+        u = {name: rng.uniform(name).tolist() if rng is not None and used[name] else [0.0] * len(rows) for name in PURPOSES}
+        return [caption(captions[row] or [""], cfg, {name: u[name][i] for name in PURPOSES}) for i, row in enumerate(rows)]
+
+    def _pixels(self, name: str, entry: int) -> Tensor:
+        """The image of an entry, [C, h, w] uint8.
 
         Raises:
             BadInput: it could be read at the start, and cannot now.
         """
-        if self.pictures.pixels is not None:
-            return self.pictures.pixels[row]
+        if self.images.pixels is not None:
+            return self.images.pixels[name][entry]
+        row, target = int(self.rows[entry]), tuple(self.images.about(name, "target")[entry].tolist())
         try:
-            return pixels(to_rgb(self.source.read(row)[0]), self.cfg)[0]
+            return store.read(self.source, self.cfg, name, row, target)
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder throws at a broken file
-            where = f"the image {self.source.name(row)} could be read at the start and cannot be any more ({reason(error)})"
+            image = self.source.images[name].name(row)
+            where = f"the image {image} could be read at the start and cannot be any more ({reason(error)})"
             raise BadInput(f"{where}; the same command resumes once it is there") from None
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  a batch may touch two epochs
-    def order(self, epoch: int) -> Tensor:
-        """The permutation of the rows in this epoch."""
-        seed = hash64(self.seed, "order", epoch) & 0xFFFFFFFF
-        return torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+    def _cut(self, name: str, entries: Tensor, corner: Tensor) -> Tensor:
+        """The crops at these corners, [B, C, H, W] uint8; a central one was made when the image was decoded."""
+        high, wide = self.images.about(name, "target")[entries[0]].tolist()
+        pixels = self.images.pixels and self.images.pixels[name]
+        if isinstance(pixels, Tensor) and pixels.shape[-2:] == (high, wide):
+            return pixels[entries]
+        whole = zip([self._pixels(name, entry) for entry in entries.tolist()], corner.tolist(), strict=True)
+        return torch.stack([x if self.cfg.center_crop else x[:, t : t + high, i : i + wide] for x, (t, i) in whole])
 
-    def __getitem__(self, numbers: range) -> Batch:
-        """The batch of these examples of the run; images still uint8."""
-        n = torch.tensor(numbers)
-        epochs = range(numbers[0] // self.size, numbers[-1] // self.size + 1)
-        rows = torch.cat([self.order(e)[n[n // self.size == e] % self.size] for e in epochs])
-        rng = Rng.of(self.seed, numbers, "data")
-        flip = rng.uniform("flip") < (0.5 if self.cfg.random_flip else 0.0)
-        texts = self._texts(rows, rng.uniform("caption"), rng.uniform("caption dropout") < self.cfg.caption_dropout)
-        return self._batch(n, rows, rng.uniform("crop", 2), flip, texts, self.encoded)
+    # What is encoded once.
 
-    def fixed(self, size: int, count: int | None = None, first: int = 0) -> Iterator[Batch]:
-        """The data in order, as `at` has them, or `count` rows spread evenly over them (more than there are begin again), from
-        the one numbered `first` on, `size` at a time."""
-        count = count or self.size
-        rows = torch.arange(count) * self.size // count if count <= self.size else torch.arange(count) % self.size
-        yield from map(self.at, rows[first:].split(size))
+    def _mark(self, columns: tuple[str, ...], entry: int, flip: bool, text: str) -> bytes:
+        """What tells the values of these columns, as a model sees them, from all others: 16 bytes."""
+        marks = []
+        for column in columns:
+            if column in self.images.kinds:
+                mark = self.images.about(column, "mark")[entry].numpy().tobytes()
+                marks.append(digest(mark + b"mirrored") if flip else mark)
+            else:
+                value = text if column == "caption" else self.source.more[column][int(self.rows[entry])]
+                marks.append(digest(repr(value).encode()))
+        return marks[0] if len(marks) == 1 else digest(b"".join(marks))
 
-    def at(self, rows: Tensor) -> Batch:
-        """These rows, [B]: cut from the middle, never mirrored, with their first captions."""
-        never = torch.zeros(len(rows), dtype=torch.bool)
-        return self._batch(rows, rows, None, never, self._texts(rows, torch.zeros(len(rows)), never), {})
-
-    def _texts(self, rows: Tensor, choice: Tensor, dropped: Tensor) -> list[str] | None:
-        """One of each row's captions, or the empty one."""
-        if self.source.captions is None:
+    def texts(self) -> list[str] | None:
+        """Every caption that the run may ask for; None where they cannot be listed, since tags are drawn, or there are none."""
+        if self.source.captions is None or self.cfg.shuffle_tags or self.cfg.tag_dropout:
             return None
-        texts = (self.source.captions[row] or [""] for row in rows.tolist())
-        return ["" if d else t[int(u * len(t))] for t, u, d in zip(texts, choice.tolist(), dropped.tolist(), strict=True)]
+        return list(dict.fromkeys(text for row in range(self.size) for text in self._texts_of(row)))
 
-    def _batch(
-        self, n: Tensor, rows: Tensor, crop: Tensor | None, flip: Tensor, texts: list[str] | None, encoded: dict[str, Reader]
-    ) -> Batch:
-        size, room = (self.pictures.columns[name][rows] for name in ("size", "room"))  # [B, 2] each
-        central = crop is None or self.cfg.center_crop
-        corner = centre(room, None) if central else (crop * (room + 1)).long()  # [B, 2] top, left
-        if "pixel_values" in encoded:
-            x = encoded["pixel_values"]([self._mark(r, f) for r, f in zip(rows.tolist(), flip.tolist(), strict=True)])
-        elif self.resident is not None and crop is not None:
-            whole = self.resident.shape[-2:] == (self.cfg.resolution,) * 2  # cut when it was decoded
-            x = {"window": torch.cat([rows[:, None], corner * (not whole), flip[:, None]], 1)}  # [B, 4], for `ready`
-        else:
-            x = {"pixel_values": torch.where(flip[:, None, None, None], (cut := self._cut(rows, corner)).flip(-1), cut)}
-        # Mirroring the square is mirroring the image and cutting at the mirrored corner.
-        corner[:, 1] = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
-        batch = {"n": n, "index": rows, **x, "original_size": size, "crop_top_left": corner}
-        if texts is not None:
-            batch |= encoded["caption"](map(content_hash, texts)) if "caption" in encoded else {"caption": texts}
-        if self.source.labels is not None:
-            batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
-        return batch
+    def _texts_of(self, row: int) -> list[str]:
+        templates, captions = self.cfg.caption_templates or ("{}",), self.source.captions[row] or [""]
+        return [fill(form, text) for text in captions for form in templates] + [""] * bool(self.cfg.caption_dropout)
 
-    def _cut(self, rows: Tensor, corner: Tensor) -> Tensor:
-        """The squares at these corners, [B, 3, H, W] uint8; a central cut was made when the image was decoded."""
-        side = self.cfg.resolution
-        held = self.pictures.pixels
-        if isinstance(held, Tensor) and held.shape[-2:] == (side, side):
-            return held[rows]
-        whole = zip(map(self._pixels, rows.tolist()), corner.tolist(), strict=True)
-        return torch.stack([x if self.cfg.center_crop else x[:, t : t + side, i : i + side] for x, (t, i) in whole])
-
-    def _mark(self, row: int, flip: bool) -> str:
-        """What tells an image as the model sees it from every other."""
-        return self.pictures.columns["mark"][row].numpy().tobytes().hex() + ("-mirrored" if flip else "")
-
-    def distinct(self, column: str) -> dict[str, Callable[[], Any]] | None:
-        """Every value of a column that the run may ask for, as its mark -> the function that makes it.
-
-        None where they cannot be listed: images that are cut at random.
-        """
-        if column == "caption" and self.source.captions is not None:
-            texts = {text for several in self.source.captions for text in several or [""]}
-            if self.cfg.caption_dropout:
-                texts.add("")
-            return {content_hash(text): functools.partial(str, text) for text in texts}
-        if column != "pixel_values" or (self.pictures.columns["room"].any() and not self.cfg.center_crop):
+    def values(self, columns: tuple[str, ...]) -> Values | None:
+        """Everything that the run may ask an encoding of these columns for; None where that cannot be listed: images that are
+        cut at random, captions whose tags are drawn, columns that are not there."""
+        images = [column for column in columns if column in self.images.kinds]
+        cut = any(self.images.about(column, "room").any() for column in images) and not self.cfg.center_crop
+        captions = self.texts() if "caption" in columns else []
+        if cut or captions is None or any(c not in (*images, "caption", *self.source.more) for c in columns):
             return None
+        if columns == ("caption",):
+            return Values(as_marks([digest(repr(text).encode()) for text in captions]), lambda i: (captions[i],))
+        flips, every = (2 if self.cfg.random_flip and images else 1), range(len(self.images))
+        several = [list(dict.fromkeys(self._texts_of(row))) for row in self.rows.tolist()] if captions else [[""]] * len(every)
+        starts = np.cumsum([0, *(flips * len(texts) for texts in several)])
 
-        def square(row: int, flip: bool) -> Tensor:
-            x = self._pixels(row)
-            return x.flip(-1) if flip else x
+        def which(i: int) -> tuple[int, bool, str]:
+            entry = int(np.searchsorted(starts, i, "right")) - 1
+            text, flip = divmod(i - int(starts[entry]), flips)
+            return entry, bool(flip), several[entry][text]
 
-        flips = (False, True) if self.cfg.random_flip else (False,)
-        every = ((row, flip) for row in range(self.size) for flip in flips)
-        return {self._mark(row, flip): functools.partial(square, row, flip) for row, flip in every}
+        def make(i: int) -> tuple[Any, ...]:
+            entry, flip, text = which(i)
+            row = int(self.rows[entry])
+            made = (
+                self._pixels(c, entry) if c in images else text if c == "caption" else self.source.more[c][row] for c in columns
+            )
+            return tuple(x.flip(-1) if flip and isinstance(x, Tensor) else x for x in made)
 
-    def replace(self, column: str, read: Reader, held: bool) -> None:
-        """From now on the stream has what `read` gives in place of this column, from memory or from the disk."""
-        self.encoded[column] = read
-        (self.unheld.discard if held else self.unheld.add)(column)
-        if column == "pixel_values":
-            self.pictures = replace(self.pictures, pixels=None)  # `fixed` reads the few that it shows
+        return Values(as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))]), make)
 
-    def keep(self, say: Callable[[str], Any]) -> None:
-        """Keep the images in their place, unless they are there."""
-        if self.place and not self.kept:
-            self.pictures = keep(self.pictures, self.place, self.cfg, say)
+    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, in_memory: bool) -> None:
+        """From now on the stream has what `read` gives of these columns; `in_memory`: the disk's cache holds all of it."""
+        self.encoded[name] = columns, read
+        (self.from_disk.discard if in_memory else self.from_disk.add)(name)
+
+    def hide(self, columns: set[str]) -> None:
+        """From now on the stream is without these columns."""
+        self.hidden, self.from_disk = columns, self.from_disk - columns
+        if self.images.pixels and set(self.images.kinds) <= columns:
+            self.images = replace(self.images, pixels=None)  # `fixed` reads the few that it shows
+
+    # Where the images lie.
+
+    def cache(self, say: Callable[[str], Any]) -> None:
+        """Write the images to their cache path, unless they are there."""
+        if self.cache_path and not self.cached:
+            self.images = store.write(self.images, self.cache_path, self.cfg, say)
 
     def reside(self, device: torch.device, share: float = RESIDENT) -> bool:
         """Keep the decoded set on a GPU too, where it takes at most this share of its memory; returns whether it is there."""
         room = torch.cuda.get_device_properties(device).total_memory * share if device.type == "cuda" else 0
-        held = self.pictures.pixels
-        if isinstance(held, Tensor) and held.nbytes <= room:
-            self.resident = held.to(device)
+        pixels = self.images.pixels and self.images.pixels["pixel_values"]
+        if isinstance(pixels, Tensor) and pixels.nbytes <= room:
+            self.resident = pixels.to(device)
         return self.resident is not None
 
     def ready(self, batch: Batch, device: Any) -> Batch:
-        """The batch on the device, its images float32 in [-1, 1]."""
-        batch = to_device(batch, device)
-        if "window" in batch:
-            cut = cut_out(self.resident, batch.pop("window"), self.cfg.resolution)
+        """The batch on the device, its images float32 in [-1, 1], its masks in [0, 1]."""
+        batch = to_device(batch, device, self.source.columns)
+        if "crop" in batch:
+            size = tuple(self.images.about("pixel_values", "target")[0].tolist())
+            cut = crop(self.resident, batch.pop("crop"), size)
             batch = to_device({"pixel_values": cut}, device) | batch
+        if "mask" in batch and self.cfg.mask_minimum:
+            batch["mask"] = self.cfg.mask_minimum + (1 - self.cfg.mask_minimum) * batch["mask"]
         return batch
 
-    def stream(self, first: int, stride: int) -> Iterator[Batch]:
-        """The endless stream of one process: a batch from example `first` on, then one every `stride` examples."""
+    def stream(self, first: int, stride: int) -> Generator[Batch]:
+        """The endless stream of one process: a batch from example `first` on, then one every `stride` examples. Close it: no
+        signal ends its loader workers, and a process that waits for them at its exit would wait forever."""
         size = self.cfg.train_batch_size
         numbers = (range(n, n + size) for n in itertools.count(first, stride))
-        processes = self.cfg.dataloader_num_workers if self.unheld else 0
+        processes = self.cfg.dataloader_num_workers if self.from_disk else 0
         loader = torch.utils.data.DataLoader(
             _Readable(self),
             sampler=numbers,
@@ -213,7 +340,35 @@ class Examples(torch.utils.data.Dataset):
             generator=torch.Generator(),
         )
         with signals_blocked():
-            return map(_readable, iter(loader))
+            return _readable(iter(loader))
+
+
+def digest(content: bytes) -> bytes:
+    """16 bytes that tell it from all others."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _grouped(share: Tensor, images: Decoded) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """(source, sizes) -> the entries that have them, [n] int64, as often as resolutions give them this size."""
+    anchors = [name for name, column in images.kinds.items() if column.like is None]
+    keys = torch.cat([share[:, None], *(images.about(name, "target") for name in anchors)], 1).numpy()  # [N, 1 + 2 A]
+    if len(keys) and (keys == keys[0]).all():
+        groups, of = keys[:1], np.zeros(len(keys), np.int64)
+    else:
+        groups, of = np.unique(keys, axis=0, return_inverse=True)
+    for i, group in enumerate(groups.tolist()):
+        entries = np.flatnonzero(of.reshape(-1) == i)
+        yield tuple(group), np.repeat(entries, images.columns["times"].numpy()[entries])
+
+
+def _fingerprint(source: Source, images: Decoded) -> str:
+    """What tells these examples from all others: files, captions, labels, and how sources are mixed."""
+    check = hashlib.blake2b(images.columns["file"].contiguous().numpy(), digest_size=16)
+    for values in (source.captions, source.labels, *source.more.values(), source.shares):
+        for i in range(0, len(values or ()), 4096):
+            check.update(repr(values[i : i + 4096]).encode())
+        check.update(b"\0")
+    return check.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -229,10 +384,14 @@ class _Readable:
             return error
 
 
-def _readable(batch: Batch | BadInput) -> Batch:
-    if isinstance(batch, BadInput):
+def _readable(batches: Iterator[Batch | BadInput]) -> Generator[Batch]:
+    """What `_Readable` gave, until this generator is closed or ends by an exception: then the loader's workers end too."""
+    try:
+        while not isinstance(batch := next(batches), BadInput):
+            yield batch
         raise batch
-    return batch
+    finally:
+        del batches
 
 
 def _listed(broken: list[str], report: Path | None) -> str:
@@ -246,12 +405,14 @@ def _listed(broken: list[str], report: Path | None) -> str:
     return listed(broken, rest)
 
 
-def opened(source: Source, cfg: Data, seed: int, shelf: Path | None, report: Path | None = None) -> Examples:
-    """The examples of a source, with the images that are cached on the shelf, or decoded here. `report`: as of Examples."""
-    path = shelf and place(shelf, source, cfg)
-    found = path and kept(path, cfg)
-    examples = Examples(source, cfg, seed, found, report)
-    examples.place, examples.kept = path, found is not None
+def opened(
+    source: Source, cfg: Data, seed: int, cache: Path | None, report: Path | None = None, block: int | None = None
+) -> Examples:
+    """The examples of a source, with the images that are cached in the folder, or decoded here; the rest as of Examples."""
+    path = cache and store.path_of(cache, source, cfg)
+    images = path and store.load(path, cfg)
+    examples = Examples(source, cfg, seed, images, report, block)
+    examples.cache_path, examples.cached = path, images is not None
     return examples
 
 
@@ -262,28 +423,33 @@ def _as_it_is(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The data as samples and exports see them: in order, cropped in the middle, never mirrored, `size` at a time, on the
-    device; all, or `count` spread evenly over the set, from number `first` on. Nothing is read before it is iterated over."""
+    """The data as samples and exports see them: in order, cropped in the middle, never mirrored, at most `size` at a time, on
+    the device; the rest as of Examples.fixed. Nothing is read before it is iterated over."""
 
     examples: Examples
     size: int
     device: Any
     count: int | None = None
     first: int = 0
+    alike: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
-        return (to_device(batch, self.device) for batch in self.examples.fixed(self.size, self.count, self.first))
+        batches = self.examples.fixed(self.size, self.count, self.first, self.alike)
+        return (self.examples.ready(batch, self.device) for batch in batches)
 
 
-def cut_out(pictures: Tensor, window: Tensor, side: int) -> Tensor:
-    """Squares [B, C, side, side] of images [N, C, H, W]; window [B, 4] has row, top, left, and whether to mirror."""
-    row, top, left, flip = (x[:, None, None, None] for x in window.unbind(1))
-    across = torch.arange(side, device=pictures.device)
-    channel = torch.arange(pictures.shape[1], device=pictures.device)[:, None, None]
-    return pictures[row, channel, top + across[:, None], left + torch.where(flip > 0, side - 1 - across, across)]
+def crop(images: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crops [B, C, H, W] of images [N, C, h, w]; where [B, 4] has image, top, left, and whether to mirror."""
+    i, top, left, flip = (x[:, None, None, None] for x in where.unbind(1))
+    down, across = (torch.arange(side, device=images.device) for side in size)
+    channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
+    return images[i, channel, top + down[:, None], left + torch.where(flip > 0, size[1] - 1 - across, across)]
 
 
-def to_device(batch: Batch, device: Any) -> Batch:
-    """The batch on the device; images, which travel as uint8, become float32 in [-1, 1] there."""
+def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS) -> Batch:
+    """The batch on the device; images and masks, which travel as uint8, become float32 there, in [-1, 1] and in [0, 1]."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return {k: v.float() / 127.5 - 1 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in moved.items()}
+    for name in (name for name, x in moved.items() if isinstance(x, Tensor) and x.dtype == torch.uint8 and name in columns):
+        x = moved[name].float()
+        moved[name] = x / 255 if columns[name].kind == "mask" else x / 127.5 - 1
+    return moved

@@ -36,7 +36,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ from torch import Tensor
 
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
-from oneloop.inputs import decoding, encodings, sources
+from oneloop.inputs import encodings, sources, store
 from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.files import flaws
@@ -181,12 +181,13 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         Signals(accelerator) as signals,
     ):
         # The data set, the checkpoint to resume from, and how far there is to go.
-        source = sources.open_source(cfg.data, task.needs)
+        source = sources.open_for(task, cfg)
+        cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
         saved, manifest = resumed or (None, {"step": 0, "examples": 0, "skipped": 0})
         if resumed:
             refuse_changes(manifest, {"task": name}, configs.changes(manifest["settings"], cfg))
-        total = length(cfg, source.size, manifest, accelerator.num_processes)
+        total = length(cfg, source.pass_length(), manifest, accelerator.num_processes)
         factor_at = schedule(cfg.base, total)
         complete = manifest["step"] >= total
         finished = not on_main(accelerator, lambda: owed(out, cfg, manifest, complete))
@@ -222,6 +223,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         manifest = facts | {
             "module": type(cfg).__module__,
             "data": examples.fingerprint,
+            "block": examples.plan.block,
             "settings": configs.to_dict(cfg),
         }
         guard = Guard(accelerator, learner.state, cfg.base.max_skipped_updates, examples.source.name)
@@ -230,11 +232,12 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # What every number became, said once; then the loop, and its end.
         first = examples[range(cfg.data.train_batch_size)]
-        report.say(introduce(accelerator, cfg, source.summary, learner.models, first, learner.state, total))
+        report.say(introduce(accelerator, cfg, source, learner.models, first, learner.state, total))
         if examples.reside(accelerator.device):
             report.say(f"the decoded images stay on {accelerator.device}")
         warm_up(this, first)
-        saved = train(this, signals, saved)
+        with contextlib.closing(stream(this)) as batches:
+            saved = train(this, batches, signals, saved)
         if code := signals.agreed():
             report.say(f"stopped by a signal after step {learner.state.step}; saved {saved}; the same command resumes")
             raise SystemExit(code)
@@ -264,9 +267,9 @@ def examples_per_step(cfg: Any, processes: int) -> int:
     return cfg.data.train_batch_size * processes * cfg.base.gradient_accumulation_steps
 
 
-def length(cfg: Any, rows: int, manifest: dict[str, Any], processes: int) -> int:
+def length(cfg: Any, rows: float, manifest: dict[str, Any], processes: int) -> int:
     """Optimizer steps of the whole run, with those that the checkpoint has: as many as settings ask for, or as are needed for
-    the rest of `num_epochs` passes over `rows` rows with this number of examples per step."""
+    the rest of `num_epochs` passes of `rows` examples with this number of examples per step."""
     left = math.ceil(round(cfg.base.num_epochs * rows - manifest["examples"], 6) / examples_per_step(cfg, processes))
     return cfg.base.max_train_steps or manifest["step"] + max(left, 0)
 
@@ -333,19 +336,23 @@ def open_examples(
     accelerator: Accelerator, cfg: Any, source: sources.Source, manifest: dict[str, Any], say: Callable[[str], None]
 ) -> tuple[data.Examples, data.Examples | None]:
     """The examples to train on and those held out, decoded once on each machine, and cached unless `manifest` is of others."""
-    cache, broken = configs.example_cache(cfg), Path(cfg.base.output_dir) / "broken.txt"
+    cache, broken, block = configs.example_cache(cfg), Path(cfg.base.output_dir) / "broken.txt", manifest.get("block")
 
     def opened() -> list[data.Examples]:
-        sets = [data.opened(s, cfg.data, cfg.base.seed, cache, broken) for s in (source, source.held_out) if s]
+        sets = [data.opened(s, cfg.data, cfg.base.seed, cache, broken, block) for s in (source, source.held_out) if s]
         if manifest.get("data", sets[0].fingerprint) != sets[0].fingerprint:
             refuse_changes(manifest, {"data": sets[0].fingerprint}, data_report.differences(sets[0], broken.parent))
         for examples in sets if accelerator.is_local_main_process else ():
-            examples.keep(say)
+            examples.cache(say)
         if accelerator.is_main_process and cache == Path(cfg.base.output_dir) / "examples":
-            decoding.tidy(cache, {examples.place for examples in sets})
+            store.tidy(cache, {examples.cache_path for examples in sets})
         return sets
 
     examples, *rest = in_turns(accelerator, opened) if cache else opened()
+    several, size, block = len(examples.plan.sizes) > 1, cfg.data.train_batch_size, examples.plan.block
+    configs.require(
+        not several or block % size == 0, "data.train_batch_size", size, f"a divisor of {block}: examples in a row of one size"
+    )
     return examples, (rest[0] if rest else None)
 
 
@@ -376,23 +383,28 @@ def rehearse(run: Run, first: Batch) -> None:
 # The loop.
 
 
-def train(run: Run, signals: Signals, saved: Path | None) -> Path:
-    """Optimizer steps until the run is complete or a signal asks to stop; returns the last checkpoint, which is committed.
+def stream(run: Run) -> Generator[Batch]:
+    """The batches of this process, from the next example of the run on.
 
     Example n is the same whatever the layout: processes take turns, a batch each.
     """
+    size, accelerator = run.cfg.data.train_batch_size, run.accelerator
+    first = run.learner.state.examples + accelerator.process_index * size
+    return run.examples.stream(first, size * accelerator.num_processes)
+
+
+def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | None) -> Path:
+    """Optimizer steps until the run is complete or a signal asks to stop; returns the last checkpoint, which is committed."""
     accelerator, base, learner, report = run.accelerator, run.cfg.base, run.learner, run.report
     state, per_step = learner.state, examples_per_step(run.cfg, accelerator.num_processes)
-    size = run.cfg.data.train_batch_size
-    stream = run.examples.stream(state.examples + accelerator.process_index * size, size * accelerator.num_processes)
     meter, compared = Meter(accelerator, len(learner.optims) > 1), set()
     signals.training = True
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
-    if state.step and validates(run) and not on_main(accelerator, drawn):  # saved, and killed before this
+    if validates(run) and not on_main(accelerator, drawn):  # before the first step; or saved, and killed before this
         validate(run)
     while state.step < run.total and not signals.agreed():
         factor = run.factor_at(state.step)
-        for batch in meter.fetch(stream, base.gradient_accumulation_steps):
+        for batch in meter.fetch(batches, base.gradient_accumulation_steps):
             numbers, rows = batch["n"].tolist(), batch["index"]
             rng = Rng.of(base.seed, numbers, device=accelerator.device)
             seed_layers(accelerator.device, hash64(base.seed, "layers", numbers[0]))
@@ -430,9 +442,9 @@ def train(run: Run, signals: Signals, saved: Path | None) -> Path:
 
 
 def validates(run: Run) -> bool:
-    """Whether a validation belongs to the step that was just taken."""
+    """Whether a validation belongs to the step that was just taken, or, at 0, to the start."""
     step, every = run.learner.state.step, run.cfg.base.validation_steps
-    return step == run.total or (every > 0 and step % every == 0)
+    return step == run.total or (every > 0 and step % every == 0 and (step > 0 or run.cfg.base.validate_first))
 
 
 def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int, phase: str) -> Iterator[Loss]:
@@ -476,7 +488,7 @@ def validate(run: Run) -> None:
 
     def samples() -> None:
         rng = Rng.of(base.seed, range(base.num_samples), "samples", accelerator.device)
-        shown = lambda first, count: data.Fixed(run.examples, count, accelerator.device, base.num_samples, first)  # noqa: E731
+        shown = lambda first, count: data.Fixed(run.examples, count, accelerator.device, base.num_samples, first, True)  # noqa: E731
         try:
             drawn = draw(run.task, learner.models, learner.weights, state.ema, shown, rng, accelerator, run.cfg)
         except Exception as error:

@@ -62,7 +62,7 @@ def main() -> None:
         )
         models, encodings = lora.make_models(cfg), lora.task.encodings
         (optimizer,) = lora.make_optim(models, cfg).values()
-        live = data.Examples(sources.open_source(cfg.data, lora.task.needs), cfg.data, 0)
+        live = data.Examples(sources.open_for(lora.task, cfg), cfg.data, 0)
         cached = data.Examples(live.source, cfg.data, 0)
         began = time.perf_counter()
         encodings.encode_once(cached, encodings, models, cfg, Accelerator(cpu=True), print)

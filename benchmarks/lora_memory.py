@@ -98,9 +98,18 @@ def transformer(name: str) -> torch.nn.Module:
         for p in module.parameters():
             p.data = p.data.to(torch.bfloat16)
         family.prepare(module)
-        s = SimpleNamespace(rank=RANK, alpha=None, dropout=0.0, use_dora=False, use_rslora=False, base_precision="bf16")
-        targets = family.targets
-        adapters.adapt(module, s, target_modules=targets if isinstance(targets, str) else list(targets))
+        s = SimpleNamespace(
+            rank=RANK,
+            alpha=None,
+            dropout=0.0,
+            use_dora=False,
+            use_rslora=False,
+            base_precision="bf16",
+            rank_pattern=(),
+            alpha_pattern=(),
+            use_lokr=False,
+        )
+        adapters.adapt(module, s, family.targets)
     return module
 
 

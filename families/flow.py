@@ -53,12 +53,14 @@ class Family:
     velocity: Callable[[nn.Module, Tensor, Tensor, Columns, float], Tensor]
     """(transformer, x_t [B, C, h, w], sigma [B] float32 in [0, 1], columns, guidance) -> noise - x, [B, C, h, w]. Only
     guidance-distilled models read the guidance, and they train at 1. CogView4 reads the column `target_size` too."""
-    targets: tuple[str, ...] | str
-    """Layers that get adapters: ends of names, or a regular expression for the whole name."""
+    targets: tuple[str, ...]
+    """Layers that get adapters: ends of names, or regular expressions for whole names."""
     length: int
     """T, the default of inference."""
     encoders: int = 1
     """Text encoders that it cannot do without."""
+    clips: int = 0
+    """How many of them, from the first on, are CLIPs that the official script trains too."""
     patch: int = 2
     """Height and width of a token in latent pixels."""
     multiple: int = 16
@@ -88,6 +90,11 @@ class Family:
     """Further arguments of the pipeline, for samples that are what training saw."""
     together: bool = True
     """Whether the pipeline draws a batch of prompts as it draws each alone."""
+    lokr: bool = False
+    """Whether `load_lora_weights` reads LoKr."""
+    comfyui: bool = True
+    """Whether ComfyUI knows adapters of it by diffusers' names: SD3, FLUX.1, Chroma and AuraFlow by a run of its key maps,
+    Qwen-Image, HiDream, Z-Image, FLUX.2, Krea 2 and ERNIE by reading comfy/lora.py alone."""
     load_lora: str = "pipeline.load_lora_weights({path})"
     """The line of Python that loads adapters from the folder whose name is the variable {path}."""
     prepare: Callable[[nn.Module], None] = lambda transformer: None
@@ -209,6 +216,7 @@ Z_IMAGE = Family(
     # Turbo and base differ in their shift alone, 3 and 6 (unslothai/unsloth#8270).
     distilled=lambda index, transformer, scheduler: scheduler.get("shift") == 3.0,
     few_steps=9,
+    lokr=True,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,12 +258,13 @@ FLUX2 = Family(
     text=flux2_text,
     velocity=flux2_velocity,
     # Without the single blocks' to_out the subject is not learned (unslothai/unsloth#8267); their number differs, so a pattern.
-    targets=r".*\.(to_q|to_k|to_v|to_out\.0|to_qkv_mlp_proj)|single_transformer_blocks\.\d+\.attn\.to_out",
+    targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", r"single_transformer_blocks\.\d+\.attn\.to_out"),
     length=512,
     patch=1,
     sample=False,
     shift=flux2_shift,
     few_steps=4,
+    lokr=True,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,6 +304,7 @@ FLUX = Family(
     targets=(*JOINT, *FEED_FORWARD),
     length=512,
     encoders=2,
+    clips=1,
     distilled=lambda index, transformer, scheduler: not transformer.get("guidance_embeds"),  # schnell
     few_steps=4,
 )
@@ -412,7 +422,7 @@ def sd3_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Colu
     )[0]
 
 
-SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256, encoders=2, weighting="logit_normal")
+SD3 = Family(text=sd3_text, velocity=sd3_velocity, targets=JOINT, length=256, encoders=2, clips=2, weighting="logit_normal")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Chroma.
@@ -463,7 +473,9 @@ def lumina2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: 
     )[0]
 
 
-LUMINA2 = Family(text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256)
+LUMINA2 = Family(
+    text=lumina2_text, velocity=lumina2_velocity, targets=("to_q", "to_k", "to_v", "to_out.0"), length=256, comfyui=False
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sana.
@@ -500,6 +512,7 @@ SANA = Family(
     velocity=sana_velocity,
     targets=("to_q", "to_k", "to_v"),
     length=300,
+    comfyui=False,
     patch=1,
     multiple=32,
     call={"use_resolution_binning": False},  # samples of the size that is asked for
@@ -582,6 +595,7 @@ HUNYUAN_IMAGE = Family(
     patch=1,
     multiple=32,
     distilled=lambda index, transformer, scheduler: bool(transformer.get("guidance_embeds")),
+    comfyui=False,
     guided_by="distilled_guidance_scale",  # true guidance is a component of its own
     # The pipeline has no load_lora_weights.
     load_lora=(
@@ -644,6 +658,7 @@ COGVIEW4 = Family(
     targets=("to_q", "to_k", "to_v", "to_out.0"),
     length=1024,
     together=False,
+    comfyui=False,
     shift=cogview4_shift,
     prepare=cogview4_prepare,
 )

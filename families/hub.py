@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -41,6 +42,15 @@ def unreachable() -> str | None:
     return None
 
 
+def logged_in() -> str | None:
+    """Where the token for the hub is from; None: there is none."""
+    import os
+
+    from huggingface_hub import get_token
+
+    return ("HF_TOKEN" if os.environ.get("HF_TOKEN") else "your token") if get_token() else None
+
+
 def file(name: str, revision: str | None, path: str) -> Path:
     """A file of a checkpoint.
 
@@ -57,7 +67,9 @@ def file(name: str, revision: str | None, path: str) -> Path:
     try:
         return Path(hf_hub_download(name, path, revision=revision, local_files_only=why is not None))
     except errors.GatedRepoError:
-        raise Unavailable(f"it is gated: accept its terms at {page}, then log in with `hf auth login`") from None
+        known = f"the account of {logged_in()} is not let in: accept its terms at {page}, or wait for its authors"
+        unknown = f"accept its terms at {page}, then log in with `hf auth login`"
+        raise Unavailable(f"it is gated: {known if logged_in() else unknown}") from None
     except errors.RepositoryNotFoundError:
         raise Unavailable(absent) from None
     except errors.RevisionNotFoundError:
@@ -69,9 +81,11 @@ def file(name: str, revision: str | None, path: str) -> Path:
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError) as error:
         status = getattr(getattr(error if why else error.__cause__ or error, "response", None), "status_code", None)
         if status is None:
-            raise Unavailable(f"{why or 'the hub cannot be reached'}; {WAY_OUT}") from None
-        more = "; log in with a token that may read it (`hf auth login`)" if status == 403 else ""
-        raise Unavailable(absent if status == 401 else f"the hub answers {status} for {path}{more}") from None
+            raise Unavailable(f"{why or 'the hub cannot be reached'}, for {page}; {WAY_OUT}") from None
+        more = f"; log in with a token that may read {page} (`hf auth login`)" if status == 403 else ""
+        wrong = f"the hub does not accept {logged_in()}: log in anew with `hf auth login`, for {page}"
+        refused = (wrong if logged_in() else absent) if status == 401 else f"the hub answers {status} for {path}{more}"
+        raise Unavailable(refused) from None
 
 
 @contextlib.contextmanager
@@ -150,3 +164,41 @@ def load(library: Any, kind: Any, name: str, what: str, **where: Any) -> Any:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         offline = "" if local or not unreachable() else f" ({unreachable()}; {WAY_OUT})"
         raise BadInput(f"{what} cannot be loaded: {reason}{offline}") from None
+
+
+def is_file(name: str) -> bool:
+    """Whether it names a single file of weights."""
+    return name.endswith((".safetensors", ".gguf"))
+
+
+def load_file(kind: str, name: str, what: str, **where: Any) -> Any:
+    """A diffusers module with the weights of a single file, in the names of its authors or of diffusers.
+
+    Args:
+        what: the flag and the part, as messages begin.
+        where: config, subfolder, revision, torch_dtype, as `from_single_file` takes them; no config is guessed or downloaded.
+
+    Raises:
+        BadInput: it cannot be loaded, or its class cannot be read from a file. MemoryError and torch's are as they were.
+    """
+    import diffusers
+    import torch
+
+    made, path = getattr(diffusers, kind), Path(name).expanduser()
+    if not hasattr(made, "from_single_file"):
+        raise BadInput(f"{what}: diffusers reads no {kind} from a single file; expected a folder that save_pretrained wrote")
+    more: dict[str, Any] = {}
+    if path.suffix == ".gguf":
+        if importlib.util.find_spec("gguf") is None:
+            raise BadInput(f"{what} needs the package gguf; install it, or give a .safetensors file")
+        more["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+    if is_local(str(where["config"])):
+        where["config"] = str(Path(where["config"]).expanduser())
+    offline = is_local(str(where["config"])) or unreachable() is not None
+    try:
+        return made.from_single_file(str(path), local_files_only=offline, **where, **more)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever is wrong with someone's file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BadInput(f"{what} cannot be loaded as a {kind}: {reason}") from None

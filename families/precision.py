@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "bf16", "float8", "int8", "nf4"]
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Precision -> the package that it needs, of the extra `quantized`."""
+APART = ("use_dora", "use_lokr", "init_lora", "preservation_weight")
+"""Settings that read the base's own weights or layers, and were not tried with quantized ones."""
 
 
 def check(s: Any, group: str, base: Any) -> None:
@@ -40,8 +42,9 @@ def check(s: Any, group: str, base: Any) -> None:
     package = PACKAGES.get(s.base_precision)
     if package and importlib.util.find_spec(package) is None:
         raise BadInput(f"{flag} needs the package {package}: install oneloop[quantized], or choose bf16 or float8")
-    if s.use_dora and s.base_precision != "bf16":
-        raise BadInput(f"{flag} with --{group}.use-dora, which reads the base's weights; leave one out")
+    for name in APART if s.base_precision != "bf16" else ():
+        if getattr(s, name):
+            raise BadInput(f"{flag} with --{group}.{name.replace('_', '-')}: they do not go together; leave one out")
 
 
 def quantize(module: nn.Module, precision: Precision) -> None:

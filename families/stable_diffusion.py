@@ -3,6 +3,7 @@ way out. Plain functions; `s` is a task's settings, of which they read the names
 
     pretrained_model_name_or_path, revision, variant    which checkpoint
     pretrained_vae_model_name_or_path                   an autoencoder in the place of its own
+    single_file                                         a file with weights in the place of its UNet's or transformer's
     prediction_type, rescale_betas_zero_snr             what to do otherwise than it says
 
 Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models (arXiv:2112.10752); Podell et al. 2023, SDXL
@@ -37,7 +38,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 def config(s: Any, part: str) -> dict[str, Any]:
     """The config of a part of the checkpoint, or of the autoencoder that stands in for its own."""
-    if part == "vae" and s.pretrained_vae_model_name_or_path:
+    if part == "vae" and (s.pretrained_vae_model_name_or_path and not hub.is_file(s.pretrained_vae_model_name_or_path)):
         return read(s.pretrained_vae_model_name_or_path, None, "config.json")
     files = {"": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
     return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
@@ -56,6 +57,9 @@ def is_xl(s: Any) -> bool:
 def check_files(s: Any, group: str, known: Collection[str]) -> None:
     """Refuse what is not a diffusers model of one of the known pipelines, from its configs alone."""
     check_vae(s, group)
+    for setting, own in instead(s).values():
+        fits = Path(own).expanduser().is_file() if hub.is_file(own) else setting != "single-file"
+        require(fits, f"{group}.{setting}", own, "a .safetensors or .gguf file that is there")
     flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
     with hub.readable(flag, "a diffusers model", MODEL):
         index = config(s, "")
@@ -87,7 +91,7 @@ def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
         other = s.pretrained_vae_model_name_or_path
         expected = f"another --{group}.pretrained-vae-model-name-or-path" if other else "a text-to-image model"
         raise BadInput(f"{flag}: its UNet takes {channels} channels, {other or 'its VAE'} gives {given}; expected {expected}")
-    factor = 2 ** (len(vae.get("block_out_channels", [0])) - 1)
+    factor = multiple(s)
     require(resolution % factor == 0, "data.resolution", resolution, f"a multiple of {factor}, by which its VAE divides")
     otherwise = overrides(s)
     predicts = (said | otherwise).get("prediction_type", "epsilon")
@@ -104,7 +108,7 @@ def check_vae(s: Any, group: str) -> None:
     """Refuse what is no autoencoder, from its config alone."""
     name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
     with hub.readable(f"{flag} {name}", "an autoencoder", VAE):
-        kind = config(s, "vae").get("_class_name") if name else "AutoencoderKL"
+        kind = config(s, "vae").get("_class_name") if name and not hub.is_file(name) else "AutoencoderKL"
         if kind != "AutoencoderKL":
             raise BadInput(f"{flag} {name}: holds a {kind}; expected {VAE}")
 
@@ -127,6 +131,28 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
     return models
 
 
+def instead(s: Any) -> dict[str, tuple[str, str]]:
+    """Part -> (the setting, the name) of what stands in the place of the checkpoint's own."""
+    own = {"vae": ("pretrained-vae-model-name-or-path", s.pretrained_vae_model_name_or_path)}
+    own |= dict.fromkeys(("unet", "transformer"), ("single-file", s.single_file))
+    return {part: (setting, name) for part, (setting, name) in own.items() if name}
+
+
+def pipeline_lines(s: Any) -> str:
+    """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts."""
+    kind, base = config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
+    told = {"revision": s.revision, "variant": s.variant}
+    more, lines = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value), ""
+    for part, (_, own) in instead(s).items():
+        if config(s, "").get(part):
+            made = config(s, part)["_class_name"]
+            how = f"from_single_file({quoted(own)}, config={base}, subfolder={part!r})"
+            how = how if hub.is_file(own) else f"from_pretrained({quoted(own)})"
+            lines += f"from diffusers import {made}\n{part} = {made}.{how}\n"
+            more += f", {part}={part}"
+    return f"{lines}from diffusers import {kind}\npipeline = {kind}.from_pretrained({base}{more})\n"
+
+
 def load_parts(s: Any, group: str, parts: tuple[str, ...], **more: Any) -> Models:
     """Those of the parts that the checkpoint has, frozen; `from_pretrained` gets `more`."""
     import transformers
@@ -140,13 +166,15 @@ def load_parts(s: Any, group: str, parts: tuple[str, ...], **more: Any) -> Model
         named = {part: (library, kind) for part, (library, kind) in index.items() if kind is not None}
     variant = f" (--{group}.variant {s.variant})" if s.variant else ""
     for part, (library, kind) in named.items():
-        if part == "vae" and s.pretrained_vae_model_name_or_path:
-            own = s.pretrained_vae_model_name_or_path
-            what = f"--{group}.pretrained-vae-model-name-or-path {own}: vae"
+        setting, own = instead(s).get(part, (None, None))
+        what = f"--{group}.{setting} {own}: {part}" if own else f"{flag}{variant}: {part}"
+        where = {"subfolder": part, "revision": s.revision}
+        if own and hub.is_file(own):
+            models[part] = hub.load_file(kind, own, what, config=name, **where, **more)
+        elif own:
             models[part] = hub.load("diffusers", "AutoencoderKL", own, what)
         else:
-            where = {"subfolder": part, "revision": s.revision, "variant": s.variant, **more}
-            models[part] = hub.load(library, kind, name, f"{flag}{variant}: {part}", **where)
+            models[part] = hub.load(library, kind, name, what, variant=s.variant, **where, **more)
         models[part].requires_grad_(False)
     return models
 
@@ -269,6 +297,25 @@ def tag(s: Any) -> str:
     return "stable-diffusion-xl" if is_xl(s) else "stable-diffusion"
 
 
+def architecture(s: Any) -> str:
+    """The family's name in ModelSpec: SD 2 is the one whose text has 1024 channels."""
+    if is_xl(s):
+        return "stable-diffusion-xl-v1-base"
+    if config(s, "unet").get("cross_attention_dim") != 1024:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if prediction_type(s) == "v_prediction" else "stable-diffusion-v2-512"
+
+
+def trainable(s: Any) -> tuple[str, ...]:
+    """Text encoders that can train."""
+    return ENCODERS
+
+
+def multiple(s: Any) -> int:
+    """What an image's height and width must be multiples of."""
+    return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)
+
+
 def remarks(models: Models, s: Any) -> Iterator[str]:
     """What there is to say of the checkpoint before it trains: nothing."""
     yield from ()
@@ -288,16 +335,15 @@ def too_long(captions: list[str], s: Any) -> str | None:
     )
 
 
-def conditions(batch: Batch, side: int, xl: bool) -> dict[str, Any]:
+def conditions(batch: Batch, xl: bool) -> dict[str, Any]:
     """What the UNet is given beside x_t and t. SDXL's time ids are the image's original size, the corner of its crop and its
     target size, each height first, [B, 6] (Podell et al. 2023, section 2.2)."""
     import torch
 
     given: dict[str, Any] = {"encoder_hidden_states": batch["prompt_embeds"]}
     if xl:
-        corner, pooled = batch["crop_top_left"], batch["pooled_prompt_embeds"]
-        ids = torch.cat([batch["original_size"], corner, torch.full_like(corner, side)], 1).float()
-        given["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        ids = torch.cat([batch[name] for name in ("original_size", "crop_top_left", "target_size")], 1).float()
+        given["added_cond_kwargs"] = {"text_embeds": batch["pooled_prompt_embeds"], "time_ids": ids}
     return given
 
 
@@ -325,16 +371,16 @@ def pipeline(models: Models, s: Any) -> Any:
     return made
 
 
-def arguments(s: Any, side: int) -> dict[str, Any]:
+def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample; what is not asked for is its own."""
     asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
     asked |= {"negative_prompt": s.negative_prompt or None}
-    return {"height": side, "width": side, **{key: value for key, value in asked.items() if value is not None}}
+    return {"height": height, "width": width, **{key: value for key, value in asked.items() if value is not None}}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
-    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
-    call = arguments(s, side)
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+    """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
+    call = arguments(s, height, width)
     negative = {"negative_prompt": [s.negative_prompt] * len(prompts)} if s.negative_prompt else {}
     latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
     return decode(models["vae"], latents)
@@ -343,16 +389,7 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], si
 def load_lines(s: Any) -> str:
     """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does, and load the adapters of the folder
     `path`; for `str.format`."""
-    kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
-    more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
-    lines = ""
-    if s.pretrained_vae_model_name_or_path:
-        lines = "from diffusers import AutoencoderKL\n"
-        lines += f"vae = AutoencoderKL.from_pretrained({quoted(s.pretrained_vae_model_name_or_path)})\n"
-        more += ", vae=vae"
-    lines += (
-        f"from diffusers import {kind}\npipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n"
-    )
+    lines = pipeline_lines(s)
     if overrides(s):
         made = type(scheduler(s)).__name__
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})

@@ -5,7 +5,7 @@ out. The counterpart of stable_diffusion.py, with its names; `s` is a task's set
     target_modules                                                                           which layers get adapters
     negative_prompt, guidance_scale, num_inference_steps                                     how samples are drawn
 
-and these functions weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
+and these functions density, weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oneloop.configs import BadInput, require
 from oneloop.families import adapters, flow, hub, latents
 from oneloop.families.flow import Family
-from oneloop.families.stable_diffusion import MODEL, config, load_parts, quoted
+from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
 from oneloop.maths import flow as maths
 from oneloop.tasks import Models, unwrap
 
@@ -46,6 +46,22 @@ def tag(s: Any) -> str:
     return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
 
 
+def architecture(s: Any) -> str:
+    """The family's name in ModelSpec: what other trainers write where they write one, else that of its pages."""
+    flux = "flux-1-schnell" if distilled(s) else "flux-1-dev"
+    return {"flux": flux, "stablediffusion3": "stable-diffusion-3-medium"}.get(tag(s), tag(s))
+
+
+def trainable(s: Any) -> tuple[str, ...]:
+    """Text encoders that can train: the CLIPs, where the official script trains them."""
+    return ENCODERS[: family(s).clips]
+
+
+def multiple(s: Any) -> int:
+    """What an image's height and width must be multiples of."""
+    return family(s).multiple
+
+
 def check(s: Any, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
@@ -54,7 +70,8 @@ def check(s: Any, group: str, resolution: int) -> None:
     """
     index, own = config(s, ""), family(s)
     flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-    if s.pretrained_vae_model_name_or_path and index["vae"][1] != "AutoencoderKL":
+    own_vae = s.pretrained_vae_model_name_or_path
+    if own_vae and not hub.is_file(own_vae) and index["vae"][1] != "AutoencoderKL":
         raise BadInput(f"--{group}.pretrained-vae-model-name-or-path: {flag} has an {index['vae'][1]}; leave the flag out")
     require(resolution % own.multiple == 0, "data.resolution", resolution, f"a multiple of {own.multiple}")
     for name in ENCODERS[: own.encoders]:
@@ -112,7 +129,24 @@ def pipeline(models: Models, s: Any, vae: bool = True) -> Any:
     scheduler = parts(s)["scheduler"]
     modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
     fresh = {"scheduler": type(scheduler).from_config(scheduler.config)}
-    return flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+    made = flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+    for name in ENCODERS:
+        if name in models and models[name] is not unwrap(models[name]):  # it trains in several processes
+            setattr(made, name, Wrapped(models[name]))
+    return made
+
+
+class Wrapped:
+    """A module that is called through the wrapper that reduces its gradients, and else is the module itself."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.module(*args, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(unwrap(self.module), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,13 +199,16 @@ def remarks(models: Models, s: Any) -> Iterator[str]:
 
 
 def adapt(models: Models, s: Any) -> None:
-    """Give the transformer its adapters: on the layers that are asked for, or the family's own, but those that would get no
-    gradient: they would learn nothing, and several processes would wait for them."""
+    """Give the transformer its adapters: those of a file, or on the layers that are asked for, or the family's own; but none to
+    layers that would get no gradient: they would learn nothing, and several processes would wait for them."""
     transformer, targets = models[TRAINED], s.target_modules or family(s).targets
-    names = adapters.layers(transformer, targets)
+    names = list(adapters.tuned(transformer)) or adapters.layers(transformer, targets)
     silent = adapters.silent(transformer, names, functools.partial(rehearsal, models, s))
-    targets = names if targets == ("all-linear",) else targets if isinstance(targets, str) else list(targets)
-    adapters.adapt(transformer, s, target_modules=targets, exclude_modules=silent or None)
+    if not s.init_lora:
+        adapters.adapt(transformer, s, targets, silent)
+    elif silent:
+        adapters.drop(transformer, silent)
+        transformer.peft_config["default"].exclude_modules = silent
 
 
 def rehearsal(models: Models, s: Any) -> Tensor:
@@ -204,7 +241,7 @@ def scheme(s: Any) -> str:
 def noise_level(s: Any, u: Tensor, shape: torch.Size) -> Tensor:
     """Uniform numbers [B] -> sigma [B] of the run's density, shifted as inference shifts it for latents of this shape."""
     own = family(s)
-    name = scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform"
+    name = s.density or (scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform")
     tokens = shape[-2] * shape[-1] // own.patch**2
     alpha = s.flow_shift or own.shift(parts(s)["scheduler"], tokens, config(s, ""))
     return maths.shift(maths.density(name, u, s.logit_mean, s.logit_std, s.mode_scale), alpha)
@@ -216,7 +253,7 @@ def weight(s: Any, sigma: Tensor) -> Tensor:
     return maths.weight(name, sigma.clamp(min=1e-3))
 
 
-def arguments(s: Any, side: int) -> dict[str, Any]:
+def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample."""
     import diffusers
 
@@ -228,16 +265,16 @@ def arguments(s: Any, side: int) -> dict[str, Any]:
     asked = {"num_inference_steps": s.num_inference_steps, own.guided_by: s.guidance_scale}
     asked |= {"max_sequence_length": s.max_sequence_length} if "max_sequence_length" in known else {}
     asked |= {"negative_prompt": s.negative_prompt or own.negative} if "negative_prompt" in known else {}
-    return {"height": side, "width": side, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
+    return {"height": height, "width": width, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], side: int) -> Tensor:
-    """Images of the prompts, [B, 3, side, side] in [0, 1], a generator each."""
+def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+    """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
     import torch
 
-    drawn, call = pipeline(models, s), arguments(s, side)
+    drawn, call = pipeline(models, s), arguments(s, height, width)
     if config(s, "")["_class_name"] == "HiDreamImagePipeline":  # it scales every size to the area of this many latents
-        drawn.default_sample_size = side // drawn.vae_scale_factor
+        drawn.default_sample_size = (height * width) ** 0.5 / drawn.vae_scale_factor
     images, size = [], len(prompts) if family(s).together else 1
     for start in range(0, len(prompts), size):
         some = slice(start, start + size)
@@ -249,12 +286,4 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], si
 def load_lines(s: Any) -> str:
     """The lines of Python that make `pipeline` of the checkpoint and load the adapters of the folder `path`; for
     `str.format`."""
-    kind, told = config(s, "")["_class_name"], {"revision": s.revision, "variant": s.variant}
-    more = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value)
-    lines = f"from diffusers import {kind}\n"
-    if own := s.pretrained_vae_model_name_or_path:
-        lines += f"from diffusers import AutoencoderKL\nvae = AutoencoderKL.from_pretrained({quoted(own)})\n"
-        more += ", vae=vae"
-    return lines + (
-        f"pipeline = {kind}.from_pretrained({quoted(s.pretrained_model_name_or_path)}{more})\n{family(s).load_lora}\n"
-    )
+    return f"{pipeline_lines(s)}{family(s).load_lora}\n"

@@ -48,6 +48,18 @@ def nearest(images: np.ndarray, sizes: Sequence[Size]) -> np.ndarray:
     return index
 
 
+def targets(image: Size, resolutions: Sequence[Sequence[Size]], limit: float = 1.0) -> list[Size]:
+    """The size of one image at each resolution, from the lowest to the highest: the nearest in ratio; where that would enlarge
+    it by more than `limit`, the one at the next lower resolution."""
+    if len(resolutions) == 1 and len(resolutions[0]) == 1:
+        return [resolutions[0][0]]
+    chosen, array = [], np.array([image])
+    for sizes in resolutions:
+        own = sizes[int(nearest(array, sizes)[0])]
+        chosen.append(own if not chosen or enlargement(array, own)[0] <= limit else chosen[-1])
+    return chosen
+
+
 def enlargement(images: np.ndarray, sizes: np.ndarray | Size) -> np.ndarray:
     """The factor by which resizing enlarges each image, [N]; below 1 it shrinks."""
     return (np.asarray(sizes) / images).max(-1)

@@ -1,49 +1,50 @@
-"""Encode once: what frozen models make of images and captions, kept on disk and read in place of the columns themselves.
+"""What frozen models make of columns before the loss: in the step, or once, cached on disk (inputs/cache.py).
 
-A task's encodings (tasks/__init__.py) say what may be kept. An entry is named by what was encoded and by the encoder's own
-weights, so nothing in the cache goes stale, and folders may be shared by runs.
+A task's encodings (tasks/__init__.py) say what may be cached. A value is named by what was encoded, and its folder by the
+encoder's own weights, so nothing in the cache goes stale, and folders may be shared by runs.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oneloop import configs
-from oneloop.configs import BadInput
-from oneloop.data import Examples, Reader, to_device
+from oneloop.data import Examples, to_device
+from oneloop.inputs.cache import Cache
 from oneloop.inputs.sources import content_hash
 from oneloop.tasks import Batch, Encoding, Models
 
 
+def reads(name: str, encoding: Encoding) -> tuple[str, ...]:
+    """The columns that an encoding reads: its own, or that of its name."""
+    return encoding.columns or (name,)
+
+
 def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
-    """What the encodings have to say of the texts they will be given."""
-    for column, encoding in encodings.items():
-        if encoding.remark is not None:
-            texts = sorted(make() for make in (examples.distinct(column) or {}).values())
-            yield from filter(None, [encoding.remark(texts, cfg)])
+    """What the encodings have to say of the captions they will be given."""
+    for name, encoding in encodings.items():
+        if encoding.remark is not None and "caption" in reads(name, encoding):
+            yield from filter(None, [encoding.remark(sorted(examples.texts() or ()), cfg)])
 
 
 def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:
-    """The batch with the columns that have an encoding replaced by it; what is cached has been replaced before."""
-    for column, encoding in encodings.items():
-        if column in batch:
-            batch = {k: v for k, v in batch.items() if k != column} | _encode(encoding, models, batch[column], cfg)
-    return batch
+    """The batch with the columns that encodings read replaced by what they make of them; what is cached was replaced before."""
+    made: Batch = {}
+    for name, encoding in encodings.items():
+        if all(column in batch for column in reads(name, encoding)):
+            made |= _encode(encoding, models, [batch[column] for column in reads(name, encoding)], cfg)
+    used = {column for name, encoding in encodings.items() for column in reads(name, encoding)} if made else set()
+    return {name: value for name, value in batch.items() if name not in used} | made
 
 
 @torch.no_grad()
-def _encode(encoding: Encoding, models: Models, values: Any, cfg: Any) -> dict[str, Tensor]:
-    return dict(encoding.fn(models, values, cfg))
+def _encode(encoding: Encoding, models: Models, values: Sequence[Any], cfg: Any) -> dict[str, Tensor]:
+    return dict(encoding.fn(models, *values, cfg))
 
 
 def encode_once(
@@ -54,11 +55,10 @@ def encode_once(
     accelerator: Any,
     say: Callable[[str], None],
 ) -> set[str]:
-    """Encode every value of the columns that have an encoding and can be listed, and have the stream read it: from memory,
-    where all of it fits the memory budget, else from disk.
+    """Encode all that the run may ask for, where that can be listed, and have the stream read it from the cache.
 
-    Processes share the work. Entries that stand from an earlier run are kept if they are what was written, and made anew if
-    not. Returns the names of the models that nothing calls any more.
+    Processes share the work. What earlier runs encoded is not encoded again. Returns the names of the models that nothing calls
+    any more.
 
     Raises:
         BadInput: the folder cannot be written.
@@ -66,33 +66,48 @@ def encode_once(
     folder, size, budget = configs.example_cache(cfg), cfg.data.train_batch_size, cfg.data.memory_budget * 2**30
     if folder is None:
         return set()
-    for column, encoding in encodings.items():
-        wanted = examples.distinct(column)
-        if wanted is None:
+    for name, encoding in encodings.items():
+        columns = reads(name, encoding)
+        values = examples.values(columns)
+        if values is None:
             continue
-        cache = Encoded(folder / f"{column}-{encoder_identity(encoding, models, cfg)}")
-        missing = cache.missing(sorted(wanted))
-        if missing:
-            say(f"encoding {column} once: {len(missing):,} of {len(wanted):,}, into {cache.folder}")
+        cache = Cache(folder / f"{name}-{encoder_identity(encoding, models, cfg)}").refresh()
+        missing = cache.missing(values.marks)
+        if len(missing):
+            say(f"encoding {' and '.join(columns)} once: {len(missing):,} of {len(values.marks):,}, into {cache.folder}")
 
-        def columns(
-            marks: list[str], column: str = column, encoding: Encoding = encoding, wanted: Any = wanted
-        ) -> dict[str, Tensor]:
-            # Always as many as a batch has: the same shape as in a step, and so the same bits.
-            values = [wanted[mark]() for mark in (marks * size)[:size]]
-            values = torch.stack(values) if isinstance(values[0], Tensor) else values
-            return _encode(encoding, models, to_device({column: values}, accelerator.device)[column], cfg)
+        def make(
+            some: Sequence[int], columns: tuple[str, ...] = columns, encoding: Encoding = encoding, values: Any = values
+        ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+            # Always as many as a batch has, of one size: the same shapes as in a step, and so the same bits.
+            made = {i: values.make(i) for i in some}
+            shapes = lambda i: [tuple(getattr(x, "shape", ())) for x in made[i]]  # noqa: E731
+            for _, alike in itertools.groupby(sorted(some, key=shapes), shapes):
+                group = list(alike)
+                several = zip(*(made[i] for i in (group * size)[:size]), strict=True)
+                batch = {
+                    k: torch.stack(xs) if isinstance(xs[0], Tensor) else list(xs)
+                    for k, xs in zip(columns, several, strict=True)
+                }
+                batch = to_device(batch, accelerator.device, examples.source.columns)
+                encoded = _encode(encoding, models, list(batch.values()), cfg)
+                yield from ((i, {key: x[at] for key, x in encoded.items()}) for at, i in enumerate(group))
 
         accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-        cache.fill(missing[accelerator.process_index :: accelerator.num_processes], size, columns)
+        cache.fill(values.marks, missing[accelerator.process_index :: accelerator.num_processes].tolist(), size, make)
         accelerator.wait_for_everyone()
-        cache.fill(cache.missing(missing), size, columns)  # what others wrote to a disk that is not seen from here
+        elsewhere = cache.refresh().missing(values.marks)  # what others wrote to a disk that is not seen from here
+        cache.fill(values.marks, elsewhere.tolist(), size, make)
         accelerator.wait_for_everyone()
-        held, taken = cache.held(sorted(wanted), budget)
-        examples.replace(column, held or cache.read, held is not None)
-        budget -= taken
-    called = {name for column, e in encodings.items() if column not in examples.encoded for name in e.models}
-    return {name for column in examples.encoded for name in encodings[column].models if name in models} - called
+        budget -= cache.refresh().nbytes
+        examples.substitute(name, columns, cache.read, budget >= 0)
+    cached = set(examples.encoded)
+    examples.hide(
+        {c for name in cached for c in reads(name, encodings[name])}
+        - {c for name, e in encodings.items() if name not in cached for c in reads(name, e)}
+    )
+    called = {model for name, e in encodings.items() if name not in cached for model in e.models}
+    return {model for name in cached for model in encodings[name].models if model in models} - called
 
 
 def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
@@ -111,90 +126,3 @@ def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
 
 def _bytes(x: Tensor) -> memoryview:
     return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Encodings on disk: a safetensors file for each value, in a folder that names the encoder.
-
-    An entry is named by what was encoded, so it never goes stale; it holds a hash of that name, its folder's and its content,
-    so it is known to be whole and in its place.
-    """
-
-    folder: Path
-
-    def path(self, mark: str) -> Path:
-        """The entry of the value with this mark."""
-        return self.folder / mark[:2] / f"{mark}.safetensors"
-
-    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
-        """The columns of these values, stacked, [B, ...] each."""
-        entries = [load_file(self.path(mark)) for mark in marks]
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
-
-    def held(self, marks: list[str], budget: float) -> tuple[Reader | None, int]:
-        """These values in memory, and the bytes that they take there; None and 0 where that is more than the budget."""
-        first = load_file(self.path(marks[0]))
-        taken = len(marks) * sum(x.nbytes for x in first.values())
-        if taken > budget:
-            return None, 0
-        columns = {name: torch.empty(len(marks), *x.shape, dtype=x.dtype) for name, x in first.items()}
-        with ThreadPoolExecutor(4) as pool:
-            for start in range(0, len(marks), 1024):  # in blocks: every file that is open is a mapping of its own
-                entries = pool.map(load_file, map(self.path, marks[start : start + 1024]))
-                for i, entry in enumerate(entries, start):
-                    for name, x in entry.items():
-                        columns[name][i] = x
-        return _InMemory({mark: i for i, mark in enumerate(marks)}, columns).read, taken
-
-    def fill(self, marks: list[str], size: int, columns: Callable[[list[str]], dict[str, Tensor]]) -> None:
-        """Write the entries of these marks, `size` at a time."""
-        for some in (marks[start : start + size] for start in range(0, len(marks), size)):
-            made = columns(some)
-            for i, mark in enumerate(some):
-                try:
-                    self.write(mark, {name: x[i] for name, x in made.items()})
-                except (OSError, SafetensorError) as error:
-                    reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"
-                    raise BadInput(f"--data.example-cache: {reason}; another folder, or `no` for none") from None
-
-    def write(self, mark: str, columns: dict[str, Tensor]) -> None:
-        """One entry, there whole or not at all."""
-        path = self.path(mark)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{mark}.{os.getpid()}.writing")
-        columns = {name: x.cpu().contiguous() for name, x in columns.items()}
-        save_file(columns, staged, {"hash": self.hash(mark, columns)})
-        staged.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
-        os.replace(staged, path)
-
-    def hash(self, mark: str, columns: dict[str, Tensor]) -> str:
-        """A hash of an entry: of what and by which encoder it is, and everything in it."""
-        parts = (part for name, x in sorted(columns.items()) for part in (name, x.dtype, x.shape, _bytes(x)))
-        return content_hash(self.folder.name, mark, *parts)
-
-    def missing(self, marks: list[str]) -> list[str]:
-        """Those of the marks without an entry, or with a damaged one."""
-        with ThreadPoolExecutor(4) as pool:
-            return [mark for mark, whole in zip(marks, pool.map(self._whole, marks), strict=True) if not whole]
-
-    def _whole(self, mark: str) -> bool:
-        try:
-            with safe_open(self.path(mark), "pt") as entry:
-                columns = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118
-                return (entry.metadata() or {}).get("hash") == self.hash(mark, columns)
-        except (OSError, SafetensorError):
-            return False
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    """Encodings in memory, as loader workers can be given them."""
-
-    rows: dict[str, int]
-    columns: dict[str, Tensor]
-
-    def read(self, marks: Iterable[str]) -> dict[str, Tensor]:
-        """The columns of these values, stacked, [B, ...] each."""
-        rows = torch.tensor([self.rows[mark] for mark in marks])
-        return {name: x[rows] for name, x in self.columns.items()}

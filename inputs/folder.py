@@ -117,13 +117,13 @@ def ending(path: str) -> str:
     return posixpath.splitext(path)[1].lower()
 
 
-def open_folder(given: str, label_column: str | None = None) -> FolderTable:
-    """The rows of a folder.
+def open_folder(folder: str, label_column: str | None = None, given: str = "--data.train-data-dir") -> FolderTable:
+    """The rows of a folder; `given` is the flag that names it.
 
     Raises:
         BadInput: there is no such folder, no image in it, or its metadata are not what they should be.
     """
-    root, flag = Path(given).expanduser(), f"--data.train-data-dir {shown(given)}"
+    root, flag = Path(folder).expanduser(), f"{given} {shown(folder)}"
     if not root.is_dir():
         raise BadInput(f"{flag}: there is no such folder; expected a folder of images")
     files, left = files_in(root)

@@ -67,8 +67,8 @@ class Bucket:
     """The images of one source that have one size."""
 
     source: int
-    size: tuple[int, int]
-    """Height and width in pixels, as the model sees them."""
+    size: tuple[int, ...]
+    """Height and width in pixels, as the model sees them; of a second image after those of the first."""
     rows: int
     repeats: float = 1.0
     """How often a pass of the run has each row; a fraction is exact over several passes."""
@@ -114,7 +114,7 @@ class Plan:
         return math.fsum(b.repeats * b.rows for b in self.buckets)
 
     @functools.cached_property
-    def _sizes(self) -> dict[tuple[int, int], np.ndarray]:
+    def sizes(self) -> dict[tuple[int, ...], np.ndarray]:
         """size -> its buckets, in order."""
         sizes = dict.fromkeys(b.size for b in self.buckets)
         return {size: np.array([i for i, b in enumerate(self.buckets) if b.size == size]) for size in sizes}
@@ -124,8 +124,8 @@ class Plan:
         """Keys and weights of the sizes; keys (of the dealing, of the rows), weights and rows of the buckets."""
         weights = np.array([b.repeats * b.rows for b in self.buckets])
         keys = [[hash64(self.seed, name, b.source, *b.size) for b in self.buckets] for name in ("deal", "order")]
-        sizes = np.array([hash64(self.seed, "deal", *size) for size in self._sizes], np.uint64)
-        sums = np.array([math.fsum(weights[i]) for i in self._sizes.values()])
+        sizes = np.array([hash64(self.seed, "deal", *size) for size in self.sizes], np.uint64)
+        sums = np.array([math.fsum(weights[i]) for i in self.sizes.values()])
         return sizes, sums, *np.array(keys, np.uint64), weights, np.array([b.rows for b in self.buckets])
 
     def examples(self, numbers: Sequence[int] | np.ndarray) -> Dealt:
@@ -136,7 +136,7 @@ class Plan:
         size, k = (x[where] for x in deal(size_keys, size_weights, blocks))  # [n]
         within = k * self.block + n % self.block  # number among the examples of this size
         bucket, position = np.empty_like(n), np.empty_like(n)
-        for i, members in enumerate(self._sizes.values()):
+        for i, members in enumerate(self.sizes.values()):
             if (mine := size == i).any():
                 b, position[mine] = deal(keys[members], weights[members], within[mine])
                 bucket[mine] = members[b]
@@ -153,7 +153,7 @@ class Plan:
         b = self.buckets[bucket]
         others = [x.repeats * x.rows for x in self.buckets if x.size == b.size]
         of_size, total = b.repeats * b.rows / math.fsum(others), math.fsum(others)
-        blocks = drift(total / self.length, len(self._sizes))
+        blocks = drift(total / self.length, len(self.sizes))
         return 1 + (of_size * self.block * blocks + drift(of_size, len(others))) / b.rows
 
 

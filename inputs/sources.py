@@ -6,27 +6,31 @@ their functions are methods of dataclasses, which pickle.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
-from oneloop.configs import BadInput, Data, fraction
+from oneloop.configs import BadInput, Data, Part, fraction, require, task_group
 from oneloop.inputs import files
+from oneloop.inputs.buckets import bucket_sizes
+from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
 from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_shape
 from oneloop.machine import internals
-from oneloop.tasks import hash64
+from oneloop.tasks import COLUMNS, Column, Facts, Task, hash64
 
 
 def content_hash(*parts: Any) -> str:
@@ -37,56 +41,164 @@ def content_hash(*parts: Any) -> str:
     return h.hexdigest()
 
 
+class Images(Protocol):
+    """The images of one column, by row."""
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        """The image, and the bytes that identify it. Raises whatever a broken file raises."""
+
+    def name(self, row: int) -> str:
+        """What to call it in a message."""
+
+    def identity(self) -> str:
+        """What tells these images from all others without reading them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Consecutive rows of a source: one of a mixture."""
+
+    rows: int
+    repeats: float = 1.0
+    """How often a pass of the run has each of them."""
+    weight: float = 1.0
+    """How much the loss of an example of them counts."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set that was opened but not read."""
 
     size: int
-    read: Callable[[int], tuple[Image.Image, bytes]]
-    """Row -> (the image, the bytes that identify it). Raises whatever a broken file raises."""
-    name: Callable[[int], str]
-    """Row -> what to call it in a message."""
+    """Number of rows."""
+    images: dict[str, Images]
+    """Column of the batch, `pixel_values` among them -> its images."""
     captions: list[list[str]] | None
     """Of each row; empty where it has none, which is trained on as the empty one."""
     labels: list[int] | None
     summary: str
     """One line: what there is, and where."""
-    identity: Callable[[], Any]
-    """What tells its images from all others without reading them."""
     classes: list[str] | None = None
     """Label -> its name."""
     held_out: Source | None = None
     """What the loss is measured on and never trained on."""
     notes: tuple[str, ...] = ()
     """What was left out or changed on the way."""
+    columns: dict[str, Column] = field(default_factory=lambda: dict(COLUMNS))
+    """What the images, masks, captions and labels are."""
+    sizes: tuple[tuple[Size, ...], ...] = ()
+    """What images may become: for each resolution, from the lowest to the highest, its sizes from widest to tallest."""
+    more: dict[str, list[Any]] = field(default_factory=dict)
+    """Further columns of texts (of each row a list) and labels."""
+    shares: tuple[Share, ...] = ()
+    """The sources of a mixture, in the order of rows; none: it is not mixed."""
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        """The image of a row, and the bytes that identify it."""
+        return self.images["pixel_values"].read(row)
+
+    def name(self, row: int) -> str:
+        """What to call a row in a message."""
+        return self.images["pixel_values"].name(row)
+
+    def identity(self) -> str:
+        """What tells its images from all others without reading them."""
+        return content_hash(*((name, images.identity()) for name, images in sorted(self.images.items())))
+
+    def pass_length(self) -> float:
+        """Examples in one pass of a run: each row as often as its share says."""
+        return math.fsum(share.rows * share.repeats for share in self.mixed())
+
+    def mixed(self) -> tuple[Share, ...]:
+        """Its shares; of one that is not mixed, all of it."""
+        return self.shares or (Share(self.size),)
 
 
 @dataclass(frozen=True)
 class Selected:
-    """Some rows of a source."""
+    """Some rows of images."""
 
-    source: Source
-    rows: list[int]
+    images: Images
+    rows: np.ndarray
+    """[N] int64."""
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
-        """As Source.read."""
-        return self.source.read(self.rows[row])
+        """As Images.read."""
+        return self.images.read(int(self.rows[row]))
 
     def name(self, row: int) -> str:
-        """As Source.name."""
-        return self.source.name(self.rows[row])
+        """As Images.name."""
+        return self.images.name(int(self.rows[row]))
 
     def identity(self) -> str:
-        """As Source.identity."""
-        return content_hash(self.source.identity(), np.array(self.rows).data)
+        """As Images.identity."""
+        return content_hash(self.images.identity(), self.rows.data)
 
 
-def select(source: Source, rows: list[int]) -> Source:
-    """These rows of a source, by themselves."""
-    captions, labels = (values and [values[row] for row in rows] for values in (source.captions, source.labels))
-    part = Selected(replace(source, captions=None, labels=None, held_out=None), rows)
-    made = {"read": part.read, "name": part.name, "identity": part.identity}
-    return replace(source, size=len(rows), captions=captions, labels=labels, **made)
+def select(source: Source, rows: Sequence[int]) -> Source:
+    """These rows of a source, ascending, by themselves."""
+    rows = np.asarray(rows, np.int64)
+    captions, labels = (values and [values[row] for row in rows.tolist()] for values in (source.captions, source.labels))
+    ends = np.searchsorted(rows, np.cumsum([share.rows for share in source.shares])) if source.shares else []
+    shares = tuple(replace(s, rows=int(n)) for s, n in zip(source.shares, np.diff(ends, prepend=0), strict=True))
+    images = {name: Selected(images, rows) for name, images in source.images.items()}
+    more = {name: [values[row] for row in rows.tolist()] for name, values in source.more.items()}
+    part = replace(source, size=len(rows), images=images, captions=captions, labels=labels, more=more)
+    return replace(part, shares=shares, held_out=None)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The images of several sources, one after the other."""
+
+    parts: tuple[Images, ...]
+    ends: tuple[int, ...]
+
+    def _of(self, row: int) -> tuple[Images, int]:
+        i = bisect.bisect_right(self.ends, row)
+        return self.parts[i], row - (self.ends[i - 1] if i else 0)
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        """As Images.read."""
+        images, row = self._of(row)
+        return images.read(row)
+
+    def name(self, row: int) -> str:
+        """As Images.name."""
+        images, row = self._of(row)
+        return images.name(row)
+
+    def identity(self) -> str:
+        """As Images.identity."""
+        return content_hash(*(part.identity() for part in self.parts))
+
+
+def join(sources: Sequence[Source], shares: Sequence[Share]) -> Source:
+    """Sources one after the other, with what `shares` says of each. Classes of the same name are one.
+
+    Raises:
+        BadInput: a column that one of them has and another lacks.
+    """
+    ends = tuple(itertools.accumulate(source.size for source in sources))
+    columns = dict.fromkeys(name for source in sources for name in source.images)
+    for name, source in itertools.product(columns, sources):
+        if name not in source.images:
+            raise BadInput(
+                f"--data.mixture: {source.summary} has no {name}, which another source has; expected it in all or none"
+            )
+    images = {name: Joined(tuple(source.images[name] for source in sources), ends) for name in columns}
+    captions = labels = classes = None
+    if any(source.captions is not None for source in sources):
+        captions = [texts for source in sources for texts in (source.captions or [[]] * source.size)]
+    if all(source.labels is not None for source in sources):
+        classes = list(dict.fromkeys(name for source in sources for name in source.classes or ()))
+        number = {name: i for i, name in enumerate(classes)}
+        labels = [number[source.classes[label]] for source in sources for label in source.labels]
+    summary = "; ".join(source.summary for source in sources)
+    notes = tuple(note for source in sources for note in source.notes)
+    more = {name: [x for source in sources for x in source.more.get(name, [[]] * source.size)] for name in sources[0].more}
+    first = replace(sources[0], size=ends[-1], images=images, captions=captions, labels=labels, summary=summary)
+    return replace(first, classes=classes, notes=notes, more=more, shares=tuple(shares))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,16 +213,16 @@ class Shapes:
     side: int
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
-        """As Source.read."""
+        """As Images.read."""
         image = draw_shape(row, self.side)[0]
         return Image.fromarray(image), image.tobytes()
 
     def name(self, row: int) -> str:
-        """As Source.name."""
+        """As Images.name."""
         return f"shape {row}"
 
     def identity(self) -> str:
-        """As Source.identity."""
+        """As Images.identity."""
         drawn = (draw_shape(row, self.side)[0].tobytes() for row in range(8))  # numpy's streams may change
         return content_hash("shapes", self.count, *drawn)
 
@@ -122,7 +234,7 @@ def _open_shapes(cfg: Data) -> Source:
         captions.append(lists.setdefault(text, [text]))
         labels.append(numbers[looks[0]])
     summary, drawn = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels", Shapes(cfg.num_shapes, cfg.resolution)
-    return Source(cfg.num_shapes, drawn.read, drawn.name, captions, labels, summary, drawn.identity, list(SHAPES))
+    return Source(cfg.num_shapes, {"pixel_values": drawn}, captions, labels, summary, list(SHAPES))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +250,7 @@ class FolderImages:
     """Relative to the root."""
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
-        """As Source.read."""
+        """As Images.read."""
         if self.paths[row] is None:
             raise ValueError("the image is missing")
         path = Path(self.root, self.paths[row])
@@ -148,11 +260,11 @@ class FolderImages:
         return files.opened(raw), raw
 
     def name(self, row: int) -> str:
-        """As Source.name."""
+        """As Images.name."""
         return files.shown(self.paths[row] or f"row {row}", 10_000)
 
     def identity(self) -> str:
-        """As Source.identity."""
+        """As Images.identity."""
         outside = [path and os.path.abspath(os.path.join(self.root, path)) for path in self.paths]
         return content_hash([(path, path and _stamp(path)) for path in outside])
 
@@ -165,7 +277,7 @@ class DatasetImages:
     column: str
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
-        """As Source.read."""
+        """As Images.read."""
         value = self.rows[row][self.column]
         if value is None or (value["bytes"] is None and value["path"] is None):
             raise ValueError("the image is missing")
@@ -173,11 +285,11 @@ class DatasetImages:
         return files.opened(raw), raw
 
     def name(self, row: int) -> str:
-        """As Source.name."""
+        """As Images.name."""
         return files.shown((self.rows[row][self.column] or {}).get("path") or f"row {row}", 10_000)
 
     def identity(self) -> str:
-        """As Source.identity."""
+        """As Images.identity."""
         outside = [path for chunk in self.rows.data.column(self.column).chunks for path in _outside(chunk)]
         fingerprint, chosen = internals.fingerprint(self.rows)
         if len(outside) == len(self.rows) and not chosen:  # whatever else is there, these are the images
@@ -238,7 +350,7 @@ def _described_as(feature: Any) -> str:
     return "text" if "string" in str(feature).lower() else "int" if getattr(feature, "dtype", "").startswith("int") else "other"
 
 
-def _open_table(cfg: Data, setting: str = "split") -> Source:
+def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str = "split") -> Source:
     """The images, captions and labels of a folder or a data set, in the columns that settings name, or those that fit."""
     notes: list[str] = []
     if cfg.train_data_dir is not None:
@@ -246,55 +358,141 @@ def _open_table(cfg: Data, setting: str = "split") -> Source:
         kinds, values, where = table.kinds, table.columns.__getitem__, cfg.train_data_dir
         notes += table.notes
     else:
-        table = _load(cfg, setting)
-        kinds, where = {k: _described_as(f) for k, f in table.features.items()}, f"{cfg.dataset_name} ({getattr(cfg, setting)})"
+        table = _load(cfg, split)
+        kinds, where = {k: _described_as(f) for k, f in table.features.items()}, f"{cfg.dataset_name} ({getattr(cfg, split)})"
         values = lambda name: table[name][:]  # noqa: E731
 
-    def column(setting: str, fits: tuple[str, ...], names: tuple[str, ...]) -> str | None:
-        given = getattr(cfg, setting)
+    def named(column: str, fits: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
+        """The data set's column: the one that the setting names, else the first of the usual ones that fits."""
+        given = setting(cfg, own, columns[column].setting)
         if given is not None and given not in kinds:
-            flag = setting.replace("_", "-")
-            raise BadInput(f"--data.{flag} is {given!r}; the data set has the columns {files.shown(', '.join(kinds), 400)}")
-        return given or next((name for name in names if kinds.get(name) in fits), None)
+            asked = f"{flag(columns[column].setting)} is {given!r}"
+            raise BadInput(f"{asked}; the data set has the columns {files.shown(', '.join(kinds), 400)}")
+        return given or next((name for name in usual if kinds.get(name) in fits), None)
 
-    def made(setting: str, name: str | None, make: Callable[[Any], Any]) -> Any:
+    def made(column: str, name: str | None, make: Callable[[Any], Any]) -> Any:
         """What is made of a column; one that was not asked for, and cannot be used, is not used."""
         try:
             return name and make(values(name))
         except ValueError as error:
-            if getattr(cfg, setting) is not None:
-                raise BadInput(f"--data.{setting.replace('_', '-')} is {name!r}, which {error}") from None
+            if setting(cfg, own, columns[column].setting) is not None or not columns[column].optional:
+                raise BadInput(f"{flag(columns[column].setting or column)} is {name!r}, which {error}") from None
             notes.append(f"the column {name!r}, which {error}")
             return None
 
     usual = ("image", "img", "picture", "pixel_values", "jpg", "png", "webp")
-    image = column("image_column", ("image",), (*usual, *(name for name, kind in kinds.items() if kind == "image")))
+    image = named("pixel_values", ("image",), (*usual, *(name for name, kind in kinds.items() if kind == "image")))
     if image is None:
         raise BadInput(f"no column of images among {files.shown(', '.join(kinds), 400)}; --data.image-column names one")
-    images = _images(table, kinds, image)
-    caption = column("caption_column", ("text",), ("text", "caption", "captions", "prompt", "description", "sentence", "txt"))
-    captions, source = made("caption_column", caption, _texts), caption
+    images = {"pixel_values": _images(table, kinds, image, "data.image_column")}
+    for name, column in columns.items():
+        if column.kind in ("image", "mask") and name != "pixel_values":
+            folder = setting(cfg, own, column.folder)
+            inside = named(name, ("image",), () if column.optional else (name, f"{name}_image"))
+            if name == "mask" and cfg.mask_from_alpha:
+                images[name] = Alpha(images["pixel_values"])
+            elif folder is not None:
+                images[name] = _partners(images["pixel_values"], folder, flag(column.folder), name, notes)
+            elif inside is not None:
+                images[name] = _images(table, kinds, inside, column.setting or name)
+    caption = named("caption", ("text",), ("text", "caption", "captions", "prompt", "description", "sentence", "txt"))
+    captions, texts_of = made("caption", caption, _texts), caption
     if caption is None and isinstance(table, FolderTable) and (captions := table.captions_beside(image)):
-        captions, source = _texts(captions), "the .txt beside each image"
-    label = column("label_column", ("class", "int"), (*(k for k, kind in kinds.items() if kind == "class"), *LABELS))
-    labels, classes = made("label_column", label, _numbered) or (None, None)
+        captions, texts_of = _texts(captions), "the .txt beside each image"
+    label = named("label", ("class", "int"), (*(k for k, kind in kinds.items() if kind == "class"), *LABELS))
+    labels, classes = made("label", label, _numbered) or (None, None)
     if labels is not None and kinds[label] == "class":
-        named = table.classes if isinstance(table, FolderTable) else {label: table.features[label].names}
-        classes = named[label]
+        class_names = table.classes if isinstance(table, FolderTable) else {label: table.features[label].names}
+        classes = class_names[label]
     if marked := sum(text.startswith("\ufeff") for texts in captions or () for text in texts):
         captions = [
             [text.removeprefix("\ufeff").strip() if text.startswith("\ufeff") else text for text in texts] for texts in captions
         ]
         notes.append(f"byte order marks of {marked:,} captions")
+    more: dict[str, list[Any]] = {}
+    for name, column in columns.items():
+        if column.kind in ("text", "label") and name not in COLUMNS:
+            inside = named(name, ("text",) if column.kind == "text" else ("class", "int"), () if column.optional else (name,))
+            if inside is not None:
+                column_values = made(name, inside, _texts if column.kind == "text" else _numbered)
+                more[name] = column_values if column.kind == "text" else column_values[0]
     size = len(values(image)) if isinstance(table, FolderTable) else len(table)
-    summary = f"{size} images of {where}: image column {image!r}, captions {source!r}, labels {label!r}"
-    return Source(size, images.read, images.name, captions, labels, summary, images.identity, classes, notes=tuple(notes))
+    others = "".join(f", {name}" for name in (*list(images)[1:], *more))
+    summary = f"{size} images of {where}: image column {image!r}, captions {texts_of!r}, labels {label!r}{others}"
+    return Source(size, images, captions, labels, summary, classes, notes=tuple(notes), more=more)
 
 
-def _images(table: Any, kinds: dict[str, str], column: str) -> FolderImages | DatasetImages:
+def setting(cfg: Data, own: Any, name: str | None) -> Any:
+    """The value of a setting 'group.field', of the data's group or the task's own; None has none."""
+    group, _, field = (name or "").partition(".")
+    return getattr(cfg if group == "data" else own, field) if name else None
+
+
+def flag(name: str) -> str:
+    """The flag of a setting 'group.field'."""
+    return f"--{name.replace('_', '-')}"
+
+
+@dataclass(frozen=True)
+class Alpha:
+    """The opacity of images, as masks."""
+
+    images: Images
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        """As Images.read."""
+        image, raw = self.images.read(row)
+        alpha = image.convert("RGBA").getchannel("A")
+        if orientation := image.getexif().get(ExifTags.Base.Orientation):
+            alpha.getexif()[ExifTags.Base.Orientation] = orientation
+        return alpha, raw
+
+    def name(self, row: int) -> str:
+        """As Images.name."""
+        return f"the transparency of {self.images.name(row)}"
+
+    def identity(self) -> str:
+        """As Images.identity."""
+        return content_hash("alpha", self.images.identity())
+
+
+def _partners(images: Images, folder: str, asked: str, column: str, notes: list[str]) -> FolderImages:
+    """The images of another folder that have the paths of these, whatever they end in.
+
+    Raises:
+        BadInput: these have no paths, or some of them no partner, or several.
+    """
+    if not isinstance(images, FolderImages):
+        raise BadInput(
+            f"{asked} is {files.shown(folder)!r}: it goes with --data.train-data-dir; a data set has a column of its own"
+        )
+    there, stem = open_folder(folder, given=asked).columns["image"], lambda path: posixpath.splitext(path)[0]
+    by_path, by_stem = set(there), {}
+    for path in there:
+        by_stem.setdefault(stem(path), []).append(path)
+    paths, wrong = [], []
+    for path in images.paths:
+        several = [path] if path in by_path else by_stem.get(stem(path or ""), [])
+        paths.append(several[0] if len(several) == 1 else None)
+        if len(several) != 1:
+            wrong.append(
+                f"{files.shown(path or 'a row without an image')} has {', '.join(map(files.shown, several)) or 'none'}"
+            )
+    if wrong:
+        expected = f"expected one {column} image of the same path for each"
+        raise BadInput(
+            f"{asked} {files.shown(folder)}: {len(wrong):,} images have no partner; {expected}: {files.listed(wrong)}"
+        )
+    if unused := len(there) - len(set(paths)):
+        notes.append(f"{unused:,} images of {files.shown(folder)} without a partner")
+    return FolderImages(str(Path(folder).expanduser()), paths)
+
+
+def _images(table: Any, kinds: dict[str, str], column: str, name: str) -> FolderImages | DatasetImages:
+    """The images of a column; `name` is the setting that names it."""
     if isinstance(table, FolderTable):
         if kinds[column] != "image":
-            raise BadInput(f"--data.image-column {column} does not hold images; expected a column of file names")
+            raise BadInput(f"{flag(name)} {column} does not hold images; expected a column of file names")
         return FolderImages(table.root, table.columns[column])
     import datasets
 
@@ -303,7 +501,7 @@ def _images(table: Any, kinds: dict[str, str], column: str) -> FolderImages | Da
             raise ValueError(f"its values have {', '.join(feature)}; expected bytes or path")
         return DatasetImages(table.cast_column(column, datasets.Image(decode=False)).select_columns([column]), column)
     except (ValueError, TypeError) as error:
-        raise BadInput(f"--data.image-column {column} does not hold images: {files.shown(error, 400)}") from None
+        raise BadInput(f"{flag(name)} {column} does not hold images: {files.shown(error, 400)}") from None
 
 
 def _texts(values: Any) -> list[list[str]]:
@@ -379,44 +577,126 @@ def held_out_rows(size: int, share: str) -> list[int]:
     """
     p, q = Fraction(share).as_integer_ratio()
     starts = (block * q // p for block in range(round(float(share) * size) + 1))
-    blocks = (range(start, min(end, size)) for start, end in pairwise(starts))
+    blocks = (range(start, min(end, size)) for start, end in itertools.pairwise(starts))
     return [min(block, key=functools.partial(hash64, "validation")) for block in blocks]
 
 
-def open_source(cfg: Data, needs: tuple[str, ...] = ()) -> Source:
+def open_source(cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: int = 1, own: Any = None) -> Source:
     """Open what the settings name, without reading images: what is trained on, and in its `held_out` what is not.
+
+    `columns` are what a batch may have, `multiple` what the model's sides are multiples of, `own` the task's group of settings.
+    A fraction is held out of the source that `cfg` itself names, before others are mixed in.
 
     Raises:
         BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
-            that the task `needs`.
+            that is not optional.
     """
-    what = kind_of(cfg)
-    source = described(_open_shapes(cfg) if what == "shapes" else _open_table(cfg), cfg, needs)
-    given, share, held = cfg.validation_split, fraction(cfg.validation_split), None
-    if share is not None:
+    what, columns = kind_of(cfg), dict(columns)
+    table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns)  # noqa: E731
+    source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
+    given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
+    if cfg.validation_data_dir is not None:
+        if given is not None:
+            raise BadInput(f"--data.validation-data-dir and --data.validation-split {given!r} are given; expected one of them")
+        held_out = table(replace(cfg, train_data_dir=cfg.validation_data_dir))
+    elif share is not None:
         out = held_out_rows(source.size, given)
-        held, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
+        held_out, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
     elif given is not None:
         if what != "a data set" or given == cfg.split:
             there = "which is trained on" if given == cfg.split else "and these images have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
-        held = described(_open_table(cfg, "validation_split"), cfg, needs)
-    if cfg.max_train_samples is not None and cfg.max_train_samples < source.size:
-        source = select(source, [i * source.size // cfg.max_train_samples for i in range(cfg.max_train_samples)])
-    if held is not None:
-        if held.size < 4:
-            rows = held.size + source.size
+        held_out = table(cfg, "validation_split")
+    source = thinned(source, cfg)
+    if parts := cfg.parts():
+        settings = [part_of(cfg, part) for part in parts]
+        sources = [source, *(thinned(table(own_cfg), own_cfg) for own_cfg in settings)]
+        source = join(sources, shares([source.size for source in sources], parts))
+    source = replace(source, columns=columns, sizes=sizes(cfg, multiple))
+    if held_out is not None:
+        where = f"--data.validation-{'split' if given else 'data-dir'} is {given or cfg.validation_data_dir!r}"
+        if held_out.size < 4:
+            rows = held_out.size + source.size
             enough = f"; of {rows} rows that is {math.ceil(400 / rows) / 100} or more" if share and rows >= 8 else ""
-            expected = f"expected at least 4 images, one for each quarter of the noise levels, not {held.size}"
-            raise BadInput(f"--data.validation-split is {given!r}; {expected}{enough}")
-        source = replace(source, held_out=held, summary=f"{source.summary}; {held.size} held out")
+            expected = f"expected at least 4 images, one for each quarter of the noise levels, not {held_out.size}"
+            raise BadInput(f"{where}; {expected}{enough}")
+        held_out = replace(held_out, columns=columns, sizes=source.sizes[-1:])
+        source = replace(source, held_out=held_out, summary=f"{source.summary}; {held_out.size} held out")
     if source.size < cfg.train_batch_size:
-        beside = f" beside the {held.size} of --data.validation-split {given}" if share else ""
+        beside = f" beside the {held_out.size} of --data.validation-split {given}" if share else ""
         raise BadInput(f"--data.train-batch-size is {cfg.train_batch_size}; the data set has {source.size} images{beside}")
     return source
 
 
-def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
+def open_for(task: Task, cfg: Any) -> Source:
+    """What a run of this task is trained on."""
+    return open_source(cfg.data, COLUMNS | dict(task.columns), task.multiple(cfg), getattr(cfg, task_group(cfg)))
+
+
+def facts(source: Source) -> Facts:
+    """What a task may ask of the data before an image is read."""
+    columns = [
+        *source.images,
+        *source.more,
+        *["caption"] * (source.captions is not None),
+        *["label"] * (source.labels is not None),
+    ]
+    every = itertools.chain.from_iterable(source.sizes)
+    return Facts(source.size, tuple(source.classes or ()), tuple(columns), tuple(dict.fromkeys(every)))
+
+
+def sizes(cfg: Data, multiple: int) -> tuple[tuple[Size, ...], ...]:
+    """For each resolution, from the lowest to the highest, the sizes that images may have."""
+    resolutions = sorted({cfg.resolution, *cfg.more_resolutions})
+    if not cfg.buckets:
+        return tuple(((side, side),) for side in resolutions)
+    given = cfg.bucket_multiple
+    require(
+        given is None or given % multiple == 0,
+        "data.bucket_multiple",
+        given,
+        f"a multiple of {multiple}, which the model needs",
+    )
+
+    def step(side: int) -> int:
+        m = multiple
+        while side % (2 * m) == 0 and 32 * m <= side:
+            m *= 2
+        return given or m
+
+    return tuple(tuple(bucket_sizes(side, step(side), cfg.bucket_ratio)) for side in resolutions)
+
+
+def part_of(cfg: Data, part: Part) -> Data:
+    """The settings of one more source."""
+    given = {f.name: getattr(part, f.name) for f in fields(part) if f.name not in ("repeats", "share", "loss_weight")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "dataset_name" in given and "train_data_dir" not in given:
+        given["train_data_dir"] = None
+    alone = {"mixture": (), "class_data_dir": None, "class_prompt": None, "validation_split": None, "validation_data_dir": None}
+    return replace(cfg, **alone | given)
+
+
+def shares(rows: Sequence[int], parts: Sequence[Part]) -> list[Share]:
+    """The first source, dealt once a pass, and the others: with their repeats, or with as many as give them their share."""
+    free = rows[0] + math.fsum(part.repeats * n for part, n in zip(parts, rows[1:], strict=True) if part.share is None)
+    rest = 1 - math.fsum(part.share or 0 for part in parts)
+    repeats = [
+        part.repeats if part.share is None else part.share / rest * free / n for part, n in zip(parts, rows[1:], strict=True)
+    ]
+    made = zip(rows[1:], repeats, (part.loss_weight for part in parts), strict=True)
+    return [Share(rows[0]), *(Share(n, r, weight) for n, r, weight in made)]
+
+
+def thinned(source: Source, cfg: Data) -> Source:
+    """As many rows as the settings ask for, spread evenly."""
+    count = cfg.max_train_samples
+    if count is None or count >= source.size:
+        return source
+    return select(source, [i * source.size // count for i in range(count)])
+
+
+def described(source: Source, cfg: Data, columns: Mapping[str, Column]) -> Source:
     """A source with the captions that its trigger makes, and all that the task needs."""
     if cfg.trigger:
         if "{label}" in cfg.trigger and source.labels is None:
@@ -425,9 +705,10 @@ def described(source: Source, cfg: Data, needs: tuple[str, ...]) -> Source:
         front = [cfg.trigger.replace("{label}", (source.classes or [""])[label]) for label in labels]
         made = [[f"{f} {t}".strip() for t in ts or [""]] for f, ts in zip(front, captions, strict=True)]
         source = replace(source, captions=made)
-    for column, there in (("caption", source.captions), ("label", source.labels)):
-        if column in needs and there is None:
-            raise BadInput(
-                f"the task needs a {column} for each image and found none; --data.{column}-column names their column"
-            )
+    there = {"caption": source.captions, "label": source.labels} | source.images | source.more
+    for name, column in columns.items():
+        if there.get(name) is None and not column.optional:
+            ways = [f"{flag(column.setting)} names their column"] if column.setting else []
+            ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
+            raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
     return source

@@ -64,6 +64,6 @@ def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Ten
     return (snr_gamma / snr).clamp(max=1) if prediction_type == "epsilon" else on_x / (snr + 1)
 
 
-def mse(prediction: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of each example in float32, [B]."""
-    return (prediction.float() - wanted.float()).square().flatten(1).mean(1)
+def square_error(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error in float32, of the shape of both."""
+    return (prediction.float() - wanted.float()).square()

@@ -12,9 +12,10 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,63 @@ Models = dict[str, "nn.Module"]
 Optims = dict[str, "torch.optim.Optimizer"]
 """name -> optimizer. One `Loss` of the same name is one step of it."""
 Batch = dict[str, Any]
-"""Columns of B examples. Always `n` (their numbers in the run) and `index` (their rows in the data set), both [B]. Images
-are `pixel_values` [B, 3, H, W] in [-1, 1], with `original_size` and `crop_top_left` [B, 2] in pixels of the resized image;
-where the data have them, `caption` (a list of B strings) and `label` [B]. In `loss_fn` also `step`, one int: the optimizer
-steps taken before this one, the same for every batch and process that share a step; `total`, the run's optimizer steps; and
-`phase`: "train", "validate", or "warm-up" for a pass whose gradients are thrown away (its `step` is `total`)."""
+"""Columns of B examples. The task's own (`Task.columns`): images [B, 3, H, W] in [-1, 1], masks [B, 1, H, W] in [0, 1], texts
+(a list of B strings), labels [B] int64. About each example, [B] or [B, 2] with height before width:
+
+    n               its number in the run
+    index, source   its row in the data set, and which source of a mixture that row is of
+    key             a list: what names its row in messages, such as its file
+    target_size     H and W of `pixel_values`, the same for the whole batch
+    original_size   of the image file, upright
+    crop_top_left   of the crop, in pixels of the resized image as the model sees it (of a mirrored one: in the mirrored image)
+    mirrored        bool
+    weight          float32: how much its loss counts (`tasks.mean`)
+
+In `loss_fn` also `step`, one int: the optimizer steps taken before this one, the same for every batch and process that share a
+step; `total`, the run's optimizer steps; and `phase`: "train", "validate", or "warm-up" for a pass whose gradients are thrown
+away (its `step` is `total`)."""
 Images = dict[str, "Tensor"]
 """What validation shows: name -> images [N, 3, H, W] in [0, 1]; one grid for each name."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What a batch has under a name, and where the data set has it."""
+
+    kind: Literal["image", "mask", "text", "label"]
+    """Images become [-1, 1], masks (grey, white counts) [0, 1]."""
+    like: str | None = None
+    """The image column whose size, crop and mirror it shares, whatever its own pixels; its images have the same shape, up to
+    rounding. None: an image of a size of its own, cropped by itself, and mirrored where `pixel_values` is."""
+    setting: str | None = None
+    """The setting that names the data set's column, such as "data.mask_column" or "mine.rejected_column". None, or a setting
+    that is None: the column called as here."""
+    folder: str | None = None
+    """The setting that names a folder with images of the same names, in place of a column."""
+    optional: bool = False
+    """Whether the task works without it. An optional image or mask is looked for where a setting names it."""
+
+
+COLUMNS: dict[str, Column] = {
+    "pixel_values": Column("image", setting="data.image_column"),
+    "caption": Column("text", setting="data.caption_column", optional=True),
+    "label": Column("label", setting="data.label_column", optional=True),
+    "mask": Column("mask", like="pixel_values", setting="data.mask_column", folder="data.mask_data_dir", optional=True),
+}
+"""What every task may find in a batch; `Task.columns` adds to it, or says that one is not optional."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data before an image is read."""
+
+    rows: int
+    classes: tuple[str, ...] = ()
+    """Names of the labels, by number; none without labels."""
+    columns: tuple[str, ...] = ("pixel_values",)
+    """Those that a batch will have."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Height and width that `pixel_values` may have."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +116,18 @@ class Follow:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding(Generic[C]):
-    """What frozen models make of a column before the loss: a function of each value alone, the same whenever it is called.
+    """What frozen models make of columns before the loss: a function of each example's values alone, the same whenever it is
+    called, and whatever else is in the batch.
 
-    The loop puts the new columns in the old one's place: in the step, or read from a cache that holds every value.
+    The loop puts the new columns in the place of those that are read: in the step, or from a cache that holds every value.
     """
 
-    fn: Callable[[Models, Any, C], Mapping[str, Tensor]]
-    """The column's B values -> new columns, [B, ...] each. Called without gradients, in the precision of the weights."""
+    fn: Callable[..., Mapping[str, Tensor]]
+    """(models, B values of each column that it reads, settings) -> new columns, [B, ...] each, of shapes that are the same for
+    all values of one shape: what differs in length is padded to a fixed one, with a mask. Called without gradients, in the
+    precision of the weights."""
+    columns: tuple[str, ...] = ()
+    """The columns that it reads; none: the one that it is called by in `Task.encodings`."""
     models: tuple[str, ...]
     """Models that it calls and the loss does not: with everything cached they leave the device but for samples. While one of
     them trains the loop leaves the column as it is, and the loss encodes it."""
@@ -101,7 +157,7 @@ class Task(Generic[C]):
     variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
     evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
-    """column -> its frozen encoding, which the loss sees in its place."""
+    """column, or another name -> the frozen encoding that the loss sees in the place of the columns that it reads."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
     samples and exports show is made by the loop: `--base.use-ema`.)"""
@@ -115,8 +171,14 @@ class Task(Generic[C]):
     """What there is to say of the models, a line each, said once before training."""
     card: Callable[[C], Mapping[str, Any]] = lambda cfg: {}
     """What the head of the export's README says beside its library: `base_model`, `license`, `pipeline_tag`, `tags`."""
-    needs: tuple[str, ...] = ()
-    """Columns without which the task cannot work: `caption`, `label`."""
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    """name -> what a batch has under it, beside COLUMNS. {"caption": Column("text", setting="data.caption_column")} cannot work
+    without captions."""
+    resolve: Callable[[C, Facts], C] = lambda cfg, facts: cfg
+    """Settings that the data decide, such as a number of classes: what it returns is `cfg` to all other functions, and in
+    run.json. BadInput where the data do not fit the task."""
+    multiple: Callable[[C], int] = lambda cfg: 1
+    """What the sides of its images must be multiples of: aspect-ratio buckets keep to it."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +247,23 @@ class Rng:
         return [torch.Generator().manual_seed(seed & 0xFFFFFFFF) for seed in seeds]  # a CPU generator reads 32 bits
 
 
+def mean(error: Tensor, batch: Batch) -> Tensor:
+    """The loss of a batch, a scalar: the mean over B examples of an error [B, ...], such as a squared one, each counted by its
+    `weight`, and each pixel by the `mask` where the batch has one (averaged over the pixels of the image that a pixel of a
+    latent stands for). Weights of 1 change nothing: it is a mean, so that half the weight is half the gradient."""
+    return (batch.get("weight", 1.0) * masked(error, batch)).mean()
+
+
+def masked(error: Tensor, batch: Batch) -> Tensor:
+    """The mean of each example's error [B, ...], weighted by its `mask` where there is one, [B] float32."""
+    import torch.nn.functional as F
+
+    error = error.float()
+    if "mask" in batch and error.ndim == 4:
+        error = error * F.adaptive_avg_pool2d(batch["mask"], error.shape[-2:])  # [B, C, h, w] * [B, 1, h, w]
+    return error.flatten(1).mean(1) if error.ndim > 1 else error
+
+
 def hash64(*parts: Any) -> int:
     """A 64-bit hash of the parts, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
@@ -215,6 +294,8 @@ def _fixed(module: nn.Module) -> nn.Module:
             return kind([(k, twin(v)) for k, v in x.items()])
         if kind in (list, tuple):
             return kind(map(twin, x))
+        if kind is partial:
+            return partial(twin(x.func), *map(twin, x.args), **twin(x.keywords))
         return MethodType(x.__func__, twin(x.__self__)) if kind is MethodType else twins.get(id(x), x)
 
     for m in modules:

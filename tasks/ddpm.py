@@ -27,7 +27,7 @@ from oneloop.configs import (
 )
 from oneloop.families import building
 from oneloop.maths import diffusion
-from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task
+from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, masked, mean
 from oneloop.training import optimizers
 
 DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
@@ -153,8 +153,9 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     t = rng.integers("timestep", cfg.ddpm.ddpm_num_steps)  # [B]
     a = diffusion.alphas_cumprod(cfg.ddpm.ddpm_num_steps, cfg.ddpm.ddpm_beta_schedule, x.device)[t]  # [B]
     prediction = models["unet"](diffusion.add_noise(x, noise, a), t, return_dict=False)[0]
-    error = diffusion.mse(prediction, diffusion.target(cfg.ddpm.prediction_type, x, noise, a))  # [B]
-    yield Loss("unet", (diffusion.loss_weight(cfg.ddpm.prediction_type, a, cfg.ddpm.snr_gamma) * error).mean())
+    error = diffusion.square_error(prediction, diffusion.target(cfg.ddpm.prediction_type, x, noise, a))  # [B, 3, H, W]
+    weight = diffusion.loss_weight(cfg.ddpm.prediction_type, a, cfg.ddpm.snr_gamma)  # [B]
+    yield Loss("unet", mean(weight * masked(error, batch), batch))
 
 
 def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
@@ -190,5 +191,6 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    multiple=lambda cfg: 2 ** (len(model_config(cfg).get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1),
     card=lambda cfg: {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]},
 )

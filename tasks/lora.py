@@ -9,9 +9,11 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
 from oneloop.families import adapters, flow, hub, latents, precision, stable_diffusion, transformer
+from oneloop.inputs import prompts
+from oneloop.inputs.prompts import Prompt
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
-from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task
+from oneloop.tasks import Batch, Column, Encoding, Images, Loss, Models, Optims, Rng, Task, masked, mean, without_adapters
 from oneloop.training import optimizers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ class Settings:
     variant: Name | None = None
     """Variant of its weight files, such as fp16."""
     pretrained_vae_model_name_or_path: Name | None = None
-    """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, or a name on the hub."""
+    """An AutoencoderKL to use in place of its own: a folder, such as the export of the task `vae`, a name on the hub, or a
+    .safetensors file."""
+    single_file: Name | None = None
+    """A .safetensors or .gguf file whose weights stand in the place of its UNet's or transformer's; text encoders, autoencoder
+    and all configs are those of pretrained_model_name_or_path."""
     rank: Annotated[int, Range(1, 65_536)] = 16
     """Rank of the adapters: how much they can learn, and how large they are."""
     alpha: Annotated[float, Range(0, 3e38, without=0)] | None = None
@@ -47,8 +55,20 @@ class Settings:
     dropout: ShareBelowOne = 0.0
     """Dropout before the adapters."""
     target_modules: tuple[Name, ...] | None = None
-    """Layers of the UNet or transformer that get an adapter, by the ends of their names, or all-linear. None: those that are
-    usual for the family."""
+    """Layers of the UNet or transformer that get an adapter: ends of their names, patterns (regular expressions for the whole
+    name, such as `blocks\\.\\d+\\.attn\\..*`), or all-linear. None: those that are usual for the family."""
+    rank_pattern: tuple[Words, ...] = ()
+    """Other ranks by layer, TARGET=RANK each, such as `to_q=8`, with targets as in target_modules."""
+    alpha_pattern: tuple[Words, ...] = ()
+    """Other alphas by layer, TARGET=ALPHA each."""
+    learning_rate_pattern: tuple[Words, ...] = ()
+    """Other peak learning rates by layer, TARGET=RATE each; the first target that means a layer counts."""
+    init_lora: Name | None = None
+    """Start from the adapters of a file, or of a folder that an export wrote, in every form that diffusers reads. Layers, ranks
+    and alphas are the file's."""
+    training_adapter: Name | None = None
+    """Adapters that are on while this LoRA trains, and off in samples and exports: what keeps a distilled checkpoint's few
+    steps."""
     max_sequence_length: Annotated[int, Range(1, 65_536)] | None = None
     """Tokens that a caption is cut or filled to, in training and samples. None: the family's own, as at inference."""
     base_precision: precision.Precision = "auto"
@@ -57,8 +77,14 @@ class Settings:
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
     use_rslora: bool = False
     """Divide by the rank's square root (Kalajdzievski 2023, A Rank Stabilization Scaling Factor, arXiv:2312.03732)."""
+    use_lokr: bool = False
+    """Adapters as Kronecker products (Yeh et al. 2023, LyCORIS, arXiv:2309.14859): Z-Image and FLUX.2, whose pipelines read
+    them."""
+    lokr_factor: Annotated[int, Range(-1, 65_536, without=0)] = -1
+    """Size of LoKr's first factor where it divides a layer's: the larger, the smaller the file. -1: the most even."""
     train_text_encoder: bool = False
-    """Train adapters of the text encoders too (Stable Diffusion and SDXL); captions are then encoded in every step."""
+    """Train adapters of the CLIP text encoders too (Stable Diffusion, SDXL, SD3, FLUX.1), as the official scripts do; captions
+    are then encoded in every step."""
     optimizer: optimizers.Kind = "adamw"
     """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 1e-4
@@ -78,6 +104,8 @@ class Settings:
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] | None = None
     """Flow matching: which noise levels count most, by the official scripts' names (Esser et al. 2024, arXiv:2403.03206, 3.1).
     logit_normal and mode draw them more often; sigma_sqrt and cosmap weigh their loss. None: the family's."""
+    density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = None
+    """Flow matching: how often each noise level is drawn, before the shift. None: as weighting_scheme says."""
     logit_mean: Annotated[float, Range(-100, 100)] = 0.0
     """Mean of logit_normal: above 0 is more noise."""
     logit_std: Annotated[float, Range(0, 100, without=0)] = 1.0
@@ -96,14 +124,24 @@ class Settings:
     """Share of noise that is the same all over an image, for very dark and very bright ones (0.05 to 0.1)."""
     input_perturbation: Amount = 0.0
     """More noise for the UNet's input alone (Ning et al. 2023, arXiv:2301.11706; 0.1)."""
+    preservation_weight: Amount = 0.0
+    """Weight of a second loss: under preservation_prompt the model shall answer as its base does, on the same noised images.
+    What the images do not teach stays as it was, without images of it."""
+    preservation_prompt: Words = ""
+    """What that is said of, such as the subject's class: `a dog` beside captions of one dog."""
     validation_prompts: Live[tuple[Words, ...]] = ()
-    """What to draw samples of, in turn. None given: the first captions."""
+    """What to draw samples of, in turn: prompts, with settings of their own after ` --` (negative, width, height, seed, steps,
+    guidance, strength), as in `a dog --seed 7 --strength 0.5`. None given: the first captions."""
+    prompts_file: Live[Name | None] = None
+    """A text file with such a prompt in each line, in the place of validation_prompts."""
     negative_prompt: Live[Words] = ""
     """What samples shall not look like."""
     guidance_scale: Live[Amount | None] = None
     """Strength of guidance in samples. None: the default of the model's pipeline."""
     num_inference_steps: Live[Annotated[int, Range(1, 1000)] | None] = None
     """Steps to draw a sample. None: the default of the model's pipeline."""
+    save_dtype: Live[Literal["float32", "bfloat16", "float16"]] = "float32"
+    """Precision of the exported adapters."""
     kohya: Live[bool] = False
     """Export lora_kohya.safetensors too, the form that ComfyUI and other programs read."""
 
@@ -113,15 +151,32 @@ class Settings:
         require(given is None or len(given) > 0, "lora.target_modules", given, "at least one name, or all-linear")
         alone = given is None or "all-linear" not in given or len(given) == 1
         require(alone, "lora.target_modules", given, "all-linear without other names")
-        if self.kohya and self.use_dora:
-            raise BadInput("--lora.kohya with --lora.use-dora: programs do not agree on DoRA in that form; leave one out")
+        numbers = {"rank_pattern": Range(1, 65_536), "alpha_pattern": Range(0.0, 3e38, without=0)}
+        for name, limit in (numbers | {"learning_rate_pattern": Range(0.0, 3e38)}).items():
+            adapters.check_pattern(f"lora.{name.replace('_', '-')}", getattr(self, name), limit)
+        for one, others in APART.items():
+            for other in others if getattr(self, one) else ():
+                if getattr(self, other) != getattr(Settings, other):
+                    one, other = (f"--lora.{name.replace('_', '-')}" for name in (one, other))
+                    raise BadInput(f"{one} with {other}: they do not go together; leave one out")
+
+
+APART = {
+    "kohya": ("use_dora", "use_lokr"),  # programs do not agree on DoRA in that form
+    "train_text_encoder": ("use_dora",),  # transformers 5 loses the lengths when it loads them
+    "use_lokr": ("use_dora", "use_rslora", "dropout", "training_adapter"),
+    "preservation_weight": ("train_text_encoder",),
+    "prompts_file": ("validation_prompts",),
+    "init_lora": ("target_modules", "alpha", "rank_pattern", "alpha_pattern", "dropout", "use_dora", "use_rslora", "use_lokr"),
+}
+"""Settings -> those that mean nothing beside them."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for a few photographs."""
 
-    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200))
+    base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200, validate_first=True))
     data: Data = field(
         default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1, interpolation="lanczos")
     )
@@ -133,14 +188,15 @@ class Config:
         precision.check(s, "lora", self.base)
         if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
             check_base(self)  # a name on the hub is looked up by make_models
-        given, several = self.base.num_samples, len(self.lora.validation_prompts)
-        require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.validation-prompts")
+        given, several, flag = self.base.num_samples, len(asked(s)), "prompts-file" if s.prompts_file else "validation-prompts"
+        require(given >= several, "base.num_samples", given, f"at least {several}, one for each of --lora.{flag}")
 
 
-DIFFUSION = ("train_text_encoder", "text_encoder_learning_rate", "prediction_type", "rescale_betas_zero_snr", "snr_gamma")
-DIFFUSION += ("noise_offset", "input_perturbation", "kohya")
+TEXT = ("train_text_encoder", "text_encoder_learning_rate")
+"""Settings for families whose official scripts train text encoders."""
+DIFFUSION = ("prediction_type", "rescale_betas_zero_snr", "snr_gamma", "noise_offset", "input_perturbation")
 """Settings that only the families of Stable Diffusion have a use for."""
-FLOW = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
+FLOW = ("weighting_scheme", "density", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
 """Settings that only flow-matching families have a use for."""
 
 
@@ -157,35 +213,60 @@ def check_base(cfg: Config) -> None:
     """
     s, known = cfg.lora, (*stable_diffusion.PIPELINES, *flow.FAMILIES)
     stable_diffusion.check_files(s, "lora", known)
-    for name in FLOW if family(s) is stable_diffusion else DIFFUSION:
+    for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
         if getattr(s, name) != getattr(Settings, name):
             flag = f"--lora.{name}".replace("_", "-")
             raise BadInput(f"{flag} is {getattr(s, name)!r}: a {stable_diffusion.kind(s)} has no use for it; leave it out")
+    if s.kohya and family(s) is transformer and not transformer.family(s).comfyui:
+        raise BadInput(f"--lora.kohya: other programs have no names known here for a {stable_diffusion.kind(s)}; leave it out")
+    if s.use_lokr and not (family(s) is transformer and transformer.family(s).lokr):
+        readers = ", ".join(name for name, own in flow.FAMILIES.items() if own.lokr)
+        raise BadInput(f"--lora.use-lokr: the loader of a {stable_diffusion.kind(s)} reads no LoKr; expected one of {readers}")
     family(s).check(s, "lora", cfg.data.resolution)
+    asked(s, family(s).multiple(s))
+
+
+def load(s: Settings, precision: str) -> Models:
+    """The checkpoint's parts, frozen."""
+    if family(s) is transformer:
+        return transformer.load(s, "lora", precision)
+    return stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
 
 
 def make_models(cfg: Config) -> Models:
+    import torch
+
     s = cfg.lora
     check_base(cfg)
-    adapters.check_targets(s, "lora", family(s).TRAINED)
-    if family(s) is transformer:
-        models = transformer.load(s, "lora", cfg.base.mixed_precision)
+    own = family(s)
+    adapters.check_targets(s, "lora", own.TRAINED)
+    models = load(s, cfg.base.mixed_precision)
+    if s.init_lora:
+        adapters.read(own.pipeline(models, s), s.init_lora, "--lora.init-lora")
+    if own is transformer:
         transformer.adapt(models, s)
-        return models
-    models = stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
-    targets = s.target_modules or stable_diffusion.TARGETS
-    targets = adapters.layers(models["unet"], targets) if targets == ("all-linear",) else list(targets)
-    adapters.adapt(models["unet"], s, target_modules=targets)
-    if s.train_text_encoder:
-        for name in stable_diffusion.ENCODERS:
-            if name in models:
-                # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
-                layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
-                    stable_diffusion.is_xl(s) and name == "text_encoder"
-                )
-                adapters.adapt(
-                    models[name], s, target_modules=list(adapters.TEXT_TARGETS), layers_to_transform=list(range(layers))
-                )
+    elif not s.init_lora:
+        adapters.adapt(models["unet"], s, s.target_modules or stable_diffusion.TARGETS)
+    for name in own.ENCODERS:
+        if name not in models:
+            continue
+        if s.train_text_encoder and name in own.trainable(s) and not adapters.tuned(models[name]):
+            # SDXL reads the last but one state of its first encoder: an adapter of the last layer would learn nothing.
+            layers = stable_diffusion.config(s, name)["num_hidden_layers"] - (
+                stable_diffusion.is_xl(s) and name == "text_encoder"
+            )
+            adapters.adapt(models[name], s, (adapters.text_target(range(layers)),))
+        elif adapters.tuned(models[name]) and not s.train_text_encoder:
+            raise BadInput(f"--lora.init-lora {s.init_lora}: has adapters of the {name}; add --lora.train-text-encoder")
+    if s.training_adapter:
+        adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "assistant")
+    for name in (own.TRAINED, *own.ENCODERS):
+        adapters.activate(models[name]) if name in models else None
+    if s.preservation_weight:
+        models["preservation"] = torch.nn.Module()
+        with torch.no_grad():
+            for key, x in encode_captions(models, [s.preservation_prompt], cfg).items():  # [1, ...]
+                models["preservation"].register_buffer(key, x, persistent=False)
     return models
 
 
@@ -196,8 +277,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
         (family(s).TRAINED, s.learning_rate),
         *((encoder, text_rate) for encoder in stable_diffusion.ENCODERS if encoder in models),
     ):
-        params = [p for p in models[name].parameters() if p.requires_grad]
-        groups += [{"params": params, "lr": rate}] if params else []
+        groups += adapters.groups(models[name], rate, s)
     return {"lora": optimizers.make(groups, s)}
 
 
@@ -210,26 +290,45 @@ def encode_captions(models: Models, captions: list[str], cfg: Config) -> dict[st
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
+    """The objective; before it, where asked, the loss that keeps the base's answers, whose gradient is added to its own."""
+    s = cfg.lora
     if "prompt_embeds" not in batch:  # the text encoders train
         batch = batch | encode_captions(models, batch["caption"], cfg)
-    objective = diffusion_loss if family(cfg.lora) is stable_diffusion else flow_loss
-    yield Loss("lora", objective(models, batch, rng, cfg).mean())
+    objective = diffusion_loss if family(s) is stable_diffusion else flow_loss
+    if s.preservation_weight:
+        like = batch["prompt_embeds"]
+        same = {
+            key: x.to(like.dtype if x.is_floating_point() else x.dtype).expand(len(like), *x.shape[1:])
+            for key, x in models["preservation"].named_buffers()
+        }
+        with without_adapters(models[family(s).TRAINED]) as base:
+            kept = mean(objective(models, batch | same, rng, cfg, base), batch)
+        yield Loss("lora", s.preservation_weight * kept, {"preservation": kept.detach()}, step=False)
+    yield Loss("lora", mean(objective(models, batch, rng, cfg), batch))
 
 
-def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
+def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Config, base: nn.Module | None = None) -> Tensor:
     """Weighted squared error of the velocity noise - x at (1 - sigma) x + sigma noise, [B] (Esser et al. 2024, eq. 13,
-    arXiv:2403.03206)."""
+    arXiv:2403.03206); with a `base`, of its difference from what that answers."""
+    import torch
+
     s, family = cfg.lora, transformer.family(cfg.lora)
     x = latents.draw(batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
     sigma = transformer.noise_level(s, rng.uniform("timestep"), x.shape)  # [B]
-    columns = batch | {"target_size": sigma.new_full((len(x), 2), cfg.data.resolution)}
-    v = family.velocity(models["transformer"], rectified.interpolate(x, noise, sigma), sigma, columns, 1.0)  # [B, C, h, w]
-    return transformer.weight(s, sigma) * diffusion.mse(v, rectified.velocity(x, noise))
+    answer = lambda net: family.velocity(net, rectified.interpolate(x, noise, sigma), sigma, batch, 1.0)  # noqa: E731
+    target = rectified.velocity(x, noise)  # [B, C, h, w]
+    if base is not None:
+        with torch.no_grad():
+            target = answer(base)
+    return transformer.weight(s, sigma) * masked(diffusion.square_error(answer(models["transformer"]), target), batch)
 
 
-def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tensor:
-    """Weighted squared error of what the UNet predicts, [B] (Ho et al. 2020, arXiv:2006.11239)."""
+def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config, base: nn.Module | None = None) -> Tensor:
+    """Weighted squared error of what the UNet predicts, [B] (Ho et al. 2020, arXiv:2006.11239); with a `base`, of its
+    difference from what that predicts."""
+    import torch
+
     s = cfg.lora
     x = stable_diffusion.draw(models["vae"], batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
@@ -239,36 +338,82 @@ def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Tenso
     alphas = stable_diffusion.alphas_cumprod(s, x.device)  # [T]
     t = rng.integers("timestep", len(alphas))  # [B]
     a, predicts = alphas[t], stable_diffusion.prediction_type(s)  # [B]
-    given = stable_diffusion.conditions(batch, cfg.data.resolution, stable_diffusion.is_xl(s))
-    prediction = models["unet"](diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # [B, C, h, w]
-    error = diffusion.mse(prediction, diffusion.target(predicts, x, noise, a))  # [B]
+    given = stable_diffusion.conditions(batch, stable_diffusion.is_xl(s))
+    answer = lambda net: net(diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # noqa: E731
+    target = diffusion.target(predicts, x, noise, a)  # [B, C, h, w]
+    if base is not None:
+        with torch.no_grad():
+            target = answer(base)
+    error = masked(diffusion.square_error(answer(models["unet"]), target), batch)  # [B]
     return diffusion.loss_weight(predicts, a, s.snr_gamma) * error
 
 
-def prompts(examples: Iterable[Batch], cfg: Config) -> list[str]:
-    """What to draw samples of."""
-    return list(cfg.lora.validation_prompts) or next(iter(examples))["caption"]
+def asked(s: Settings, multiple: int = 1) -> list[Prompt]:
+    """The sample prompts that the settings give, whose sizes must be multiples of `multiple`."""
+    flag = "--lora.prompts-file" if s.prompts_file else "--lora.validation-prompts"
+    return prompts.read(prompts.read_file(s.prompts_file, flag) if s.prompts_file else s.validation_prompts, flag, multiple)
 
 
 def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> Images:
-    s, texts = cfg.lora, cfg.lora.validation_prompts
-    wanted = [texts[i % len(texts)] for i in rng.numbers] if texts else next(iter(examples))["caption"]
-    images = family(s).sample(models, s, wanted, rng.generators("sample"), cfg.data.resolution)
-    return {"samples": images}  # [B, 3, H, W] in [0, 1]
+    """The prompts of the settings in turn, or of the first captions; images of several sizes on white, in the largest."""
+    import torch
+
+    s, side, own = cfg.lora, cfg.data.resolution, family(cfg.lora)
+    entries = asked(s)
+    wanted = [entries[i % len(entries)] for i in rng.numbers] if entries else map(Prompt, next(iter(examples))["caption"])
+    sizes = [(entry.height or side, entry.width or side) for entry in entries] or [(side, side)]
+    canvas = torch.ones(len(rng), 3, *map(max, zip(*sizes, strict=True)))  # [B, 3, H, W]
+    alike = lambda pair: replace(pair[0], prompt="", seed=None)  # noqa: E731
+    first = 0
+    for how, pairs in itertools.groupby(zip(wanted, rng.generators("sample"), strict=True), alike):
+        some, generators = zip(*pairs, strict=True)
+        for entry, generator in zip(some, generators, strict=True):
+            generator.manual_seed(entry.seed) if entry.seed is not None else None
+        told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        settings = replace(s, **{key: value for key, value in told.items() if value is not None})
+        height, width = how.height or side, how.width or side
+        with contextlib.ExitStack() as stack:
+            for name in (own.TRAINED, *own.ENCODERS):
+                if name in models:
+                    stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))
+            images = own.sample(models, settings, [entry.prompt for entry in some], [*generators], height, width)
+        canvas[first : first + len(some), :, :height, :width] = images.cpu()
+        first += len(some)
+    return {"samples": canvas}  # in [0, 1]
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    s, settings = cfg.lora, configs.portable(configs.to_dict(cfg), cfg)
+    s, settings, side = cfg.lora, configs.portable(configs.to_dict(cfg), cfg), cfg.data.resolution
     settings["base"]["output_dir"] = None
-    adapters.save(models, path, s, json.dumps(settings))
-    how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, cfg.data.resolution).items())
-    how = "prompt=" + stable_diffusion.quoted(prompts(examples, cfg)[0]) + how.replace("{", "{{").replace("}", "}}")
+    adapters.save(models, path, s, {"oneloop": json.dumps(settings)} | model_spec(cfg))
+    prompt = next((entry.prompt for entry in asked(s)), None) or next(iter(examples))["caption"][0]
+    how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, side, side).items())
+    how = "prompt=" + stable_diffusion.quoted(prompt) + how.replace("{", "{{").replace("}", "}}")
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
 
 
 def remarks(models: Models, cfg: Config) -> Iterator[str]:
     yield from filter(None, [precision.remark(cfg.lora, cfg.base)])
     yield from family(cfg.lora).remarks(models, cfg.lora)
+
+
+def model_spec(cfg: Config) -> dict[str, str]:
+    """What the file says of itself, by the keys of Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec). Without
+    a date, so that equal runs write equal files."""
+    s, trigger = cfg.lora, cfg.data.trigger
+    said = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{family(s).architecture(s)}/lora",
+        "implementation": "diffusers",
+        "title": Path(cfg.base.output_dir or "lora").name,
+        "description": f"Adapters of {Path(s.pretrained_model_name_or_path).name}, trained with oneloop.",
+        "resolution": f"{cfg.data.resolution}x{cfg.data.resolution}",
+    }
+    if trigger:
+        said |= {"trigger_phrase": trigger, "usage_hint": f"Trigger: {trigger}"}
+    if family(s) is stable_diffusion:
+        said["prediction_type"] = {"v_prediction": "v"}.get(kind := stable_diffusion.prediction_type(s), kind)
+    return {f"modelspec.{key}": value for key, value in said.items()}
 
 
 def card(cfg: Config) -> dict[str, Any]:
@@ -301,6 +446,7 @@ task = Task(
         ),
     },
     float32=("vae",),
-    needs=("caption",),
+    columns={"caption": Column("text", setting="data.caption_column")},
+    multiple=lambda cfg: family(cfg.lora).multiple(cfg.lora),
     remarks=remarks,
 )

@@ -35,7 +35,7 @@ from oneloop.configs import (
 )
 from oneloop.families import building, hub
 from oneloop.maths import image_quality
-from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, unwrap
+from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, masked, mean, unwrap
 from oneloop.training import optimizers
 
 if TYPE_CHECKING:
@@ -144,6 +144,13 @@ def model_config(cfg: Config) -> dict[str, Any]:
     path, channels = cfg.vae.model_config, cfg.vae.latent_channels
     config = DEFAULT_VAE if path is None else read_model_config(path, "vae.model-config", "AutoencoderKL")
     return config | ({"latent_channels": channels} if channels else {}) | {"sample_size": cfg.data.resolution}
+
+
+def multiple(cfg: Config) -> int:
+    """What the images' sides are multiples of."""
+    if cfg.vae.pretrained_model_name_or_path:
+        return 8
+    return 2 ** (len(model_config(cfg).get("block_out_channels", [64])) - 1)
 
 
 def check_config(config: Any, flag: str, side: int) -> None:
@@ -259,10 +266,10 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
 
     s, x, vae = cfg.vae, batch["pixel_values"], unwrap(models["vae"])  # [B, 3, H, W] in [-1, 1]
     noise = rng.normal("posterior", *latent_shape(vae, x))  # [B, C, h, w]
-    y, mean, logvar, seen = models["vae"](x, noise)
+    y, posterior_mean, logvar, seen = models["vae"](x, noise)
     error = y.float() - x
-    l1, kl = each(error.abs()), kl_divergence(mean.float(), logvar.float())  # [B]
-    match = l1 if s.reconstruction == "l1" else each(error.square())  # [B]
+    l1, kl = each(error.abs()), kl_divergence(posterior_mean.float(), logvar.float())  # [B]
+    match = masked(error.abs() if s.reconstruction == "l1" else error.square(), batch)  # [B]
     logs = {"l1": l1, "kl": kl} | image_quality.measure(x, y)
     if s.perceptual_weight:
         logs["perceptual"] = models["perceptual"](y, x).float().flatten()  # [B]
@@ -275,7 +282,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
         logs["adversarial"] = doubt
         logs["adaptive_weight"] = adaptive_weight(match, doubt, y, seen, vae.decoder.conv_out, s.disc_balance)  # [B]
         total = total + s.disc_weight * logs["adaptive_weight"] * doubt
-    yield Loss("vae", total.mean(), {k: v.mean() for k, v in logs.items()})
+    yield Loss("vae", mean(total, batch), {k: v.mean() for k, v in logs.items()})
 
     if adversarial:
         # The reconstruction that the autoencoder was judged by: made anew, it would depend on whether this batch was the
@@ -388,4 +395,5 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    multiple=multiple,
 )

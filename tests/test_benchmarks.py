@@ -51,7 +51,7 @@ def test_the_limits_are_of_the_flops():
         unet = UNet2DModel.from_config(json.loads((ROOT / "examples" / "mnist_unet.json").read_text()))
         given = {"mnist_unet": (unet, torch.empty(1, 3, 32, 32), {})}
         unet, settings = models.modules("sd15")["unet"].requires_grad_(False), lora.Settings()
-        adapters.adapt(unet, settings, target_modules=list(stable_diffusion.TARGETS))
+        adapters.adapt(unet, settings, stable_diffusion.TARGETS)
         given["sd15_lora"] = (unet, torch.empty(1, 4, 64, 64), {"encoder_hidden_states": torch.empty(1, 77, 768)})
         for name, (unet, x, more) in given.items():
             with FlopCounterMode(display=False) as counter:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from warm import SHARED, cli, start, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import decoding, encodings, shapes, sources
+from oneloop.inputs import cache, decoding, shapes, sources
+from oneloop.inputs.crop import resized
 from oneloop.tasks import ddpm, lora, vae
 
 
@@ -157,7 +159,8 @@ def test_geometry(tmp_path, size, resolution):
         Image.fromarray(ramp.astype(np.uint8)).save(place / f"{i}.png")
     cfg = Data(train_data_dir=str(place), train_batch_size=4, resolution=resolution, random_flip=True)
     examples = data.Examples(sources.open_source(cfg), cfg, seed=1)
-    whole = decoding.pixels(Image.fromarray(ramp.astype(np.uint8)), cfg)[0].float()
+    cover = tuple(resized((h, w), (resolution, resolution)).tolist())
+    whole = decoding.fit(Image.fromarray(ramp.astype(np.uint8)), cover, (resolution, resolution), cfg).float()
     assert min(whole.shape[1:]) == resolution
     corners = set()
     for first in range(0, 64, 4):
@@ -198,7 +201,7 @@ def test_workers_and_memory_change_nothing(tmp_path):
     read = Data(**common, memory_budget=0, dataloader_num_workers=2)
     a = data.Examples(sources.open_source(held), held, 3)
     b = data.Examples(sources.open_source(read), read, 3)
-    assert a.pictures.pixels is not None and b.pictures.pixels is None and a.fingerprint == b.fingerprint
+    assert a.images.pixels is not None and b.images.pixels is None and a.fingerprint == b.fingerprint
     x, y = a.stream(0, 2), b.stream(0, 2)
     for _ in range(5):
         p, q = next(x), next(y)
@@ -208,7 +211,8 @@ def test_workers_and_memory_change_nothing(tmp_path):
 def test_decoded_once(tmp_path, monkeypatch):
     cfg = Data(train_data_dir=str(folder(tmp_path)), train_batch_size=2, resolution=8)
     source, reads = sources.open_source(cfg), []
-    counted = sources.Source(**{**source.__dict__, "read": lambda row: (reads.append(row), source.read(row))[1]})
+    images = types.SimpleNamespace(name=source.name, read=lambda row: (reads.append(row), source.read(row))[1])
+    counted = dataclasses.replace(source, images={"pixel_values": images})
     stream = data.Examples(counted, cfg, 0).stream(0, 2)
     for _ in range(9):
         next(stream)
@@ -225,13 +229,13 @@ def test_a_set_on_the_device_gives_the_same_bits(tmp_path, shape, center_crop):
     cfg = Data(train_data_dir=str(tmp_path), resolution=16, train_batch_size=4, random_flip=True, center_crop=center_crop)
     host, there = (data.Examples(sources.open_source(cfg), cfg, 0) for _ in range(2))
     assert not there.reside(torch.device("cpu"))
-    there.resident = there.pictures.pixels  # as after `reside`, and nothing else may be read
-    there.pictures = dataclasses.replace(there.pictures, pixels=None)
+    there.resident = there.images.pixels["pixel_values"]  # as after `reside`, and nothing else may be read
+    there.images = dataclasses.replace(there.images, pixels=None)
     for expected, found, _ in zip(host.stream(0, 4), there.stream(0, 4), range(6), strict=False):
-        assert "window" in found
+        assert "crop" in found
         expected, found = host.ready(expected, "cpu"), there.ready(found, "cpu")
         assert expected.keys() == found.keys() and expected["pixel_values"].is_contiguous()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        assert all(torch.equal(expected[key], found[key]) for key in expected if key != "key")
         assert found["pixel_values"].stride() == expected["pixel_values"].stride()
 
 
@@ -345,7 +349,7 @@ def test_central_crops_are_torchvisions(tmp_path, size):
 def test_interpolation_is_torchvisions(kind):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
     expected = transforms.Resize(16, interpolation=transforms.InterpolationMode(kind))(noise)
-    found = decoding.pixels(noise, Data(resolution=16, interpolation=kind))[0]
+    found = decoding.fit(noise, (21, 16), (16, 16), Data(resolution=16, interpolation=kind))
     assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
 
 
@@ -373,9 +377,12 @@ def test_workers_that_are_started_anew(tmp_path, kind):
         cfg = dataclasses.replace(cfg, train_data_dir=None, dataset_name=str(tmp_path / "set"))
     examples = data.Examples(sources.open_source(cfg), cfg, 0)
     if kind == "shapes":
-        marks = {mark: i for i, mark in enumerate(sorted(examples.distinct("caption")))}
-        table = {"embedding": torch.arange(len(marks)).float()}
-        examples.replace("caption", encodings._InMemory(marks, table).read, True)
+        values, store = examples.values(("caption",)), cache.Cache(tmp_path / "cache")
+        every = range(len(values.marks))
+        store.fill(values.marks, every, 4, lambda some: ((i, {"embedding": torch.tensor(float(i))}) for i in some))
+        examples.substitute("caption", ("caption",), store.refresh().read, True)
+        examples.hide({"caption"})
+        examples[range(2)]  # what is open does not travel
     loader = DataLoader(
         data._Readable(examples),
         sampler=[range(0, 2), range(2, 4)],
@@ -385,7 +392,7 @@ def test_workers_that_are_started_anew(tmp_path, kind):
     )
     for i, batch in enumerate(loader):
         assert batch.keys() == examples[range(2 * i, 2 * i + 2)].keys()
-        assert all(torch.equal(x, batch[name]) for name, x in examples[range(2 * i, 2 * i + 2)].items() if name != "caption")
+        assert all(torch.equal(x, batch[name]) for name, x in examples[range(2 * i, 2 * i + 2)].items() if torch.is_tensor(x))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -401,7 +408,9 @@ def test_an_image_that_goes_while_it_trains(tmp_path, workers):
     assert "\n" not in str(refusal.value)
 
 
-def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path, workers):
+    """And ends it: no signal ends loader workers, which a process waits for at its exit."""
     place = folder(tmp_path, 6)
 
     def patch():
@@ -413,7 +422,8 @@ def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path):
 
         data.Examples.stream = stream
 
-    result = start(tmp_path, *tiny(tmp_path, data__train_data_dir=place, data__memory_budget=0), patch=patch).wait()
+    flags = {"data__train_data_dir": place, "data__memory_budget": 0, "data__dataloader_num_workers": workers}
+    result = start(tmp_path, *tiny(tmp_path, **flags), patch=patch).wait()
     assert result.code == 2 and "Traceback" not in result.err
     last = result.err.splitlines()[-1]
     assert last.startswith("error: the image p3.png could be read at the start") and "(the file is empty)" in last

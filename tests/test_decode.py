@@ -16,8 +16,8 @@ from warm import cli, cli_many, digest, fork, start, start_many, tiny
 
 from oneloop import data
 from oneloop.configs import Data
-from oneloop.inputs import decoding, sources
 from oneloop.inputs import shapes as embedded
+from oneloop.inputs import sources, store
 
 SQUARES = {"one shape": 6 * [(24, 24)], "several shapes": [(24, 24), (24, 40), (30, 24), (16, 16), (64, 20), (24, 24)]}
 
@@ -39,7 +39,7 @@ def pictures_of(place, **more):
 
 def equal(a, b):
     """Whether two passes found the same."""
-    lists = [None if x.pixels is None else list(x.pixels) for x in (a, b)]
+    lists = [None if x.pixels is None else list(x.pixels["pixel_values"]) for x in (a, b)]
     same = lists[0] is lists[1] or all(torch.equal(x, y) for x, y in zip(*lists, strict=True))
     columns = a.columns.keys() == b.columns.keys() and all(torch.equal(x, b.columns[k]) for k, x in a.columns.items())
     return same and columns and (a.modes, a.changes, a.broken) == (b.modes, b.changes, b.broken)
@@ -49,13 +49,14 @@ def equal(a, b):
 @pytest.mark.parametrize("sizes", SQUARES)
 def test_what_is_kept_is_what_was_decoded(tmp_path, sizes, more):
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES[sizes]), **more)
-    found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
-    assert decoding.kept(path, cfg) is None
-    there = decoding.keep(found, path, cfg, pytest.fail)
-    again = decoding.kept(path, cfg)
+    found, path = store.decode(source, cfg), store.path_of(tmp_path / "shelf", source, cfg)
+    assert store.load(path, cfg) is None
+    there = store.write(found, path, cfg, pytest.fail)
+    again = store.load(path, cfg)
     assert equal(found, there) and equal(found, again) and [p.name for p in path.parent.iterdir()] == [path.name]
     assert (again.pixels is None) == ("memory_budget" in more)
-    assert isinstance(again.pixels, torch.Tensor) == ((not more and sizes == "one shape") or "center_crop" in more)
+    held = again.pixels and isinstance(again.pixels["pixel_values"], torch.Tensor)
+    assert bool(held) == ((not more and sizes == "one shape") or "center_crop" in more)
     a, b = data.Examples(source, cfg, 0, found), data.Examples(source, cfg, 0, again)
     assert a.fingerprint == b.fingerprint and torch.equal(a[range(4)]["pixel_values"], b[range(4)]["pixel_values"])
 
@@ -66,7 +67,7 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
 
     def place(**more):
         cfg = Data(**{"train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2} | more)
-        return decoding.place(tmp_path, sources.open_source(cfg), cfg)
+        return store.path_of(tmp_path, sources.open_source(cfg), cfg)
 
     shapes = [place(train_data_dir=None), place(train_data_dir=None, num_shapes=99)]
     places = [
@@ -99,10 +100,10 @@ def test_another_set_has_another_place(tmp_path, monkeypatch):
     places.append(place())
     monkeypatch.setitem(embedded.SIZES, "small", 0.3)
     places.append(place(train_data_dir=None))
-    for module, name in ((decoding.PIL, "__version__"), (decoding, "FORMAT")):
+    for module, name in ((store.PIL, "__version__"), (store, "FORMAT")):
         monkeypatch.setattr(module, name, "another")
         places.append(place())
-    monkeypatch.setattr(decoding.features, "version", lambda name: "another")
+    monkeypatch.setattr(store.features, "version", lambda name: "another")
     places.append(place())
     assert len(set(places)) == len(places) == 17
 
@@ -119,7 +120,7 @@ def test_a_saved_set_that_was_saved_anew_is_another(tmp_path):
         rows.map(with_picture, features=kinds, load_from_cache_file=False).save_to_disk(tmp_path / "set")
         cfg = Data(dataset_name=str(tmp_path / "set"), resolution=16, train_batch_size=2)
         source = sources.open_source(cfg)
-        return decoding.place(tmp_path, source, cfg), data.Examples(source, cfg, 0).fingerprint
+        return store.path_of(tmp_path, source, cfg), data.Examples(source, cfg, 0).fingerprint
 
     (first, one), (second, two) = saved(10), saved(200)
     assert one != two and first != second
@@ -138,48 +139,49 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
         Image.new("RGB", (640, 320)).save(tmp_path / name, exif=exif)
     cfg, source = pictures_of(tmp_path)
     for skim in (False, True):
-        assert decoding.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
+        assert store.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
 
 
 def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
-    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 16)
-    found = [decoding._Found({"size": (side, side)}, "RGB", [], None) for side in (8, 64, 130, 512)]
-    assert [decoding.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
+    monkeypatch.setattr(store.os, "cpu_count", lambda: 16)
+    found = [store._Row([({"size": (side, side)}, {})], "RGB", []) for side in (8, 64, 130, 512)]
+    assert [store.threads(first) for first in (*found, "broken.png (it is broken)")] == [1, 1, 4, 16, 16]
 
 
 def test_the_format_has_a_number():
-    """What is made of these images is pinned: whoever changes it raises decoding.FORMAT, and writes the new marks here."""
+    """What is made of these images is pinned: whoever changes it raises store.FORMAT, and writes the new marks here."""
     deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
     clear = Image.new("RGBA", (16, 20), (200, 30, 40, 128))
     plain = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(20, 20, 3).astype(np.uint8))
     pictures = [plain.crop((0, 0, 16, 20)), deep, clear]
-    source = dataclasses.replace(sources.open_source(Data(num_shapes=3, train_batch_size=1)), read=lambda i: (pictures[i], b""))
-    columns = decoding.decode(source, Data(resolution=16)).columns
-    marks = [decoding.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
-    assert (decoding.FORMAT, [mark[:8] for mark in marks]) == (2, ["ce64e1f9", "652b7830", "49bd9559"])
+    images = types.SimpleNamespace(read=lambda i: (pictures[i], b""), name=str)
+    cfg = Data(num_shapes=3, train_batch_size=1, resolution=16)
+    columns = store.decode(dataclasses.replace(sources.open_source(cfg), images={"pixel_values": images}), cfg).columns
+    marks = [store.content_hash(*(columns[name][i].tolist() for name in ("mark", "thumb", "room"))) for i in range(3)]
+    assert (store.FORMAT, [mark[:8] for mark in marks]) == (3, ["ce64e1f9", "652b7830", "49bd9559"])
 
 
 @pytest.mark.parametrize("part", ["pixels", "columns.safetensors"])
 @pytest.mark.parametrize("how", ["changed", "cut off", "removed"])
 def test_damage_is_noticed_and_mended(tmp_path, part, how):
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
-    found, path = decoding.decode(source, cfg), decoding.place(tmp_path / "shelf", source, cfg)
-    decoding.keep(found, path, cfg, pytest.fail)
+    found, path = store.decode(source, cfg), store.path_of(tmp_path / "shelf", source, cfg)
+    store.write(found, path, cfg, pytest.fail)
     content = bytearray((path / part).read_bytes())
     content[-1] ^= 1
     (path / part).unlink()
     if how != "removed":
         (path / part).write_bytes(content if how == "changed" else content[:-1])
-    assert decoding.kept(path, cfg) is None
+    assert store.load(path, cfg) is None
     examples = data.opened(source, cfg, 0, tmp_path / "shelf")
-    examples.keep(pytest.fail)
-    assert equal(examples.pictures, found) and equal(decoding.kept(path, cfg), found)
+    examples.cache(pytest.fail)
+    assert equal(examples.images, found) and equal(store.load(path, cfg), found)
 
 
 def test_facts_are_part_of_what_is_checked(tmp_path):
     """No bit of the file's header can be turned without notice, and no header is a reason to end."""
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
-    decoding.keep(decoding.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
+    store.write(store.decode(source, cfg), path := tmp_path / "kept", cfg, pytest.fail)
     file = path / "columns.safetensors"
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
@@ -187,16 +189,16 @@ def test_facts_are_part_of_what_is_checked(tmp_path):
         for bit in (0, 1, 5):
             turned = content[:i] + bytes([content[i] ^ 1 << bit]) + content[i + 1 :]
             file.write_bytes(turned)
-            if (found := decoding.kept(path, cfg)) is not None:  # only what JSON reads alike
-                assert equal(found, decoding.decode(source, cfg)), (i, turned[:size])
-    columns = decoding.decode(source, cfg).columns
+            if (found := store.load(path, cfg)) is not None:  # only what JSON reads alike
+                assert equal(found, store.decode(source, cfg)), (i, turned[:size])
+    columns = store.decode(source, cfg).columns
     for facts in (
         {},
-        {"facts": "[]", "hash": decoding._hash(columns, "[]")},
-        {"facts": "1", "hash": decoding._hash(columns, "1")},
+        {"facts": "[]", "hash": store._hash(columns, "[]")},
+        {"facts": "1", "hash": store._hash(columns, "1")},
     ):
-        decoding.save_file(columns, file, facts or None)
-        assert decoding.kept(path, cfg) is None
+        store.save_file(columns, file, facts or None)
+        assert store.load(path, cfg) is None
 
 
 def test_the_budget_may_change(tmp_path):
@@ -205,9 +207,9 @@ def test_the_budget_may_change(tmp_path):
     path = tmp_path / "kept"
     for budget, held, there in [(0.0, False, False), (1.0, True, False), (0.0, False, True), (1.0, True, True)]:
         cfg, source = pictures_of(folder, memory_budget=budget)
-        found = decoding.kept(path, cfg)
+        found = store.load(path, cfg)
         assert (found is not None) == (there or (budget == 0.0 and path.exists()))
-        found = found or decoding.keep(decoding.decode(source, cfg), path, cfg, pytest.fail)
+        found = found or store.write(store.decode(source, cfg), path, cfg, pytest.fail)
         assert (found.pixels is not None) == held
 
 
@@ -216,7 +218,7 @@ def no_decoding(*_, **__):
 
 
 def refuse_decoding():
-    data.decode = no_decoding
+    store.decode = no_decoding
 
 
 def test_the_next_life_decodes_nothing(tmp_path):
@@ -246,13 +248,13 @@ def test_processes_of_a_machine_decode_once(tmp_path):
     """And end in the same bits as where each decodes for itself."""
 
     def count():
-        inner = data.decode
+        inner = store.decode
 
         def decode(*given):
             (tmp_path / f"decoded-{os.environ['RANK']}").touch()
             return inner(*given)
 
-        data.decode = decode
+        store.decode = decode
 
     command = {"data__train_batch_size": 2}
     for process in start_many(tmp_path, 2, *tiny(tmp_path, **command), patch=count):
@@ -315,25 +317,25 @@ def test_a_run_keeps_one_copy(tmp_path):
 def test_writers_of_one_place(tmp_path):
     """The second finds what the first wrote, and leaves it: another process may have it mapped. What a killed one left goes."""
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
-    found, path = decoding.decode(source, cfg), tmp_path / "shelf" / "kept"
-    for name, age in (("old", 2 * decoding.DAY), ("new", 0)):
+    found, path = store.decode(source, cfg), tmp_path / "shelf" / "kept"
+    for name, age in (("old", 2 * store.DAY), ("new", 0)):
         (left := path.with_name(f".kept.{name}.writing")).mkdir(parents=True)
         os.utime(left, (time.time() - age,) * 2)
-    decoding.keep(found, path, cfg, pytest.fail)
+    store.write(found, path, cfg, pytest.fail)
     status = os.stat(path / "pixels")
-    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and os.stat(path / "pixels") == status
+    assert equal(store.write(found, path, cfg, pytest.fail), found) and os.stat(path / "pixels") == status
     assert sorted(p.name for p in path.parent.iterdir()) == [".kept.new.writing", "kept"]
 
 
 def test_processes_that_keep_at_once(tmp_path):
     """All end with the images, and nobody is told of trouble."""
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
-    found, began = decoding.decode(source, cfg), time.time() + 0.5
+    found, began = store.decode(source, cfg), time.time() + 0.5
 
     def check():
         for i in range(40):
             time.sleep(max(0, began + 0.02 * i - time.time()))
-            assert equal(decoding.keep(found, tmp_path / "shelf" / str(i), cfg, pytest.fail), found)
+            assert equal(store.write(found, tmp_path / "shelf" / str(i), cfg, pytest.fail), found)
 
     for process in [fork(check, tmp_path) for _ in range(4)]:
         assert (result := process.wait()).code == 0, result.err
@@ -342,10 +344,10 @@ def test_processes_that_keep_at_once(tmp_path):
 
 def test_images_are_bound_to_their_name(tmp_path):
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
-    decoding.keep(decoding.decode(source, cfg), tmp_path / "a", cfg, pytest.fail)
-    assert decoding.kept(tmp_path / "a", cfg) is not None
+    store.write(store.decode(source, cfg), tmp_path / "a", cfg, pytest.fail)
+    assert store.load(tmp_path / "a", cfg) is not None
     (tmp_path / "a").rename(tmp_path / "b")
-    assert decoding.kept(tmp_path / "b", cfg) is None
+    assert store.load(tmp_path / "b", cfg) is None
 
 
 @pytest.mark.parametrize("comes", ["whole", "in part"])
@@ -353,36 +355,36 @@ def test_images_are_bound_to_their_name(tmp_path):
 def test_one_that_comes_between(tmp_path, monkeypatch, comes, damaged):
     """Another process commits the same images between the look and the renaming, or a part is there of what a third removes."""
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["several shapes"]))
-    found, path, real = decoding.decode(source, cfg), tmp_path / "shelf" / "kept", decoding.os.rename
+    found, path, real = store.decode(source, cfg), tmp_path / "shelf" / "kept", store.os.rename
     if damaged:
         path.mkdir(parents=True)
         (path / "columns.safetensors").write_text("junk")
 
     def between(*given):
-        monkeypatch.setattr(decoding.os, "rename", real)
+        monkeypatch.setattr(store.os, "rename", real)
         if comes == "whole":
-            decoding.keep(found, path, cfg, pytest.fail)
+            store.write(found, path, cfg, pytest.fail)
         else:
             path.mkdir(exist_ok=True)
             (path / "pixels").write_text("x")
         return real(*given)
 
-    monkeypatch.setattr(decoding.os, "rename", between)
-    assert equal(decoding.keep(found, path, cfg, pytest.fail), found) and equal(decoding.kept(path, cfg), found)
+    monkeypatch.setattr(store.os, "rename", between)
+    assert equal(store.write(found, path, cfg, pytest.fail), found) and equal(store.load(path, cfg), found)
     assert [p.name for p in path.parent.iterdir()] == ["kept"]
 
 
 def test_checkpoints_come_first(tmp_path, monkeypatch):
     """Images are kept where as much space is left after them as they take."""
     cfg, source = pictures_of(draw(tmp_path / "images", SQUARES["one shape"]))
-    found, said = decoding.decode(source, cfg), []
+    found, said = store.decode(source, cfg), []
     needed = found.nbytes(cfg) + sum(x.nbytes for x in found.columns.values())
-    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
-    assert decoding.keep(found, tmp_path / "shelf" / "kept", cfg, said.append) is found
-    assert "not kept" in said[0] and f"they take {needed:,} bytes, and {2 * needed - 1:,} are free" in said[0]
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed - 1))
+    assert store.write(found, tmp_path / "shelf" / "kept", cfg, said.append) is found
+    assert "not cached" in said[0] and f"they take {needed:,} bytes, and {2 * needed - 1:,} are free" in said[0]
     assert not list((tmp_path / "shelf").iterdir())
-    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
-    assert decoding.keep(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2 * needed))
+    assert store.write(found, tmp_path / "shelf" / "kept", cfg, pytest.fail) is not found
 
 
 @pytest.mark.parametrize("moment", ["mkdir", "save_file", "from_file", "rename", "after"])
@@ -397,10 +399,10 @@ def test_killed_while_it_keeps(tmp_path, moment):
             make = pathlib.Path.mkdir
             pathlib.Path.mkdir = lambda path, *a, **k: make(path, *a, **k) or (path.name.endswith(".writing") and dies())
         elif moment == "after":
-            keep = data.keep
-            data.keep = lambda *given: dies(keep(*given))
+            write = store.write
+            store.write = lambda *given: dies(write(*given))
         else:
-            setattr({"save_file": decoding, "from_file": decoding.torch, "rename": decoding.os}[moment], moment, dies)
+            setattr({"save_file": store, "from_file": store.torch, "rename": store.os}[moment], moment, dies)
 
     whole = cli(tmp_path, *tiny(tmp_path, "whole"))
     killed = start(tmp_path, *tiny(tmp_path), patch=patch).wait()
@@ -410,7 +412,7 @@ def test_killed_while_it_keeps(tmp_path, moment):
     again = start(tmp_path, *tiny(tmp_path), patch=patch).wait()
     assert whole.code == again.code == 0, again.err
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
-    assert [path.name[:9] for path in place.iterdir()] == ["pictures-"]
+    assert [path.name[:7] for path in place.iterdir()] == ["images-"]
 
 
 @pytest.mark.parametrize("refusal", ["no folder", "full", "no mapping"])
@@ -419,14 +421,14 @@ def test_a_disk_that_refuses_ends_nothing(tmp_path, refusal):
         def save(*_, **__):
             raise OSError(28, "No space left on device") if refusal == "full" else RuntimeError("unable to mmap")
 
-        decoding.save_file = save
-        decoding.torch.from_file = save
+        store.save_file = save
+        store.torch.from_file = save
 
     plain = cli(tmp_path, *tiny(tmp_path, "plain", data__example_cache="no"))
     shelf = tmp_path / "unet.json" / "cache" if refusal == "no folder" else "auto"
     patch = full if refusal != "no folder" else lambda: None
     result = start(tmp_path, *tiny(tmp_path, data__example_cache=shelf), patch=patch).wait()
     assert plain.code == result.code == 0, result.err
-    assert "warning: the decoded images are not kept" in result.err and "warning" not in plain.err
+    assert "warning: the decoded images are not cached" in result.err and "warning" not in plain.err
     assert digest(tmp_path / "out") == digest(tmp_path / "plain")
     assert not list((tmp_path / "out").glob("examples/*")) + list((tmp_path / "out").glob("examples/.*"))

@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     """A folder in which the documentation's commands find what they speak of."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "examples").symlink_to(ROOT / "examples")
-    for name in ("images", "photos"):
+    for name in ("images", "photos", "dog", "masks"):
         draw_photos(folder / name)
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)

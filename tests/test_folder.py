@@ -48,7 +48,7 @@ def test_every_format_that_pil_reads(tmp_path):
     Image.new("F", (8, 8), 0.5).save(tmp_path / "x.pfm")
     source = opened(tmp_path)
     assert sorted(names(source)) == sorted([*every, "x.pfm"]) and not source.notes
-    assert not data.Examples(source, Data(train_batch_size=1, resolution=8), 0).pictures.broken
+    assert not data.Examples(source, Data(train_batch_size=1, resolution=8), 0).images.broken
 
 
 def test_heic_is_named_where_it_cannot_be_read(monkeypatch):
@@ -295,4 +295,4 @@ def test_very_wide_images(tmp_path):
     with pytest.raises(
         BadInput, match=r"1 of 3 images cannot be read: b.png \(100000 x 1 is too narrow for a resolution of 64"
     ):
-        data.Examples(opened(tmp_path), Data(train_batch_size=1, resolution=64), 0)
+        data.Examples(opened(tmp_path, resolution=64), Data(train_batch_size=1, resolution=64), 0)

@@ -24,8 +24,18 @@ def flux(device, kind="bf16", dtype=torch.float32):
     """A small FLUX transformer with adapters."""
     with torch.device(device):
         module = diffusers.FluxTransformer2DModel(**SIZES).requires_grad_(False).to(dtype)
-        s = SimpleNamespace(rank=4, alpha=None, dropout=0.0, use_dora=False, use_rslora=False, base_precision=kind)
-        adapters.adapt(module, s, target_modules=list(flow.FLUX.targets))
+        s = SimpleNamespace(
+            rank=4,
+            alpha=None,
+            dropout=0.0,
+            use_dora=False,
+            use_rslora=False,
+            base_precision=kind,
+            rank_pattern=(),
+            alpha_pattern=(),
+            use_lokr=False,
+        )
+        adapters.adapt(module, s, flow.FLUX.targets)
     for p in module.parameters():
         if p.requires_grad:
             p.data = p.data.float()

@@ -49,7 +49,12 @@ def served(files=None):
             model = "404-EntryNotFound" if files or self.path.count("/") < 2 else self.path.split("/")[2]
             status, _, code = model.partition("-")
             self.send_response(int(status) if body is None else 200)
-            headers = {"X-Error-Code": code} if body is None else {"X-Repo-Commit": "0" * 40, "ETag": f'"{len(body)}"'}
+            invalid = (
+                {"X-Error-Message": "Invalid credentials in Authorization header"} if self.headers["Authorization"] else {}
+            )
+            headers = (
+                {"X-Error-Code": code} | invalid if body is None else {"X-Repo-Commit": "0" * 40, "ETag": f'"{len(body)}"'}
+            )
             for key, value in (headers | {"Content-Length": str(len(body or b""))}).items():
                 self.send_header(key, value) if value else None
             self.end_headers()
@@ -78,7 +83,11 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds(tmp_path):
 
 def test_offline_says_who_asked_for_it(tmp_path):
     said, took = ask(tmp_path, HF_HUB_OFFLINE="1")
-    assert "since HF_HUB_OFFLINE is set" in said and "a folder that save_pretrained wrote" in said and took < 15
+    assert (
+        "since HF_HUB_OFFLINE is set, for https://huggingface.co/owner/model" in said
+        and "a folder that save_pretrained wrote" in said
+        and took < 15
+    )
 
 
 ABSENT = "there is no model of this name on the hub, or it is private; check https://huggingface.co/owner/"
@@ -88,7 +97,7 @@ REFUSED = {
     "404-RepoNotFound": ABSENT,
     "403-GatedRepo": "it is gated: accept its terms at https://huggingface.co/owner/403-GatedRepo, then log in",
     "401-GatedRepo": "it is gated: accept its terms",
-    "403": "the hub answers 403 for model_index.json; log in with a token that may read it",
+    "403": "the hub answers 403 for model_index.json; log in with a token that may read https://huggingface.co/owner/403 (`hf",
     "418": "the hub answers 418 for model_index.json",
     "404-RevisionNotFound": "it has no branch, tag or commit 'v9' on the hub",
     "404-EntryNotFound": "not a diffusers model (it has no model_index.json)",
@@ -102,6 +111,19 @@ def test_what_the_hub_refuses_is_a_line(tmp_path):
     assert len(lines) == len(REFUSED) and took < 15, said
     for line, (name, says) in zip(lines, REFUSED.items(), strict=True):
         assert line.startswith(f"owner/{name}: {says}"), line
+
+
+def test_a_token_that_does_not_suffice_is_said(tmp_path):
+    """Gated, with a token of somebody who was not let in; and a token that the hub does not know."""
+    with served() as endpoint:
+        said, took = ask(tmp_path, "owner/403-GatedRepo", "owner/401", HF_ENDPOINT=endpoint, HF_TOKEN="hf_x")
+    gated, unknown = said.splitlines()
+    assert gated.startswith("owner/403-GatedRepo: it is gated: the account of HF_TOKEN is not let in: accept its terms at ")
+    assert (
+        unknown
+        == "owner/401: the hub does not accept HF_TOKEN: log in anew with `hf auth login`, for https://huggingface.co/owner/401"
+    )
+    assert took < 15
 
 
 def test_a_hub_that_answers_is_read_and_its_cache_serves_without_it(tmp_path):

@@ -19,7 +19,7 @@ from warm import cli, cli_many, digest, metrics, tiny
 
 from oneloop import data, loop
 from oneloop.configs import Data
-from oneloop.inputs import decoding, sources
+from oneloop.inputs import decoding, sources, store
 from oneloop.machine import memory as memory_module
 from oneloop.views import data_report
 
@@ -212,7 +212,7 @@ def test_a_check_decodes_large_jpegs_smaller(tmp_path):
     for i in range(6):
         photograph(i, 400).resize((640, 400)).save(place / f"{i}.jpg", exif=exif if i == 0 else b"")
     cfg = Data(train_data_dir=str(place), resolution=100, train_batch_size=2)
-    found, whole = (decoding.decode(sources.open_source(cfg), cfg, skim=skim).columns for skim in (True, False))
+    found, whole = (store.decode(sources.open_source(cfg), cfg, skim=skim).columns for skim in (True, False))
     assert found["size"].tolist() == whole["size"].tolist() == [[640, 400]] + 5 * [[400, 640]]
     assert not torch.equal(found["mark"], whole["mark"]) and torch.equal(found["room"], whole["room"])
     assert (found["thumb"].int() - whole["thumb"].int()).abs().float().mean((1, 2, 3)).max() < 2

@@ -124,7 +124,7 @@ def test_loss_is_the_official_formula(built, photos, kind, settings):
     pixels = rng.uniform("x", 3, 32, 32) * 2 - 1
     original, corner = torch.tensor([[36, 48]] * size), torch.tensor([[0, 5]] * size)
     texts = CAPTIONS + CAPTIONS[:2]
-    batch = {"original_size": original, "crop_top_left": corner}
+    batch = {"original_size": original, "crop_top_left": corner, "target_size": torch.full((size, 2), 32)}
     with torch.no_grad():
         batch |= lora.encode_images(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
         (ours,) = [loss.value for loss in lora.loss_fn(models, batch, rng, cfg)]
@@ -367,32 +367,6 @@ def test_the_cache_heals_and_notices(tmp_path, built, photos):
     assert "encoding pixel_values once: 4 of 4" in moved.err and "encoding caption" not in moved.err
 
 
-def test_an_encoding_is_bound_to_its_name(tmp_path):
-    """Entries that changed places, in a folder or between encoders, are not what was written, however whole."""
-    one, two = encodings.Encoded(tmp_path / "one"), encodings.Encoded(tmp_path / "two")
-    for mark, x in (("aa", 1.0), ("ab", 2.0)):
-        one.write(mark, {"x": torch.tensor([x])})
-    assert one.missing(["aa", "ab"]) == []
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert two.missing(["aa", "ab"]) == ["aa", "ab"]
-    a, b = one.path("aa").read_bytes(), one.path("ab").read_bytes()
-    one.path("aa").parent.mkdir(exist_ok=True)
-    one.path("aa").write_bytes(b)
-    one.path("ab").write_bytes(a)
-    assert one.missing(["aa", "ab"]) == ["aa", "ab"]
-
-
-def test_what_is_held_fits_the_budget(tmp_path):
-    cache, marks = encodings.Encoded(tmp_path), ["aa", "ab", "b"]
-    for i, mark in enumerate(marks):
-        cache.write(mark, {"x": torch.full((2, 3), float(i)), "y": torch.tensor(i)})
-    assert cache.held(marks, 3 * (24 + 8) - 1) == (None, 0)
-    read, taken = cache.held(marks, 3 * (24 + 8))
-    assert taken == 96
-    shutil.rmtree(tmp_path / "aa")  # from memory
-    assert read(iter(["b", "aa"]))["x"].tolist() == [[[2.0] * 3] * 2, [[0.0] * 3] * 2] and read(["ab"])["y"].tolist() == [1]
-
-
 def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
     """Without a central crop only the captions are cached, and only the models that nothing else calls become idle."""
 
@@ -445,7 +419,7 @@ def test_captions_and_sizes(tmp_path, photos):
     exif[0x0112] = 6  # lies on its side
     tall.save(plain / "a.jpg", exif=exif)
     cfg = Data(train_data_dir=str(plain), resolution=24, train_batch_size=1, trigger="a dog", center_crop=True)
-    batch = data.Examples(sources.open_source(cfg, ("caption",)), cfg, 0)[range(1)]
+    batch = data.Examples(sources.open_source(cfg), cfg, 0)[range(1)]
     assert batch["caption"] == ["a dog"] and batch["original_size"].tolist() == [[64, 48]]
     assert batch["crop_top_left"].tolist() == [[4, 0]]  # 32 x 24, cut in the middle
     cfg = Data(num_shapes=8, resolution=8, train_batch_size=2, trigger="{label}:")

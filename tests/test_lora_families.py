@@ -110,7 +110,8 @@ def encoded(models, cfg, captions=CAPTIONS[:2]):
     """A batch of two encoded examples."""
     x = Rng.of(0, range(len(captions))).uniform("x", 3, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
-        return {**lora.encode_images(models, x, cfg), **lora.encode_captions(models, captions, cfg)}
+        columns = lora.encode_images(models, x, cfg) | lora.encode_captions(models, captions, cfg)
+        return columns | {"target_size": torch.full((len(captions), 2), SIDE)}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,7 +154,7 @@ def test_a_shift_and_a_length_of_ones_own(built):
     torch.testing.assert_close(transformer.noise_level(s, u, (2, 4, 8, 8)), maths.shift(maths.logit_normal(u), 2.0))
     models = lora.make_models(cfg)
     assert lora.encode_captions(models, ["a dog"], cfg)["prompt_embeds"].shape[1] == 77 + 40
-    assert transformer.arguments(s, SIDE)["max_sequence_length"] == 40
+    assert transformer.arguments(s, SIDE, SIDE)["max_sequence_length"] == 40
 
 
 def test_validation_spreads_the_noise_levels(moved):
@@ -172,7 +173,7 @@ def test_validation_spreads_the_noise_levels(moved):
     assert "timestep" in stratified.drawn and torch.equal(seen[0], seen[0].sort().values)
 
 
-@pytest.mark.parametrize("name", ["ZImagePipeline", "FluxPipeline", "QwenImagePipeline"])
+@pytest.mark.parametrize("name", NAMES)
 def test_adapters_learn_an_image(built, photos, name):
     """Over 64 fixed pairs of noise and sigma of one image the loss falls with adapters on all linear layers, and is what it
     was without them."""
@@ -194,8 +195,8 @@ def test_adapters_learn_an_image(built, photos, name):
         before = loss(fixed).item()
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-2, weight_decay=0.0)
-    for step in range(30):
-        loss(Rng.of(1, range(8 * step, 8 * step + 8))).backward()
+    for step in range(16):
+        loss(Rng.of(1, range(4 * step, 4 * step + 4))).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -203,7 +204,7 @@ def test_adapters_learn_an_image(built, photos, name):
         for layer in filter(lambda m: isinstance(m, BaseTunerLayer), net.modules()):
             layer.enable_adapters(False)
         off = loss(fixed).item()
-    assert off == pytest.approx(before, rel=1e-5) and on < 0.8 * off, (before, on, off)
+    assert off == pytest.approx(before, rel=1e-5) and on < 0.9 * off, (before, on, off)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,9 +312,9 @@ def test_the_export_draws_the_samples_of_the_run(tmp_path, built, moved, name):
     fresh, rng = scope["pipeline"], Rng.of(0, range(1), "samples")
     with torch.no_grad():
         ours = lora.sample_fn(models, examples, rng, cfg)["samples"]
-        loaded = transformer.sample(fresh.components, s, CAPTIONS[1:2], rng.generators("sample"), SIDE)
+        loaded = transformer.sample(fresh.components, s, CAPTIONS[1:2], rng.generators("sample"), SIDE, SIDE)
         bare = diffusers.DiffusionPipeline.from_pretrained(built(name)).components
-        without = transformer.sample(bare, s, CAPTIONS[1:2], rng.generators("sample"), SIDE)
+        without = transformer.sample(bare, s, CAPTIONS[1:2], rng.generators("sample"), SIDE, SIDE)
     assert ours.shape == (1, 3, SIDE, SIDE) and ours.min() >= 0 and ours.max() <= 1
     torch.testing.assert_close(loaded, ours, rtol=0, atol=1e-4)
     assert (without - ours).abs().max() > 1e-4 and (without - ours).norm() > 20 * (loaded - ours).norm()
@@ -339,7 +340,8 @@ def test_the_last_line_draws(tmp_path, built, moved, monkeypatch):
 def test_prompts_go_by_the_number_of_the_sample(built, monkeypatch):
     cfg = config(built("ZImagePipeline"), validation_prompts=("a", "b", "c"))
     seen = []
-    monkeypatch.setattr(transformer, "sample", lambda models, s, prompts, *rest: seen.append(prompts))
+    blank = lambda models, s, prompts, *rest: seen.append(prompts) or torch.zeros(2, 3, SIDE, SIDE)  # noqa: E731
+    monkeypatch.setattr(transformer, "sample", blank)
     for part in (slice(0, 2), slice(2, 4)):
         lora.sample_fn({}, [], Rng.of(0, range(4), "samples")[part], cfg)
     assert seen == [["a", "b"], ["c", "a"]]
@@ -350,9 +352,9 @@ def test_a_distilled_checkpoint_is_warned_of_and_drawn_in_few_steps(built):
         cfg = config(built(name), num_inference_steps=None)
         models = lora.make_models(cfg)
         assert "is distilled to few steps" in " ".join(lora.task.remarks(models, cfg))
-        told = transformer.arguments(cfg.lora, SIDE)
+        told = transformer.arguments(cfg.lora, SIDE, SIDE)
         assert told["num_inference_steps"] == steps and told["guidance_scale"] == flow.of(name.split()[0]).off
-    own = transformer.arguments(config(built("QwenImagePipeline"), num_inference_steps=None).lora, SIDE)
+    own = transformer.arguments(config(built("QwenImagePipeline"), num_inference_steps=None).lora, SIDE, SIDE)
     assert own["num_inference_steps"] == 50 and own["true_cfg_scale"] == 4.0 and own["negative_prompt"] == " "
 
 
@@ -365,7 +367,6 @@ def test_a_distilled_checkpoint_is_warned_of_and_drawn_in_few_steps(built):
     [
         ({"snr_gamma": 5.0}, "--lora.snr-gamma is 5.0: a ZImagePipeline has no use for it; leave it out"),
         ({"train_text_encoder": True}, "--lora.train-text-encoder is True: a ZImagePipeline has no use for it"),
-        ({"kohya": True}, "--lora.kohya is True"),
         ({"target_modules": ("to_q", "to_ou")}, "'to_ou' is the end of no layer's name; the nearest is 'to_out.0'"),
         ({"target_modules": ("all-linear", "to_q")}, "all-linear without other names"),
         ({"flow_shift": 0.0}, "--lora.flow-shift is 0.0; expected more than 0 and"),

@@ -23,7 +23,8 @@ from oneloop.machine.memory import stored
 from oneloop.machine.placement import place
 from oneloop.tasks import lora
 
-NARROW = ("float8", "int8", "nf4")
+ADAPTERS = {"rank": 2, "alpha": None, "dropout": 0.0, "use_dora": False, "use_rslora": False, "use_lokr": False}
+ADAPTERS |= {"rank_pattern": (), "alpha_pattern": ()}
 
 
 def installed(kind):
@@ -44,11 +45,11 @@ def adapted(path, kind, change=lambda module: None):
     """A FLUX transformer in bf16, changed, with large adapters, placed as a run in bf16 places it."""
     module = diffusers.FluxTransformer2DModel.from_pretrained(path, subfolder="transformer", torch_dtype=torch.bfloat16)
     change(module.requires_grad_(False))
-    s = SimpleNamespace(rank=2, alpha=None, dropout=0.0, use_dora=False, use_rslora=False, base_precision=kind)
+    s = SimpleNamespace(**ADAPTERS, base_precision=kind)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # peft has one for every layer
         torch.manual_seed(0)
-        adapters.adapt(module, s, target_modules=["to_q", "to_v", "proj_mlp"])
+        adapters.adapt(module, s, ("to_q", "to_v", "proj_mlp"))
         for p in module.parameters():
             if p.requires_grad:
                 torch.nn.init.normal_(p, std=0.3)
@@ -128,8 +129,8 @@ def test_adapters_after_the_cast_would_be_float8(built):
     """What the order in adapters.adapt is for."""
     module = diffusers.FluxTransformer2DModel.from_pretrained(built("FluxPipeline"), subfolder="transformer")
     precision.cast(module.requires_grad_(False), "float8")
-    s = SimpleNamespace(rank=2, alpha=None, dropout=0.0, use_dora=False, use_rslora=False, base_precision="bf16")
-    adapters.adapt(module, s, target_modules=["to_q"])
+    s = SimpleNamespace(**ADAPTERS, base_precision="bf16")
+    adapters.adapt(module, s, ("to_q",))
     assert torch.float8_e4m3fn in {p.dtype for p in module.parameters() if p.requires_grad}
 
 
@@ -202,7 +203,11 @@ def test_what_does_not_fit_is_a_line(monkeypatch, settings, base, says):
 def test_a_missing_package_is_a_line(monkeypatch, kind, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else object())
     with pytest.raises(BadInput, match=rf"needs the package {package}: install oneloop\[quantized\]"):
-        precision.check(lora.Settings(base_precision=kind), "lora", Base(mixed_precision="bf16"))
+        precision.check(
+            lora.Settings(base_precision=kind, rank_pattern=(), alpha_pattern=(), use_lokr=False),
+            "lora",
+            Base(mixed_precision="bf16"),
+        )
 
 
 def test_what_comes_back_without_recomputation_is_said():

@@ -19,7 +19,7 @@ from warm import cli, digest, start, tiny
 
 from oneloop import checkpoint, configs, loop
 from oneloop.configs import BadInput
-from oneloop.inputs import decoding
+from oneloop.inputs import store
 from oneloop.machine import files
 from oneloop.tasks import Loss
 from oneloop.views import publish
@@ -234,7 +234,7 @@ def test_leftovers_in_the_examples(tmp_path):
     mine = plant(tmp_path, [".pictures-1.writing", "caption-1/ab/.notes.writing", "pictures-2/a.jpg"])
     unused = plant(tmp_path, ["pictures-3/pixels"])
     save_file({"x": torch.ones(1)}, tmp_path / "pictures-3" / "columns.safetensors", {"hash": "", "facts": ""})
-    decoding.tidy(tmp_path, set())
+    store.tidy(tmp_path, set())
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {*mine, "caption-1/ab/abcd.safetensors"} and unused
 

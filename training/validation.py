@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,12 +48,14 @@ class Stratified(Rng):
         return torch.special.ndtri(self.uniform(purpose, *shape).clamp(min=2**-25))
 
 
-def batches(count: int, size: int) -> Iterator[tuple[int, range]]:
-    """(quarter from 1 to 4, ranks) of every batch of at most `size`."""
+def batches(sizes: Sequence[Any], most: int) -> Iterator[tuple[int, list[int]]]:
+    """(quarter from 1 to 4, ranks) of every batch of at most `most`; `sizes`: of each rank's images; a batch has one."""
     for quarter in range(4):
-        first, end = (count * i // 4 for i in (quarter, quarter + 1))
-        for start in range(first, end, size):
-            yield quarter + 1, range(start, min(start + size, end))
+        first, end = (len(sizes) * i // 4 for i in (quarter, quarter + 1))
+        for size in dict.fromkeys(sizes[first:end]):
+            ranks = [rank for rank in range(first, end) if sizes[rank] == size]
+            for start in range(0, len(ranks), most):
+                yield quarter + 1, ranks[start : start + most]
 
 
 def measure(
@@ -86,10 +88,9 @@ def mean_losses(
     """(loss, q1 to q4, or the name of a log; the optimizer's name, or nothing for a log) -> its mean over the examples."""
     device = accelerator.device
     order = sorted(range(examples.size), key=lambda row: hash64("validation order", row))
-    deal = itertools.islice(
-        batches(examples.size, examples.cfg.train_batch_size), accelerator.process_index, None, accelerator.num_processes
-    )
-    found: list[tuple[tuple[str, str], int, Any]] = []  # what, of how many examples, their mean
+    every = batches(examples.sizes(torch.tensor(order)), examples.cfg.train_batch_size)
+    deal = itertools.islice(every, accelerator.process_index, None, accelerator.num_processes)
+    parts: list[tuple[tuple[str, str], int, Any]] = []  # what, of how many examples, their mean
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for quarter, ranks in deal:
             rows = [order[rank] for rank in ranks]
@@ -98,12 +99,12 @@ def mean_losses(
             descended: dict[str, Tensor] = {}  # optimizer -> the sum of its losses
             for loss in losses(examples.at(torch.tensor(rows)), rng):
                 descended[loss.name] = descended.get(loss.name, 0) + loss.value.detach()
-                found += [((key, ""), len(rows), torch.as_tensor(value).detach()) for key, value in loss.logs.items()]
+                parts += [((key, ""), len(rows), torch.as_tensor(value).detach()) for key, value in loss.logs.items()]
             for name, value in descended.items():
-                found += [((part, name), len(rows), value) for part in ("loss", f"q{quarter}")[: 1 + ("timestep" in rng.drawn)]]
-    values = torch.stack([value.float().to(device) for *_, value in found]).tolist() if found else []
+                parts += [((part, name), len(rows), value) for part in ("loss", f"q{quarter}")[: 1 + ("timestep" in rng.drawn)]]
+    values = torch.stack([value.float().to(device) for *_, value in parts]).tolist() if parts else []
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    measured = [(p, n, v) for (p, n, _), v in zip(found, values, strict=True)]
+    measured = [(p, n, v) for (p, n, _), v in zip(parts, values, strict=True)]
     for part, count, value in itertools.chain.from_iterable(gather(accelerator, measured)):
         total = sums[part]
         total[0], total[1] = total[0] + count * value, total[1] + count

@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from oneloop import checkpoint, data
 from oneloop.configs import BadInput
-from oneloop.inputs import decoding, encodings, files, sources
+from oneloop.inputs import encodings, files, sources, store
+from oneloop.inputs.buckets import enlargement
+from oneloop.inputs.crop import resized
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Task
 
@@ -36,7 +38,7 @@ class Survey:
     fingerprint: str
     """Of the data; what it says holds for no other."""
     resolution: int
-    pictures: int
+    rows: int
     notes: list[str]
     """What was left out of the set, or changed in it, when it was opened."""
     changes: dict[str, int]
@@ -55,9 +57,13 @@ class Survey:
     modes: dict[str, int]
     """PIL's mode -> images."""
     small: int
-    """Images that are enlarged, their shorter side being below the resolution."""
+    """Images that are enlarged."""
     cropped: list[float]
-    """Mean and largest share of an image's area that is outside the square."""
+    """Mean and largest share of an image's area that is outside its crop."""
+    buckets: list[list[Any]]
+    """Of each size of images: width, height, images, mean and largest share that is cropped, and those that are enlarged."""
+    mixture: list[list[float]]
+    """Of each source of a mixture: images, repeats, weight of the loss."""
     captions: list[int] | None
     """Different ones, and images that have none."""
     empty: int
@@ -111,8 +117,8 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
                 x, y = thumbs[i[some]].astype(np.int16), thumbs[j[some]]
                 some = some[np.abs(x - y).mean((1, 2, 3)) <= NEAR_LEVELS]
                 earlier[j[some]] = i[some]
-    found = np.flatnonzero(earlier >= 0)
-    return np.stack([earlier[found], found], 1)
+    later = np.flatnonzero(earlier >= 0)
+    return np.stack([earlier[later], later], 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,10 +127,12 @@ def near_pairs(thumbs: np.ndarray) -> np.ndarray:
 
 def survey(examples: data.Examples) -> Survey:
     """The numbers of a set whose images were inspected when they were decoded."""
-    source, side, pictures = examples.source, examples.cfg.resolution, examples.pictures
-    size, marks, thumbs = (pictures.columns[name].numpy() for name in ("size", "mark", "thumb"))
+    source, side, decoded = examples.source, examples.cfg.resolution, examples.images
+    size, marks, thumbs = (decoded.columns[name][examples.shown].numpy() for name in ("size", "mark", "thumb"))
     spread = lambda x: [float(x.min()), float(np.median(x)), float(x.max())]  # noqa: E731
-    lost = 1 - size.min(1) / size.max(1)  # [N]
+    target = decoded.columns["target"][examples.shown].numpy()  # [N, 2]
+    lost = 1 - target.prod(1) / np.maximum(resized(size, target).prod(1), 1)  # [N]
+    enlarged = enlargement(size, target) > 1  # [N]
     _, first, same = np.unique(marks.view("V16")[:, 0], return_index=True, return_inverse=True)
     first = first[same]  # row -> the first one with its pixels
     again = np.flatnonzero(first != np.arange(len(first)))
@@ -141,18 +149,20 @@ def survey(examples: data.Examples) -> Survey:
     return Survey(
         fingerprint=examples.fingerprint,
         resolution=side,
-        pictures=examples.size,
+        rows=examples.size,
         notes=list(source.notes),
-        changes=pictures.changes,
+        changes=decoded.changes,
         images=_images(examples, block_length(examples.size)),
         texts=_texts(examples, block_length(examples.size)),
-        broken=pictures.broken,
+        broken=decoded.broken,
         width=spread(size[:, 1]),
         height=spread(size[:, 0]),
         aspect=spread(size[:, 1] / size[:, 0]),
-        modes=dict(Counter(pictures.modes).most_common()),
-        small=int((size.min(1) < side).sum()),
+        modes=dict(Counter(decoded.modes).most_common()),
+        small=int(enlarged.sum()),
         cropped=[float(lost.mean()), float(lost.max())],
+        buckets=[_bucket(own, lost, enlarged, (target == own).all(1)) for own in np.unique(target, axis=0)],
+        mixture=[[share.rows, share.repeats, share.weight] for share in source.shares],
         captions=captions,
         empty=sum(bool(texts) and not any(texts) for texts in source.captions or ()),
         labels=labels,
@@ -163,13 +173,25 @@ def survey(examples: data.Examples) -> Survey:
     )
 
 
+def _bucket(size: np.ndarray, lost: np.ndarray, enlarged: np.ndarray, own: np.ndarray) -> list[Any]:
+    """A line of the table of sizes."""
+    return [
+        int(size[1]),
+        int(size[0]),
+        int(own.sum()),
+        float(lost[own].mean()),
+        float(lost[own].max()),
+        int(enlarged[own].sum()),
+    ]
+
+
 def block_length(size: int) -> int:
     """The rows of a block, of which there are at most LISTED."""
     return -(-size // LISTED)
 
 
 def _images(examples: data.Examples, length: int) -> list[str]:
-    parts = examples.pictures.columns["file"].split(length)
+    parts = examples.images.columns["file"][examples.shown].split(length)
     return [sources.content_hash(part.contiguous().numpy().data)[:8] for part in parts]
 
 
@@ -181,14 +203,14 @@ def _texts(examples: data.Examples, length: int) -> list[str]:
 
 def differences(examples: data.Examples, out: Path) -> list[str]:
     """How a set differs from the one that the run in an output folder began with, as far as its check.json knows."""
-    found = _read(out)
-    if found is None:
+    report = _read(out)
+    if report is None:
         return []
-    length, name = block_length(found.pictures), examples.source.name
-    said = [f"it had {found.pictures:,} images and has {examples.size:,}"] if found.pictures != examples.size else []
+    length, name = block_length(report.rows), examples.source.name
+    said = [f"it had {report.rows:,} images and has {examples.size:,}"] if report.rows != examples.size else []
     for what, before, now in (
-        ("image", found.images, _images(examples, length)),
-        ("caption or label", found.texts, _texts(examples, length)),
+        ("image", report.images, _images(examples, length)),
+        ("caption or label", report.texts, _texts(examples, length)),
     ):
         if differ := [i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b]:
             first, last = differ[0] * length, min(differ[0] * length + length, examples.size) - 1
@@ -196,31 +218,37 @@ def differences(examples: data.Examples, out: Path) -> list[str]:
     return said
 
 
-def left_out_or_changed(found: Survey) -> str:
+def left_out_or_changed(report: Survey) -> str:
     """In one line, or empty."""
-    counted = [f"{count:,} {'image' if count == 1 else 'images'} {change}" for change, count in found.changes.items()]
-    return "; ".join((*found.notes, *counted))
+    counted = [f"{count:,} {'image' if count == 1 else 'images'} {change}" for change, count in report.changes.items()]
+    return "; ".join((*report.notes, *counted))
 
 
-def whole(found: Survey) -> Iterator[str]:
+def whole(report: Survey) -> Iterator[str]:
     """All of it, a line each."""
     three = lambda x, form: f"{x[0]:{form}} to {x[2]:{form}}, median {x[1]:{form}}"  # noqa: E731
-    yield f"images      {found.pictures:,} can be read, {len(found.broken):,} cannot"
-    if said := left_out_or_changed(found):
+    yield f"images      {report.rows:,} can be read, {len(report.broken):,} cannot"
+    if said := left_out_or_changed(report):
         yield f"left out or changed: {said}"
-    yield f"width       {three(found.width, '.0f')}"
-    yield f"height      {three(found.height, '.0f')}"
-    yield f"aspect      {three(found.aspect, '.2f')} (width over height)"
-    yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in found.modes.items())}"
-    yield f"too small   {found.small:,} are enlarged to {found.resolution}"
-    yield f"cropped     {found.cropped[0]:.0%} of an image on average, {found.cropped[1]:.0%} at most"
-    captions = "{:,} different; {:,} images have none".format(*found.captions) if found.captions else "none"
-    yield f"captions    {captions}{f', of {found.empty:,} it is empty' if found.empty else ''}"
-    labels = [f"{name} {count:,}" for name, count in (found.labels or {}).items()]
+    yield f"width       {three(report.width, '.0f')}"
+    yield f"height      {three(report.height, '.0f')}"
+    yield f"aspect      {three(report.aspect, '.2f')} (width over height)"
+    yield f"modes       {', '.join(f'{mode} {count:,}' for mode, count in report.modes.items())}"
+    yield f"too small   {report.small:,} are enlarged to {report.resolution}"
+    for wide, high, count, mean, most, enlarged in report.buckets if len(report.buckets) > 1 else ():
+        small = f", {enlarged:,} enlarged" if enlarged else ""
+        cut = f"{mean:.0%} cropped on average, {most:.0%} at most"
+        yield f"bucket      {f'{wide} x {high}':<11} {count:>7,} images, {cut}{small}"
+    for i, (count, repeats, weight) in enumerate(report.mixture):
+        yield f"source {i:<4} {count:,} images, each {repeats:.4g} times a pass, loss weight {weight:g}"
+    yield f"cropped     {report.cropped[0]:.0%} of an image on average, {report.cropped[1]:.0%} at most"
+    captions = "{:,} different; {:,} images have none".format(*report.captions) if report.captions else "none"
+    yield f"captions    {captions}{f', of {report.empty:,} it is empty' if report.empty else ''}"
+    labels = [f"{name} {count:,}" for name, count in (report.labels or {}).items()]
     more = f", and {len(labels) - 20:,} more" if len(labels) > 20 else ""
     yield f"labels      {', '.join(labels[:20]) + more or 'none'}"
-    yield f"exact twins {found.exact:,}{examples_of(found.exact_pairs)}"
-    yield f"near twins  {found.near:,}{examples_of(found.near_pairs)}"
+    yield f"exact twins {report.exact:,}{examples_of(report.exact_pairs)}"
+    yield f"near twins  {report.near:,}{examples_of(report.near_pairs)}"
 
 
 def examples_of(pairs: list[list[str]]) -> str:
@@ -228,38 +256,38 @@ def examples_of(pairs: list[list[str]]) -> str:
     return f" (such as {'; '.join(f'{b} of {a}' for a, b in pairs[:3])})" if pairs else ""
 
 
-def notable(found: Survey) -> Iterator[str]:
+def notable(report: Survey) -> Iterator[str]:
     """What somebody would want to know before training on it."""
-    if said := left_out_or_changed(found):
+    if said := left_out_or_changed(report):
         yield f"left out or changed: {said}"
-    if found.small:
-        yield f"{found.small:,} of {found.pictures:,} images are smaller than {found.resolution} pixels and are enlarged"
-    if found.cropped[0] > 0.3:
-        yield f"{found.cropped[0]:.0%} of the images' area is cropped away"
-    if found.captions and found.captions[1]:
-        yield f"{found.captions[1]:,} of {found.pictures:,} images have no caption"
-    if found.empty:
-        yield f"{found.empty:,} of {found.pictures:,} images have an empty caption"
-    twins = (("the same as", found.exact, found.exact_pairs), ("much like", found.near, found.near_pairs))
+    if report.small:
+        yield f"{report.small:,} of {report.rows:,} images are smaller than their crop at {report.resolution} and are enlarged"
+    if report.cropped[0] > 0.3:
+        yield f"{report.cropped[0]:.0%} of the images' area is cropped away"
+    if report.captions and report.captions[1]:
+        yield f"{report.captions[1]:,} of {report.rows:,} images have no caption"
+    if report.empty:
+        yield f"{report.empty:,} of {report.rows:,} images have an empty caption"
+    twins = (("the same as", report.exact, report.exact_pairs), ("much like", report.near, report.near_pairs))
     for kind, count, pairs in twins:
-        if 0 < count < found.pictures / 4:  # where most are alike, as drawn shapes are, that is what the set is
-            yield f"{count:,} of {found.pictures:,} images are {kind} an earlier one{examples_of(pairs)}"
+        if 0 < count < report.rows / 4:  # where most are alike, as drawn shapes are, that is what the set is
+            yield f"{count:,} of {report.rows:,} images are {kind} an earlier one{examples_of(pairs)}"
 
 
 def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> list[str]:
-    """What a run says of its images at its start; kept in check.json for its next life, with broken.txt beside it."""
+    """What a run says of its images at its start; written to check.json for the next start, with broken.txt beside it."""
     return on_main(accelerator, lambda: _remarks(examples, out))
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
-    found, path = _read(out), out / "check.json"
-    damaged = [f"warning: {path} is damaged; it is made anew"] * (found is None and path.exists())
-    if found is None or (found.fingerprint, found.resolution) != (examples.fingerprint, examples.cfg.resolution):
-        found = survey(examples)
-        checkpoint.write(path, json.dumps(asdict(found), indent=1) + "\n")
-    found = replace(found, notes=list(examples.source.notes))  # of this start
-    said = damaged + [f"warning: {text}" for text in filter(None, (sources.unused(examples.cfg), *notable(found)))]
-    if broken := examples.pictures.broken:
+    report, path = _read(out), out / "check.json"
+    damaged = [f"warning: {path} is damaged; it is made anew"] * (report is None and path.exists())
+    if report is None or (report.fingerprint, report.resolution) != (examples.fingerprint, examples.cfg.resolution):
+        report = survey(examples)
+        checkpoint.write(path, json.dumps(asdict(report), indent=1) + "\n")
+    report = replace(report, notes=list(examples.source.notes))  # of this start
+    said = damaged + [f"warning: {text}" for text in filter(None, (sources.unused(examples.cfg), *notable(report)))]
+    if broken := examples.images.broken:
         checkpoint.write(out / "broken.txt", "\n".join(broken) + "\n")
         said.append(f"warning: {len(broken):,} images cannot be read and are left out; {out}/broken.txt names them")
     return said
@@ -268,11 +296,11 @@ def _remarks(examples: data.Examples, out: Path) -> list[str]:
 def _read(out: Path) -> Survey | None:
     """What an output folder's check.json says, if it says all of it."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        found = json.loads((out / "check.json").read_text("utf-8"))
+        report = json.loads((out / "check.json").read_text("utf-8"))
         kinds = {field.name: field.type.partition("[")[0].partition(" |")[0] for field in fields(Survey)}
         types = {"str": str, "int": int, "list": list, "dict": dict}
-        if all(found[name] is None or isinstance(found[name], types[kind]) for name, kind in kinds.items()):
-            return Survey(**found)
+        if all(report[name] is None or isinstance(report[name], types[kind]) for name, kind in kinds.items()):
+            return Survey(**report)
     return None
 
 
@@ -283,21 +311,24 @@ def check(task: Task, cfg: Any) -> None:
         BadInput: there are broken images, and --data.skip-broken was not given.
     """
     opened = replace(cfg.data, skip_broken=True, memory_budget=0, train_batch_size=1)
-    source, broken, size = sources.open_source(opened, task.needs), [], cfg.data.train_batch_size
+    source, broken, size = sources.open_for(task, replace(cfg, data=opened)), [], cfg.data.train_batch_size
     for title, part in (("trained on", source), ("held out", source.held_out)):
         if part is None:
             continue
         with tqdm(total=part.size, desc=title, unit="image", disable=None) as bar:
-            pictures = decoding.decode(part, opened, bar.update, skim=True)
+            images = store.decode(part, opened, bar.update, skim=True)
         print(f"{title}: {part.summary}")
-        if len(pictures):
-            examples = data.Examples(part, opened, cfg.base.seed, pictures)
+        if len(images):
+            examples = data.Examples(part, opened, cfg.base.seed, images, block=cfg.data.train_batch_size)
             print(*whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
-        for name in pictures.broken:
+            for n in range(3) if part.captions is not None else ():
+                first = examples[range(n, n + 1)]
+                print(f"example {n:<3} {first['key'][0]}: {first['caption'][0]!r}")
+        for name in images.broken:
             print(f"broken      {name}")
-        if part is source and len(pictures) < size:
-            print(f"too few     {len(pictures):,} images; --data.train-batch-size is {size:,}, and a run expects as many")
-        broken += pictures.broken
+        if part is source and len(images) < size:
+            print(f"too few     {len(images):,} images; --data.train-batch-size is {size:,}, and a run expects as many")
+        broken += images.broken
     if said := sources.unused(cfg.data):
         print(said)
     if broken and not cfg.data.skip_broken:

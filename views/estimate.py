@@ -92,7 +92,7 @@ class Watch:
         )
 
 
-def shortened(cfg: Any, out: Path, steps: int, pictures: int) -> Any:
+def shortened(cfg: Any, out: Path, steps: int, rows: int) -> Any:
     """The settings of the short run: as many steps of as many images, at rates that rise to the peak, all of it in `out`."""
     base = replace(
         cfg.base,
@@ -109,7 +109,7 @@ def shortened(cfg: Any, out: Path, steps: int, pictures: int) -> Any:
         push_to_hub=False,
     )
     cache = cfg.data.example_cache if cfg.data.example_cache == "no" else str(out / "examples")
-    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=pictures, example_cache=cache))
+    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=rows, example_cache=cache))
 
 
 def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
@@ -121,19 +121,19 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
     Raises:
         BadInput: as the run itself, or the temporary folder cannot be made.
     """
-    base, source = cfg.base, sources.open_source(cfg.data, task.needs)
+    base, source = cfg.base, sources.open_for(task, cfg)
     here = PartialState(cpu=not torch.accelerator.is_available())
     update = cfg.data.train_batch_size * here.num_processes * base.gradient_accumulation_steps
-    total = base.max_train_steps or math.ceil(round(base.num_epochs * source.size / update, 6))
-    steps, pictures = min(total, STEPS), min(source.size, max(STEPS * update, 256))
-    place = Path(base.output_dir or f"runs/{configs.task_group(cfg)}").expanduser().absolute()
-    place = next(parent for parent in place.parents if parent.exists())
+    total = base.max_train_steps or math.ceil(round(base.num_epochs * source.pass_length() / update, 6))
+    steps, rows = min(total, STEPS), min(source.size, max(STEPS * update, 256))
+    folder = Path(base.output_dir or f"runs/{configs.task_group(cfg)}").expanduser().absolute()
+    folder = next(parent for parent in folder.parents if parent.exists())
 
     def temporary() -> Path:
         try:
-            return Path(tempfile.mkdtemp(prefix=".dry-run-", dir=place))
+            return Path(tempfile.mkdtemp(prefix=".dry-run-", dir=folder))
         except OSError as error:
-            raise BadInput(f"--base.output-dir: {place} cannot be written: {error.strerror}") from None
+            raise BadInput(f"--base.output-dir: {folder} cannot be written: {error.strerror}") from None
 
     with Signals(here), contextlib.ExitStack() as stack:  # from here on a signal leaves through what removes the folder
         out = on_main(here, temporary)
@@ -142,15 +142,15 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
             if here.is_main_process:
                 said = f"a short run of {steps} of {counted(total, 'step')}, with samples and a checkpoint; it is removed"
                 print(said, file=sys.stderr)
-            short, watch = shortened(cfg, out, steps, pictures), Watch(total, steps)
-            examples = watch.timed("read", data.Examples)(sources.open_source(short.data, task.needs), short.data, base.seed)
-            grows, examples = (source.size / pictures - 1) * examples.pictures.nbytes(short.data), None
+            short, watch = shortened(cfg, out, steps, rows), Watch(total, steps)
+            examples = watch.timed("read", data.Examples)(sources.open_for(task, short), short.data, base.seed)
+            grows, examples = (source.size / rows - 1) * examples.images.nbytes(short.data), None
             with contextlib.redirect_stderr(io.StringIO()):
                 watch.timed("run", run)(watch.over(task), short)
             if here.is_main_process:
                 room = cfg.data.memory_budget * 2**30  # for decoded images
                 host = peak_host() + (grows / 2**30 if grows < room else 0)
-                print(drawn_out(cfg, watch, out, source.size / pictures, host))
+                print(drawn_out(cfg, watch, out, source.size / rows, host))
         finally:
             stack.close()
             if here.is_main_process:
@@ -183,14 +183,17 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
         f"validation and samples {'once' if shows == 1 else f'{shows:,} times'}": shows * showing,
         counted(saves, "checkpoint"): saves * (ended - last),
     }
-    one, kept = checkpoint.size(out / "out" / f"checkpoint-{watch.steps}"), min(saves, base.checkpoints_total_limit or saves)
+    one, retained = (
+        checkpoint.size(out / "out" / f"checkpoint-{watch.steps}"),
+        min(saves, base.checkpoints_total_limit or saves),
+    )
     pixels = sum(path.stat().st_size for path in out.glob("examples/*/pixels")) * more
     cache = checkpoint.size(out / "examples") * more - (pixels if pixels > cfg.data.memory_budget * 2**30 else 0)
-    disk = kept * one + checkpoint.size(out / "out" / "export") + cache
+    disk = retained * one + checkpoint.size(out / "out" / "export") + cache
     device = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU, " if torch.cuda.is_available() else ""
     return f"""parameters  {watch.counts[0]:,} trainable, {watch.counts[1]:,} frozen
 memory      {device}{host:.2f} GiB of the machine, at the peak of each process
 step        {step:.3f} s, {update / step:.1f} images/s, {waiting:.0%} of it waiting for data
 time        {sum(parts.values()) / 3600:.2f} hours: {", ".join(f"{name} {clock(s)}" for name, s in parts.items())}
 disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: \
-{counted(kept, "checkpoint")} of {one / 2**30:.3f}, what is made of the examples once {cache / 2**30:.3f}"""
+{counted(retained, "checkpoint")} of {one / 2**30:.3f}, what is made of the examples once {cache / 2**30:.3f}"""

@@ -8,21 +8,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from oneloop.inputs.sources import Source
 from oneloop.machine.memory import held
 from oneloop.machine.placement import describe
 from oneloop.tasks import Batch, Models
 
 
-def introduce(accelerator: Accelerator, cfg: Any, found: str, models: Models, first: Batch, state: Any, total: int) -> str:
+def introduce(accelerator: Accelerator, cfg: Any, source: Source, models: Models, first: Batch, state: Any, total: int) -> str:
     """What every number became, in a few lines; the first batch as the loss sees it."""
     count = lambda wanted: sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad is wanted)  # noqa: E731
     size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     update = size * processes * accumulated
     lasts = sum(held(models, state, accelerator.device).values())
-    kind = lambda v: "float32 in [-1, 1]" if v.dtype == torch.uint8 else str(v.dtype)[6:]  # noqa: E731  images, on the device
-    shapes = ", ".join(f"{k} {list(v.shape)} {kind(v)}" if isinstance(v, Tensor) else k for k, v in first.items())
-    return f"""data        {found}
+    ranges, columns = {"image": "float32 in [-1, 1]", "mask": "float32 in [0, 1]"}, source.columns  # as the loss sees them
+    kind = lambda k, v: ranges.get(columns[k].kind if k in columns else "", str(v.dtype)[6:])  # noqa: E731
+    shapes = ", ".join(f"{k} {list(v.shape)} {kind(k, v)}" if isinstance(v, Tensor) else k for k, v in first.items())
+    return f"""data        {source.summary}
 first batch {shapes}
 models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
             {count(True):,} trainable parameters, {count(False):,} frozen

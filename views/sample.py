@@ -9,6 +9,7 @@ images these are, to the bit, those of the run's own grid at that step.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -47,18 +48,39 @@ class Settings:
             check_writable(Path(self.to).expanduser())
 
 
+def opened(given: str, named: str | None = None) -> tuple[Path, dict[str, Any], Any, Any]:
+    """A run's output folder or one of its checkpoints -> the checkpoint, its manifest, the task and its settings.
+
+    Raises:
+        BadInput: the folder holds no run, or no valid checkpoint.
+    """
+    from oneloop import checkpoint
+
+    folder = Path(given).expanduser().resolve()
+    is_checkpoint = (folder / "manifest.json").is_file()
+    if not is_checkpoint and not list(folder.glob("checkpoint-*")):
+        has = "no checkpoint yet" if (folder / "run.json").is_file() else "neither run.json nor a checkpoint"
+        raise BadInput(f"{given}: holds {has}; expected a run's output folder or a checkpoint-N in it")
+    warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    try:
+        saved, facts = (folder, checkpoint.verify(folder)) if is_checkpoint else checkpoint.find(folder, "latest", warn)
+    except checkpoint.Damaged as error:
+        raise BadInput(f"{given}: not a valid checkpoint: {error}") from None
+    manifest = f"{saved}/{checkpoint.MANIFEST}"
+    if not isinstance(facts.get("step"), int) or not isinstance(facts.get("settings"), dict):
+        raise BadInput(f"{manifest}: expected the step and the settings of a run")
+    typed = f"python loop.py sample {given} --task {facts.get('module')}"
+    task = configs.find_task(named or configs.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
+    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: ")
+    return saved, facts, task, cfg
+
+
 def main(settings: Settings) -> None:
     """Draw, and say where the images are.
 
     Raises:
         BadInput: the folder holds no run, or no valid checkpoint, or what the task samples from is not there.
     """
-    folder = Path(settings.folder).expanduser().resolve()
-    is_checkpoint = (folder / "manifest.json").is_file()
-    if not is_checkpoint and not list(folder.glob("checkpoint-*")):
-        has = "no checkpoint yet" if (folder / "run.json").is_file() else "neither run.json nor a checkpoint"
-        raise BadInput(f"{settings.folder}: holds {has}; expected a run's output folder or a checkpoint-N in it")
-
     from oneloop import checkpoint, data
     from oneloop.machine import placement
     from oneloop.machine.accelerator import make_accelerator
@@ -66,21 +88,10 @@ def main(settings: Settings) -> None:
     from oneloop.training.ema import following
     from oneloop.views import console
 
-    warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
-
-    try:
-        saved, facts = (folder, checkpoint.verify(folder)) if is_checkpoint else checkpoint.find(folder, "latest", warn)
-    except checkpoint.Damaged as error:
-        raise BadInput(f"{settings.folder}: not a valid checkpoint: {error}") from None
-    manifest = f"{saved}/{checkpoint.MANIFEST}"
-    if not isinstance(facts.get("step"), int) or not isinstance(facts.get("settings"), dict):
-        raise BadInput(f"{manifest}: expected the step and the settings of a run")
-    typed = f"python loop.py sample {settings.folder} --task {facts.get('module')}"
-    task = configs.find_task(settings.task or configs.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
-    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: ")
+    saved, facts, task, cfg = opened(settings.folder, settings.task)
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
-    out = folder.parent if is_checkpoint else folder
+    out = saved.parent
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), logger=("none",), push_to_hub=False, compile=False))
     name = f"{facts['step']}-seed-{seed}-num-{num}.png"
     to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name
@@ -96,7 +107,8 @@ def main(settings: Settings) -> None:
     checkpoint.attach(accelerator, training, ema | followers)
     checkpoint.load(accelerator, saved)
 
-    shown = lambda first, count: data.Fixed(Unopened(task, cfg), count, accelerator.device, num, first)  # noqa: E731
+    unopened = Unopened(task, cfg)
+    shown = lambda first, count: data.Fixed(unopened, count, accelerator.device, num, first, True)  # noqa: E731
     rng = Rng.of(seed, range(num), "samples", accelerator.device)
     images = placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
     try:
@@ -114,9 +126,16 @@ class Unopened:
     task: Any
     cfg: Any
 
-    def fixed(self, size: int, count: int | None, first: int) -> Iterator[Any]:
+    @functools.cached_property
+    def examples(self) -> Any:
         from oneloop import data
         from oneloop.inputs import sources
 
-        cfg, source = self.cfg, sources.open_source(self.cfg.data, self.task.needs)
-        return data.opened(source, cfg.data, cfg.base.seed, configs.example_cache(cfg)).fixed(size, count, first)
+        source = sources.open_for(self.task, self.cfg)
+        return data.opened(source, self.cfg.data, self.cfg.base.seed, configs.example_cache(self.cfg))
+
+    def fixed(self, *given: Any) -> Iterator[Any]:
+        return self.examples.fixed(*given)
+
+    def ready(self, batch: Any, device: Any) -> Any:
+        return self.examples.ready(batch, device)

@@ -1,0 +1,83 @@
+"""Put a finished LoRA into its base, or into one file of weights.
+
+    python loop.py merge runs/my-dog --to my-model                    the whole pipeline, which `from_pretrained` opens
+    python loop.py merge runs/my-dog --to my-unet.safetensors         the UNet or transformer alone, for `from_single_file`
+
+Where nothing can load adapters, or several are to be one. The result needs no LoRA, takes as much memory as the base, and its
+strength is fixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from oneloop.configs import BadInput, Name, Range, check, require
+from oneloop.views import check_writable
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Add what adapters do to the weights of their base."""
+
+    folder: Positional[Name]
+    """The output folder of a run of `lora`, whose last checkpoint is taken, or one checkpoint-N in it."""
+    to: Name
+    """A new folder for the whole pipeline, or a .safetensors file for the UNet or transformer."""
+    strength: Annotated[float, Range(-100, 100)] = 1.0
+    """Factor on what the adapters do."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the result, but for the autoencoder's, which is float32."""
+
+    def __post_init__(self):
+        check(self)
+        if not Path(self.folder).expanduser().is_dir():
+            raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
+        to = Path(self.to).expanduser()
+        require(not (to.exists() and not self.to.endswith(".safetensors")), "to", self.to, "a name that is not taken")
+        check_writable(to)
+
+
+def main(settings: Settings) -> None:
+    """Merge, and say where the result is.
+
+    Raises:
+        BadInput: the folder holds no run of `lora`. StorageError: the result could not be written.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from oneloop import checkpoint
+    from oneloop.families import adapters, stable_diffusion
+    from oneloop.machine import files
+    from oneloop.tasks import lora
+    from oneloop.views.sample import opened
+
+    saved, _, task, cfg = opened(settings.folder)
+    if task is not lora.task:
+        raise BadInput(f"{settings.folder}: holds no run of lora")
+    own = lora.family(cfg.lora)
+    models = lora.load(cfg.lora, "bf16" if settings.dtype == "bfloat16" else "no")
+    pipeline = own.pipeline(models, cfg.lora)
+    adapters.read(pipeline, str(saved), "--folder")
+    for name in (own.TRAINED, *stable_diffusion.ENCODERS):
+        if name in models:
+            adapters.merge(models[name], settings.strength)
+    for name, module in models.items():
+        module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
+    to = Path(settings.to).expanduser()
+    staged = files.staged(to)
+    try:
+        if settings.to.endswith(".safetensors"):
+            save_file({k: x.contiguous() for k, x in models[own.TRAINED].state_dict().items()}, staged, {"format": "pt"})
+        else:
+            pipeline.save_pretrained(staged)
+        staged.rename(to)
+    except OSError as error:
+        raise checkpoint.StorageError(f"writing {to} failed: {error.strerror or error}") from None
+    finally:
+        files.erase(staged)
+    print(f"{saved.name} at strength {settings.strength:g} merged into {to}")
