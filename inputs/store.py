@@ -124,12 +124,13 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
         mode = mode or image.mode
         if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
             changes.append("with several frames, of which the first is taken")
-        turned = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
-        whole[name] = image.size if turned else image.size[::-1]
+        before = image.size
         if skim and column.kind == "image":
-            most = resized(whole[name], targets(whole[name], source.sizes)[-1]).tolist()
-            image.draft(image.mode, tuple(most if turned else most[::-1]))
+            image.draft(image.mode, tuple(resized(before, targets(before, source.sizes)[-1]).tolist()))
+        smaller, turned = image.size != before, 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
         images[name] = to_rgb(image, changes.append).convert("L" if column.kind == "mask" else "RGB")
+        # Some formats turn an image themselves; a JPEG, which alone can be smaller, does not.
+        whole[name] = (before if turned else before[::-1]) if smaller else images[name].size[::-1]
         if column.like and _apart(whole[name], whole[column.like]) > SHAPE_TOLERANCE:
             sizes = [f"{w} x {h}" for h, w in (whole[name], whole[column.like])]
             raise ValueError(f"its {name}, {source.images[name].name(row)}, is {sizes[0]} where it is {sizes[1]}")
