@@ -171,8 +171,9 @@ def attach(accelerator: Accelerator, models: Models, ema: dict[str, Tensor]) -> 
 def _trained(module: torch.nn.Module) -> set[str]:
     """Names in the state dict that training may change: parameters that require a gradient, and buffers."""
     module = unwrap(module)
-    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
-    return set(module.state_dict()) - frozen
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return set(module.state_dict()) & (trained | buffers)  # beside them there is what quantized layers say of themselves
 
 
 def _fitting(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:

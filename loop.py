@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, validation
+from oneloop.training import ema, optimizers, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
@@ -300,7 +300,9 @@ def make_learner(task: Task, cfg: Any, accelerator: Accelerator, manifest: dict[
     weights = trained(models)
     if base.use_ema:
         state.ema = {key: p.detach().clone() for key, p in weights.items()}
-    shown = ema.Ema(state.ema, list(weights.values()), lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power))
+    decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731
+    followed = list(weights.values())
+    shown = ema.Ema(state.ema, followed, decay, lambda: optimizers.averaged(state.optims, followed))
     averages = [shown, *ema.following(models, task.follows)]
     state.follows = {key: value for average in averages[1:] for key, value in average.values.items()}
     memory.watch(models, state)

@@ -1,6 +1,7 @@
 """Low-rank adapters on the UNet or transformer of a latent diffusion model and on its text encoders: added, and written in the
 forms that others read. Plain functions; `s` is a task's settings: rank, alpha, dropout, target_modules, use_dora, use_rslora,
-use_lokr, lokr_factor, rank_pattern, alpha_pattern, learning_rate_pattern, kohya.
+use_lokr, lokr_factor, rank_pattern, alpha_pattern, learning_rate_pattern, base_precision,
+kohya.
 
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
 """
@@ -11,12 +12,13 @@ import contextlib
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families import hub, stable_diffusion
+from oneloop.families import hub, precision, stable_diffusion
 from oneloop.machine import internals
 from oneloop.tasks import Models
 
@@ -92,7 +94,12 @@ def adapt(module: nn.Module, s: Any, targets: tuple[str, ...], silent: Iterable[
     else:
         kind = {"use_dora": s.use_dora, "use_rslora": s.use_rslora, "init_lora_weights": "gaussian"}
         config = peft.LoraConfig(r=s.rank, lora_alpha=alpha, lora_dropout=s.dropout, **kind, **where)
-    internals.inject(module, config)
+    stored = s.base_precision if hasattr(module, "enable_layerwise_casting") else "auto"  # text encoders stay as they are
+    precision.quantize(module, stored)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass")  # one for every layer: int8 adapters cannot be merged
+        internals.inject(module, config)
+    precision.cast(module, stored)
 
 
 def groups(module: nn.Module, rate: float, s: Any) -> list[dict[str, Any]]:

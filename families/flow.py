@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -140,11 +140,15 @@ def recompute(transformer: nn.Module) -> None:
     """
     from torch.utils.checkpoint import checkpoint
 
+    for block in recomputable(transformer):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def recomputable(transformer: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that `recompute` computes again: those of its lists with attention (FLUX.2's `to_qkv_mlp_proj` too)."""
     for blocks in transformer.children():
         if type(blocks).__name__ == "ModuleList":
-            for block in blocks:
-                if any(name.endswith("to_q") for name, _ in block.named_modules()):
-                    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            yield from (block for block in blocks if any(".to_q" in name for name, _ in block.named_modules()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,18 +13,27 @@ import torch
 
 from oneloop import configs
 from oneloop.tasks import Models
+from oneloop.training.optimizers import remembered, state_bytes
+
+
+def stored(p: torch.Tensor) -> int:
+    """Bytes of a tensor and of the scales of a quantized one, which torchao has inside it and bitsandbytes beside it."""
+    if hasattr(p, "__tensor_flatten__"):
+        return sum(stored(getattr(p, name)) for name in p.__tensor_flatten__()[0])
+    beside, state = 0, getattr(p, "quant_state", None)
+    while state is not None:
+        beside, state = beside + state.absmax.nbytes, state.state2
+    return p.nbytes + beside
 
 
 def held(models: Models, state: Any, device: torch.device) -> dict[str, int]:
-    """Bytes on the device that last from step to step: weights, gradients, averages, and optimizer states, counted as AdamW's
-    two numbers a weight, of one byte each in an 8-bit optimizer."""
+    """Bytes on the device that last from step to step: weights, gradients, EMA and optimizer states."""
     once = {id(p): p for m in models.values() for p in m.parameters()}  # a model that follows another shares what is frozen
-    weights = sum(p.nbytes for p in once.values() if p.device.type == device.type)
-    each = {name: 2 if "8bit" in type(o).__name__ else 8 for name, o in state.optims.items()}
-    trained = [(p, each[name]) for name, o in state.optims.items() for group in o.param_groups for p in group["params"]]
+    weights = sum(stored(p) for p in once.values() if p.device.type == device.type)
+    gradients = sum(p.nbytes for o in state.optims.values() for group in o.param_groups for p in group["params"])
     return {
         "weights": weights,
-        "gradients and optimizer": sum(p.nbytes + p.numel() * more for p, more in trained),
+        "gradients and optimizer": gradients + sum(map(remembered, state.optims.values())),
         "averages": sum(x.nbytes for x in state.ema.values()),
     }
 
@@ -103,8 +112,10 @@ class Memory(contextlib.AbstractContextManager):
             yield "--base.gradient-checkpointing", activations * 0.75  # of a UNet's: all but each block's input
         if base.mixed_precision == "no":
             yield "--base.mixed-precision bf16", (activations + sum(p.nbytes for p in frozen)) / 2
-        if getattr(getattr(self.cfg, configs.task_group(self.cfg)), "use_8bit_adam", None) is False:
-            yield f"--{configs.task_group(self.cfg)}.use-8bit-adam", 6 * sum(p.numel() for p in trained)
+        group = configs.task_group(self.cfg)
+        if getattr(getattr(self.cfg, group), "optimizer", None) == "adamw":
+            less = lambda kind: sum(8 * p.numel() - state_bytes(kind, tuple(p.shape)) for p in trained)  # noqa: E731
+            yield f"--{group}.optimizer adamw8bit {another}", less("adamw8bit")
         if parts.get("averages"):
             yield f"--base.no-use-ema {another}", parts["averages"]
         yield f"--data.resolution {side // 2} {another}", activations * 0.75

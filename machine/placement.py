@@ -116,6 +116,9 @@ def trains(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def place(models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str]) -> None:
     """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval(). A module may
     be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would spoil."""
@@ -131,7 +134,7 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
         if not training and not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             continue
         for p in module.parameters():
-            if p.is_floating_point():
+            if type(p.data) is Tensor and p.dtype in WIDE:  # what is stored in less stays so
                 p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
         module.to(accelerator.device)
         if not (training and module.training):  # else what trains says itself which of its parts are in eval()

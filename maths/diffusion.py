@@ -8,11 +8,9 @@ and the signal-to-noise ratio is SNR = a / (1 - a).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -69,21 +67,3 @@ def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Ten
 def square_error(prediction: Tensor, wanted: Tensor) -> Tensor:
     """Squared error in float32, of the shape of both."""
     return (prediction.float() - wanted.float()).square()
-
-
-def adamw(params: Iterable[Any], settings: Any, eight_bit: bool = False) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with the four settings that every task names alike, as one fused
-    kernel. `params` are parameters, or groups of them. With `eight_bit` its two averages take a byte a number (Dettmers et al.
-    2021, 8-bit Optimizers via Block-wise Quantization, arXiv:2110.02861), with bitsandbytes."""
-    if eight_bit:
-        from bitsandbytes.optim import AdamW8bit as kind
-    else:
-        from torch.optim import AdamW as kind
-    return kind(
-        list(params),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        **({} if eight_bit else {"fused": True}),
-    )

@@ -27,6 +27,7 @@ from oneloop.configs import (
 from oneloop.families import building
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, masked, mean
+from oneloop.training import optimizers
 
 DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
     "layers_per_block": 1,
@@ -58,8 +59,10 @@ class Settings:
     ddpm_num_inference_steps: Live[Annotated[int, Range(1, 100_000)] | None] = None
     """Steps to draw a sample. None: 25 with dpm++, 50 with ddim, 100 with ddpm, and twice as many on the schedule linear, where
     fewer would draw images too close to their mean."""
+    optimizer: optimizers.Kind = "adamw"
+    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 2e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate: of AdamW; about 1 with prodigy."""
     adam_beta1: Live[ShareBelowOne] = 0.9
     """AdamW's beta1."""
     adam_beta2: Live[ShareBelowOne] = 0.99
@@ -85,6 +88,7 @@ class Config:
     ddpm: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
+        optimizers.check(self.ddpm, "ddpm", self.base)
         what = f"--ddpm.model-config {self.ddpm.model_config or '(the default)'}"
         building.check_config(model_config(self), what, self.data.resolution, 4)
 
@@ -130,7 +134,7 @@ def make_models(cfg: Config) -> Models:
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    return {"unet": diffusion.adamw(models["unet"].parameters(), cfg.ddpm)}
+    return {"unet": optimizers.make(models["unet"].parameters(), cfg.ddpm)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:

@@ -10,7 +10,6 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, Range, ShareBelowOne, Words, check, require
-from oneloop.families import adapters, flow, hub, latents, prompts, stable_diffusion, transformer
+from oneloop.families import adapters, flow, hub, latents, precision, prompts, stable_diffusion, transformer
 from oneloop.families.prompts import Prompt
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
 from oneloop.tasks import Batch, Column, Encoding, Images, Loss, Models, Optims, Rng, Task, masked, mean, without_adapters
+from oneloop.training import optimizers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,6 +70,8 @@ class Settings:
     steps."""
     max_sequence_length: Annotated[int, Range(1, 65_536)] | None = None
     """Tokens that a caption is cut or filled to, in training and samples. None: the family's own, as at inference."""
+    base_precision: precision.Precision = "auto"
+    """How the frozen UNet or transformer is stored: as the run computes, or in bf16, float8, int8 or nf4 (docs/lora.md)."""
     use_dora: bool = False
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
     use_rslora: bool = False
@@ -82,12 +84,14 @@ class Settings:
     train_text_encoder: bool = False
     """Train adapters of the CLIP text encoders too (Stable Diffusion, SDXL, SD3, FLUX.1), as the official scripts do; captions
     are then encoded in every step."""
+    optimizer: optimizers.Kind = "adamw"
+    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 1e-4
-    """Peak learning rate of AdamW for the adapters of the UNet or transformer."""
+    """Peak learning rate for the adapters of the UNet or transformer: of AdamW; about 1 with prodigy."""
     text_encoder_learning_rate: Live[Amount | None] = None
     """Peak learning rate for the text encoders' adapters. None: half of learning_rate."""
     use_8bit_adam: bool = False
-    """AdamW with one byte for each of its numbers; needs the package bitsandbytes."""
+    """The same as --lora.optimizer adamw8bit."""
     adam_beta1: Live[ShareBelowOne] = 0.9
     """AdamW's beta1."""
     adam_beta2: Live[ShareBelowOne] = 0.999
@@ -146,8 +150,6 @@ class Settings:
         require(given is None or len(given) > 0, "lora.target_modules", given, "at least one name, or all-linear")
         alone = given is None or "all-linear" not in given or len(given) == 1
         require(alone, "lora.target_modules", given, "all-linear without other names")
-        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            raise BadInput("--lora.use-8bit-adam needs the package bitsandbytes; install it, or leave the flag out")
         numbers = {"rank_pattern": Range(1, 65_536), "alpha_pattern": Range(0.0, 3e38, without=0)}
         for name, limit in (numbers | {"learning_rate_pattern": Range(0.0, 3e38)}).items():
             adapters.check_pattern(f"lora.{name.replace('_', '-')}", getattr(self, name), limit)
@@ -181,6 +183,8 @@ class Config:
 
     def __post_init__(self):
         s = self.lora
+        optimizers.check(s, "lora", self.base)
+        precision.check(s, "lora", self.base)
         if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
             check_base(self)  # a name on the hub is looked up by make_models
         given, several, flag = self.base.num_samples, len(asked(s)), "prompts-file" if s.prompts_file else "validation-prompts"
@@ -273,7 +277,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
         *((encoder, text_rate) for encoder in stable_diffusion.ENCODERS if encoder in models),
     ):
         groups += adapters.groups(models[name], rate, s)
-    return {"lora": diffusion.adamw(groups, s, s.use_8bit_adam)}
+    return {"lora": optimizers.make(groups, s)}
 
 
 def encode_images(models: Models, x: Tensor, cfg: Config) -> dict[str, Tensor]:
@@ -387,6 +391,11 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     return family(s).load_lines(s) + f'pipeline({how}).images[0].save("sample.png")'
 
 
+def remarks(models: Models, cfg: Config) -> Iterator[str]:
+    yield from filter(None, [precision.remark(cfg.lora, cfg.base)])
+    yield from family(cfg.lora).remarks(models, cfg.lora)
+
+
 def model_spec(cfg: Config) -> dict[str, str]:
     """What the file says of itself, by the keys of Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec). Without
     a date, so that equal runs write equal files."""
@@ -450,5 +459,5 @@ task = Task(
     float32=("vae",),
     columns={"caption": Column("text", setting="data.caption_column")},
     multiple=lambda cfg: family(cfg.lora).multiple(cfg.lora),
-    remarks=lambda models, cfg: family(cfg.lora).remarks(models, cfg.lora),
+    remarks=remarks,
 )

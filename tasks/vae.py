@@ -34,8 +34,9 @@ from oneloop.configs import (
     require,
 )
 from oneloop.families import building, hub
-from oneloop.maths import diffusion, image_quality
+from oneloop.maths import image_quality
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, masked, mean, unwrap
+from oneloop.training import optimizers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,8 +88,10 @@ class Settings:
     """Channels of the discriminator's first layer, 64 as published; each layer doubles them, up to eightfold."""
     disc_layers: Annotated[int, Range(1, 12)] = 3
     """Layers of the discriminator that halve the image: 3 judges patches of 70 x 70."""
+    optimizer: optimizers.Kind = "adamw"
+    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 3e-3
-    """Peak learning rate of AdamW; 1e-4 and less for large models."""
+    """Peak learning rate: of AdamW, 1e-4 and less for large models; about 1 with prodigy."""
     disc_learning_rate: Live[Amount | None] = None
     """That of the discriminator. None: the same."""
     adam_beta1: Live[ShareBelowOne] = 0.5
@@ -124,6 +127,7 @@ class Config:
 
     def __post_init__(self):
         s, side = self.vae, self.data.resolution
+        optimizers.check(s, "vae", self.base)
         if not s.pretrained_model_name_or_path:
             building.check_config(model_config(self), f"--vae.model-config {s.model_config or '(the default)'}", side, 1)
         if s.perceptual_weight:
@@ -237,7 +241,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
     rate = cfg.vae.learning_rate if cfg.vae.disc_learning_rate is None else cfg.vae.disc_learning_rate
     settings = {"vae": cfg.vae, "discriminator": replace(cfg.vae, learning_rate=rate)}
     trained = {k: [p for p in m.parameters() if p.requires_grad] for k, m in models.items() if k in settings}
-    return {k: diffusion.adamw(params, settings[k]) for k, params in trained.items()}
+    return {k: optimizers.make(params, settings[k]) for k, params in trained.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

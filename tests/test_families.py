@@ -299,9 +299,11 @@ def test_recomputing_blocks_changes_no_gradient(name, see):
     for again in (False, True):
         transformer = copy.deepcopy(seen.pipeline.transformer).train()
         calls = []
-        blocks = next(child for child in transformer.children() if isinstance(child, torch.nn.ModuleList))
-        attention = next(m for n, m in blocks.named_modules() if n.endswith("to_q"))
-        attention.register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        blocks = [block for child in transformer.children() if isinstance(child, torch.nn.ModuleList) for block in child]
+        for block in blocks:
+            if any("Atten" in type(m).__name__ for m in block.modules()):
+                first = next(m for m in block.modules() if isinstance(m, torch.nn.Linear))
+                first.register_forward_hook(lambda *a, calls=calls: calls.append(1))
         if again:
             flow.recompute(transformer)
         v = seen.velocity(transformer)
@@ -309,7 +311,7 @@ def test_recomputing_blocks_changes_no_gradient(name, see):
         results.append((v.detach(), {n: p.grad for n, p in transformer.named_parameters()}, len(calls)))
     (a, grads, once), (b, recomputed, twice) = results
     torch.testing.assert_close(a, seen.v, rtol=0, atol=1e-6)  # in training as at inference
-    assert torch.equal(a, b) and twice == 2 * once
+    assert torch.equal(a, b) and twice == 2 * once > 0  # every block
     for key, grad in grads.items():
         assert (grad is None) == (recomputed[key] is None), key
         assert grad is None or torch.equal(grad, recomputed[key]), key

@@ -543,7 +543,7 @@ def test_five_photographs(tmp_path, built):
         ({"lora__rank": 0}, "--lora.rank is 0; expected at least 1"),
         ({"data__resolution": 30}, "--data.resolution is 30; expected a multiple of 4, by which its VAE divides"),
         ({"lora__target_modules": ("to_q", "to_ou")}, "'to_ou' is the end of no layer's name; the nearest is 'to_out.0'"),
-        ({"lora__use_8bit_adam": True}, "--lora.use-8bit-adam needs the package bitsandbytes"),
+        ({"lora__optimizer": "muon", "lora__use_8bit_adam": True}, "'muon'; expected adamw8bit beside --lora.use-8bit-adam"),
         ({"lora__kohya": True, "lora__use_dora": True}, "leave one out"),
         ({"lora__validation_prompts": ("a", "b", "c")}, "--base.num-samples is 2; expected at least 3"),
         ({"model": "photos"}, "not a diffusers model"),
@@ -568,8 +568,6 @@ def test_five_photographs(tmp_path, built):
     ],
 )
 def test_bad_input(tmp_path, built, photos, change, says):
-    if "bitsandbytes" in says and __import__("importlib").util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is there")
     change, model, pictures = dict(change), built["sd"], photos
     wrong = change.pop("model", None)
     if wrong == "photos":

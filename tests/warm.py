@@ -224,6 +224,7 @@ def tensors(out: Path, step: int | None = None) -> dict[str, torch.Tensor]:
     for path in sorted(state.glob("optimizer*.bin")):
         saved = torch.load(path, weights_only=True)
         for i, values in saved["state"].items():
+            values |= values.pop("__bnb_optimizer_quant_state__", {})  # where 8-bit optimizers write theirs
             found |= {f"{path.stem}/{i}/{k}": torch.as_tensor(v) for k, v in values.items()}
         for i, group in enumerate(saved["param_groups"]):
             found[f"{path.stem}/lr/{i}"] = torch.tensor(group["lr"], dtype=torch.float64)

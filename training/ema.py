@@ -21,13 +21,18 @@ class Ema:
     """The parameter that each of them follows."""
     decay: Callable[[int, int], float]
     """(optimizer steps taken, the run's total) -> the decay of the update after that step."""
+    averaged: Callable[[], list[Tensor] | None] = lambda: None
+    """What the optimizers average themselves, in the same order: then the values are that."""
 
     @torch.no_grad()
     def update(self, step: int, total: int) -> float:
         """values <- decay values + (1 - decay) weights, in place; returns the decay."""
-        decay = self.decay(step, total)
-        if self.values:
-            torch._foreach_lerp_(list(self.values.values()), self.weights, 1 - decay)
+        decay, values, averaged = self.decay(step, total), list(self.values.values()), self.averaged()
+        if averaged is not None:
+            torch._foreach_copy_(values, averaged)
+            return 0.0
+        if values:
+            torch._foreach_lerp_(values, self.weights, 1 - decay)
         return decay
 
 
