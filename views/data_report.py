@@ -262,7 +262,8 @@ def notable(report: Survey) -> Iterator[str]:
     if said := left_out_or_changed(report):
         yield f"left out or changed: {said}"
     if report.small:
-        yield f"{report.small:,} of {report.rows:,} images are smaller than their crop at {report.resolution} and are enlarged"
+        crop = "the size of their bucket" if len(report.buckets) > 1 else f"{report.resolution} pixels"
+        yield f"{report.small:,} of {report.rows:,} images are smaller than {crop} and are enlarged"
     if report.cropped[0] > 0.3:
         yield f"{report.cropped[0]:.0%} of the images' area is cropped away"
     if report.captions and report.captions[1]:
