@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ SHARD_ROWS, SHARD_BYTES = 1024, 64 * 2**20
 """At which of the two a shard is written."""
 NAME = r"[0-9a-f]{32}\.safetensors"
 WRITING = rf"\.{NAME}\.writing"
-MARKS = "marks"
+MARKS, DAY = "marks", 86_400
 
 Marks = np.ndarray
 """Names of values, [n, 16] uint8: hashes of all that decides them."""
@@ -145,6 +146,10 @@ class Cache:
         Raises:
             BadInput: the folder cannot be written.
         """
+        for left in self.folder.glob(".*.writing"):  # by a writer that was killed
+            with contextlib.suppress(OSError):
+                if re.fullmatch(WRITING, left.name) and time.time() - left.stat().st_mtime > DAY:
+                    erase(left)
         todo, pending = list(todo), {}  # shapes -> (marks, columns) of the shard to come
         for start in range(0, len(todo), size):
             for i, columns in make(todo[start : start + size]):
@@ -166,12 +171,13 @@ class Cache:
             MARKS: torch.from_numpy(np.stack(marks))
         }
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        staged = path.with_name(f".{path.name}.writing")
+        staged = path.with_name(f".{path.name}.writing")  # a folder: safetensors writes under another name still
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, staged, {"hash": _hash(self.folder.name, tensors)})
-            staged.chmod(self.folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
-            os.replace(staged, path)
+            staged.mkdir(parents=True)
+            save_file(tensors, staged / path.name, {"hash": _hash(self.folder.name, tensors)})
+            (staged / path.name).chmod(self.folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
+            os.replace(staged / path.name, path)
+            staged.rmdir()
         except (OSError, SafetensorError) as error:
             erase(staged)
             reason = f"{self.folder} cannot be written: {getattr(error, 'strerror', None) or error}"

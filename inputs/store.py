@@ -35,6 +35,7 @@ from torch import Tensor
 
 from oneloop.configs import Data
 from oneloop.inputs.buckets import targets
+from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
 from oneloop.inputs.decoding import fit, thumb, to_rgb
 from oneloop.inputs.files import reason
@@ -340,7 +341,8 @@ def tidy(folder: Path, used: set[Path]) -> None:
             if ours and not strangers(path, {"columns.safetensors", *pixels}):
                 erase(path)
     staged = r"\.(images|pictures)-[0-9a-f]{16}\.[0-9a-f]{32}\.writing|\.[0-9a-f]+(-mirrored)?\.\d+\.writing"
-    for path in (path for form in (".*.writing", "*/??/.*.writing") for path in folder.glob(form)):
+    staged += f"|{WRITING}"
+    for path in (path for form in (".*.writing", "*/.*.writing", "*/??/.*.writing") for path in folder.glob(form)):
         if re.fullmatch(staged, path.name):
             erase(path)
 

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 
@@ -16,7 +18,7 @@ from warm import fork
 from oneloop import data
 from oneloop.configs import BadInput, Data
 from oneloop.inputs import cache as caches
-from oneloop.inputs import encodings, sources
+from oneloop.inputs import encodings, sources, store
 from oneloop.inputs.cache import Cache, as_marks
 from oneloop.tasks import COLUMNS, Column, Encoding
 
@@ -120,6 +122,26 @@ def test_several_writers_and_one_that_is_killed(tmp_path):
     assert cache.read(marks_of(range(60)))["y"].float().tolist() == torch.arange(60).bfloat16().float().tolist()
     left = [path.name for path in (tmp_path / "a").iterdir() if path.name.startswith(".")]
     assert len(left) == 1 and caches.re.fullmatch(caches.WRITING, left[0])
+    os.utime(tmp_path / "a" / left[0], (time.time() - 2 * caches.DAY,) * 2)
+    filled(tmp_path / "a", [100])
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+def test_a_writer_that_is_killed_in_the_middle_of_a_file(tmp_path):
+    """What it left, whatever the library called it, lies in a folder of our name, and goes with it."""
+
+    def function():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        cache, marks = Cache(tmp_path / "examples" / "x-1"), marks_of([1])
+        cache.fill(marks, [0], 1, lambda some: [(0, {"x": torch.zeros(100_000)})])
+
+    assert fork(function, tmp_path).wait().code == -signal.SIGXFSZ
+    assert [
+        caches.re.fullmatch(caches.WRITING, path.name) is not None for path in (tmp_path / "examples" / "x-1").iterdir()
+    ] == [True]
+    store.tidy(tmp_path / "examples", set())
+    assert not list((tmp_path / "examples" / "x-1").iterdir())
 
 
 def test_foreign_files_are_left_alone(tmp_path):
