@@ -429,14 +429,14 @@ def find(folder: Path, choice: str, warn: Callable[[str], None]) -> tuple[Path, 
             damaged.append(str(error))
             continue
         if damaged:
-            warn(f"continuing from {path}: damaged: {'; '.join(damaged)}")
+            warn(f"resuming from {path}: damaged: {'; '.join(damaged)}")
         for flaw in flaws(path, part(manifest, False))[:1]:
             warn(f"warning: {flaw}; training needs only its state, and resumes from that")
         return path, manifest
     if damaged:
         raise BadInput(f"no checkpoint in {folder} is valid ({'; '.join(damaged)}); another --base.output-dir starts anew")
     others = [name for name in ("metrics.jsonl", "report.html") if (folder / name).is_file() and (folder / name).stat().st_size]
-    if others and not (folder / "lives.jsonl").exists():
+    if others and not any((folder / name).exists() for name in ("starts.jsonl", "lives.jsonl")):
         raise BadInput(f"{folder / others[0]} is not of a run, which would replace it; give another --base.output-dir")
     return None
 

@@ -104,7 +104,7 @@ class Base:
     checkpointing_steps: Live[Count] = 500
     """Optimizer steps between two checkpoints; there is always one at the end."""
     checkpoints_total_limit: Live[Count | None] = 3
-    """Checkpoints kept; older ones are removed after the new one stands. None: all."""
+    """Checkpoints kept; older ones are removed after the new one is committed. None: all."""
     resume_from_checkpoint: Live[Name] = "latest"
     """latest, none (start over: refused where the folder holds a run), or the path of a checkpoint."""
     validate_first: Live[bool] = False
@@ -635,14 +635,14 @@ def trackers(base: Base) -> list[str]:
 
 def changes(old: dict[str, Any], cfg: Any) -> list[str]:
     """The settings in which `old` (as `to_dict` wrote it) and `cfg` would be two different runs, as 'flag: old -> new'."""
-    new, found = to_dict(cfg), []
+    new, differences = to_dict(cfg), []
     for group in new:
         known = hints(group_type(type(cfg), group))
         for name, value in new[group].items():
             before = old.get(group, {}).get(name, value)  # a setting that a newer version brought
             if before != value and "live" not in getattr(known[name], "__metadata__", ()):
-                found.append(f"--{group}.{name}".replace("_", "-") + f" was {before!r} and is now {value!r}")
-    return found
+                differences.append(f"--{group}.{name}".replace("_", "-") + f" was {before!r} and is now {value!r}")
+    return differences
 
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143} | ({signal.SIGUSR1: 75} if hasattr(signal, "SIGUSR1") else {})

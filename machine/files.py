@@ -99,8 +99,10 @@ def strangers(folder: Path, names: set[str]) -> list[str]:
     if folder.is_symlink() or not folder.is_dir():
         return [folder.name] if os.path.lexists(folder) else []
     there = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    found = {str(path.relative_to(folder)) for path in there if not any(fnmatch.fnmatch(path.name, junk) for junk in JUNK)}
-    return sorted(found - names)
+    names_there = {
+        str(path.relative_to(folder)) for path in there if not any(fnmatch.fnmatch(path.name, junk) for junk in JUNK)
+    }
+    return sorted(names_there - names)
 
 
 def listed(folder: Path) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ def stored(p: torch.Tensor) -> int:
     return p.nbytes + beside
 
 
-def held(models: Models, state: Any, device: torch.device) -> dict[str, int]:
+def bytes_of(models: Models, state: Any, device: torch.device) -> dict[str, int]:
     """Bytes on the device that last from step to step: weights, gradients, EMA and optimizer states."""
     once = {id(p): p for m in models.values() for p in m.parameters()}  # a model that follows another shares what is frozen
     weights = sum(stored(p) for p in once.values() if p.device.type == device.type)
@@ -79,11 +79,11 @@ class Memory(contextlib.AbstractContextManager):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and is_out_of_memory(error):
-            raise OutOfMemory(self.told(str(error))) from None
+            raise OutOfMemory(self.explain(str(error))) from None
 
-    def told(self, complaint: str) -> str:
+    def explain(self, complaint: str) -> str:
         """The line: what took the memory, and the three changes that would save most of it."""
-        parts = held(self.models, self.state, self.device) if self.state else {}
+        parts = bytes_of(self.models, self.state, self.device) if self.state else {}
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_host() * 2**30
         asked = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", complaint)

@@ -279,7 +279,7 @@ def killed_at_random(seed: int, folder: Path) -> str:
     assert first == 0 or (stood and stood[-1] >= first), f"{stood} after step {first} was saved"
     [result] = ends([start(folder, *flags)], 0)
     assert "damaged" not in result.err, result.err
-    assert ended or not stood or f"continuing after step {stood[-1]}" in result.err or stood[-1] == 12, result.err
+    assert ended or not stood or f"resuming after step {stood[-1]}" in result.err or stood[-1] == 12, result.err
     equal(out, whole)
     return "ended before" if ended else "inside a save" if inside else "elsewhere"
 
@@ -452,7 +452,7 @@ def resumed(stop: int, folder: Path) -> None:
     shutil.copytree(whole / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
     (out / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(keepends=True)[:stop]))
     [result] = ends([start(folder, *accumulating(folder, data__memory_budget=0), patch=patch)], 0)
-    assert f"continuing after step {stop}" in result.err
+    assert f"resuming after step {stop}" in result.err
     equal(out, whole)
     assert metrics(out) != [] and [m["loss"] for m in metrics(out)] == [m["loss"] for m in metrics(whole)]
     assert seen(everything)[: 4 * stop] + seen(folder / "seen") == seen(everything)
@@ -533,7 +533,7 @@ def layouts_equal(folder: Path) -> None:
 
 
 def layouts_switched(layouts: tuple[str, ...], folder: Path) -> str:
-    """Three lives in three layouts: the examples, noise, timesteps and rates of one that had one layout."""
+    """Three starts in three layouts: the examples, noise, timesteps and rates of one that had one layout."""
     count, flags = laid_out(folder, "whole", "1 x 4", 12)
     ends([start(folder, *flags, patch=spy(folder / "expected"))], 0)
     for i, layout in enumerate(layouts):
@@ -987,7 +987,7 @@ def passed_over(name: str, folder: Path) -> None:
     [result] = ends([start(folder, *checkpointed(folder))], 0)
     warnings = [line for line in result.err.splitlines() if "damaged" in line]
     assert len(warnings) == 1 and f"checkpoint-6/{CORRUPTIONS[name][0]}" in warnings[0], result.err
-    assert "continuing after step 4" in result.err
+    assert "resuming after step 4" in result.err
     equal(out, reference(make=checkpointed))
     assert valid(out) == [4, 6, 8]
 
@@ -1008,7 +1008,7 @@ def export_damaged(file: str, how: str, folder: Path) -> None:
     DAMAGE[how](out / "checkpoint-6" / file)
     (out / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
     [result] = ends([start(folder, *checkpointed(folder))], 0)
-    assert "continuing after step 6" in result.err and f"checkpoint-6/{file}" in result.err, result.err
+    assert "resuming after step 6" in result.err and f"checkpoint-6/{file}" in result.err, result.err
     equal(out, whole)
 
 
@@ -1135,7 +1135,7 @@ def not_finite_skipped(what: str, value: float, update: int, count: int, rank: s
 
 
 def too_many_skipped(folder: Path) -> None:
-    """Skips are counted over the lives of a run."""
+    """Skips are counted over the starts of a run."""
     flags = checkpointed(folder, base__max_skipped_updates=2)
     result = cli(folder, *flags, patch=spoil("loss", math.nan, 3, "0", more=4))
     one_line(result, 3, "step 5", "2 skipped")
@@ -1241,7 +1241,7 @@ def full_disk(i: int, count: int, folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings that changed between two lives.
+# Settings that changed between two starts.
 
 HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what -> settings of the first life, of the second
     "batch": ({}, {"data__train_batch_size": 8}),
@@ -1298,7 +1298,7 @@ def honoured(what: str, folder: Path) -> None:
     records, update = metrics(out), size * accumulated * count
     last = {"steps": 16, "epochs": 12}.get(what, 8)
     assert [m["step"] for m in records] == list(range(1, last + 1)), records
-    assert f"step        {update} examples" in results[0].err and "continuing after step 4" in results[0].err
+    assert f"step        {update} examples" in results[0].err and "resuming after step 4" in results[0].err
     numbers = [line[0] for line in seen(folder / "seen")]
     assert numbers == list(range(16, 16 + update * (last - 4))), numbers
     rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", ddpm.Settings().learning_rate)
@@ -1375,7 +1375,7 @@ def shortened(folder: Path) -> None:
     """Told to be shorter than it already is, a stopped run is finished: it is published as it stands, and says so."""
     stopped(folder)
     [result] = ends([start(folder, *checkpointed(folder, steps=3))], 0)
-    assert "continuing after step 4" in result.err and "done in" in result.err
+    assert "resuming after step 4" in result.err and "done in" in result.err
     assert checkpoints(folder / "out") == [2, 4] and (folder / "out" / "export").exists()
     [result] = ends([start(folder, *checkpointed(folder, steps=3))], 0)
     assert "already done, 4 of 3 steps" in result.err

@@ -75,7 +75,7 @@ def test_a_target_network(tmp_path):
     for stop in (1, 4):
         shutil.copytree(tmp_path / f"accumulated/checkpoint-{stop}", tmp_path / f"resumed-{stop}/checkpoint-{stop}")
         result = cli(tmp_path, *command(tmp_path, f"resumed-{stop}", consistency__alone=True, **split))
-        assert result.code == 0 and f"continuing after step {stop}" in result.err, result.err
+        assert result.code == 0 and f"resuming after step {stop}" in result.err, result.err
     outs = [tmp_path / out for out in ("accumulated", "two", "resumed-1", "resumed-4")]
     assert len({digest(out) for out in outs}) == 1
     net, target = by_hand(6, 2, 2)

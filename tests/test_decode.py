@@ -231,7 +231,7 @@ def test_the_next_life_decodes_nothing(tmp_path):
     assert cli(tmp_path, *tiny(tmp_path, "a", 3, base__lr_scheduler="constant", **shared)).code == 0
     longer = start(tmp_path, *tiny(tmp_path, "a", base__lr_scheduler="constant", **shared), patch=refuse_decoding).wait()
     other = start(tmp_path, *tiny(tmp_path, "b", **shared), patch=refuse_decoding).wait()
-    assert longer.code == 0 and "continuing after step 3" in longer.err, longer.err
+    assert longer.code == 0 and "resuming after step 3" in longer.err, longer.err
     assert other.code == 0 and digest(tmp_path / "b") == digest(tmp_path / "alone"), other.err
     assert len(list((tmp_path / "cache").iterdir())) == 2  # what is trained on, and what is held out
 

@@ -22,7 +22,7 @@ def test_continued_is_equal(tmp_path, whole, stop):
     """From any update, over epochs' ends too, to the same bits."""
     shutil.copytree(whole / f"checkpoint-{stop}", tmp_path / "out" / f"checkpoint-{stop}")
     result = cli(tmp_path, *tiny(tmp_path, steps=18))
-    assert result.code == 0 and f"continuing after step {stop}" in result.err, result.err
+    assert result.code == 0 and f"resuming after step {stop}" in result.err, result.err
     assert digest(tmp_path / "out") == digest(whole)
     assert [m["step"] for m in metrics(tmp_path / "out")][-1] == 18
 

@@ -271,7 +271,7 @@ def test_out_of_memory(tmp_path):
     for words in ("weights 0.00", "averages 0.00", "and 4194304.00 more were asked for", "--base.dry-run"):
         assert words in line, (words, line)
     assert line.count("saves about") == 3 and "--base.gradient-checkpointing saves about" in line
-    assert ran(tmp_path, *flags).err.count("continuing after step 1") == 1
+    assert ran(tmp_path, *flags).err.count("resuming after step 1") == 1
 
 
 def test_what_takes_the_memory(tmp_path):
@@ -283,12 +283,12 @@ def test_what_takes_the_memory(tmp_path):
     state = loop.TrainState({"a": models["a"]}, sgd, {"a.weight": models["a"].weight})
     memory = memory_module.Memory(settings(tmp_path, {"train_batch_size": 3}, mixed_precision="no"), torch.device("meta"))
     memory.watch(models, state)
-    assert {name: n / 2**30 for name, n in memory_module.held(models, state, torch.device("meta")).items()} == {
+    assert {name: n / 2**30 for name, n in memory_module.bytes_of(models, state, torch.device("meta")).items()} == {
         "weights": 1.0,
         "gradients and optimizer": 0.75,
         "averages": 0.25,
     }
-    ways = dict(memory.ways(memory_module.held(models, state, torch.device("meta")), 6 * 2**30))
+    ways = dict(memory.ways(memory_module.bytes_of(models, state, torch.device("meta")), 6 * 2**30))
     saved = {flags.split()[0]: n / 2**30 for flags, n in ways.items()}
     computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.no-use-ema": 0.25, "data.resolution": 4.5}
     assert saved == pytest.approx({f"--{flag}": gib for flag, gib in computed.items()})

@@ -296,7 +296,7 @@ def test_push_uploads_the_export_and_nothing_else(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Continuing.
+# Resuming.
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_a_finished_run_says_so(done, tmp_path):
 )
 def test_changes_that_are_honoured(done, tmp_path, change):
     result = again(done, tmp_path, steps=9, **change)
-    assert result.code == 0 and "continuing after step 6" in result.err, result.err
+    assert result.code == 0 and "resuming after step 6" in result.err, result.err
     assert checkpoints(tmp_path / "out")[-1] == 9
     manifest = json.loads((tmp_path / "out" / "checkpoint-9" / "manifest.json").read_text())
     batch = change.get("data__train_batch_size", 4) * change.get("base__gradient_accumulation_steps", 1)
@@ -375,7 +375,7 @@ def test_a_path_to_continue_from(done, tmp_path):
     refused(cli(tmp_path, *tiny(tmp_path, base__resume_from_checkpoint="none")), "starts over", "holds a run")
 
 
-def test_continuing_opens_nothing_it_has_read(done, tmp_path, monkeypatch):
+def test_resuming_opens_nothing_it_has_read(done, tmp_path, monkeypatch):
     """The first batch after step k is example k * batch, whatever k is: nothing is dealt out and dropped."""
     from oneloop import data
 

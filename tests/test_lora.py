@@ -298,7 +298,7 @@ def test_continued_is_equal_and_layouts_agree(tmp_path, built, photos):
     alone, model = more | {"lora__dropout": 0.2, "base__checkpointing_steps": 1}, built["sdxl"]
     trained(tmp_path, model, photos, "whole", **alone)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
-    assert "continuing after step 3" in trained(tmp_path, model, photos, "part", **alone).err
+    assert "resuming after step 3" in trained(tmp_path, model, photos, "part", **alone).err
     names = tensors(tmp_path / "part")
     assert digest(tmp_path / "part") == digest(tmp_path / "whole")
     assert any(key.startswith("ema/text_encoder_2") for key in names) and any(key.startswith("model_2/") for key in names)

@@ -66,10 +66,10 @@ def test_what_a_report_says(run):
         "torch 2.",
     ):
         assert words in re.sub(r"\s+", " ", shown), words
-    (_, life) = map(json.loads, (run / "lives.jsonl").read_text().splitlines())
-    assert life["changed"]["base.max_train_steps"] == {"value": 9, "default": None}
+    (_, start) = map(json.loads, (run / "starts.jsonl").read_text().splitlines())
+    assert start["changed"]["base.max_train_steps"] == {"value": 9, "default": None}
     assert "<b>" not in text and shown.count("</script><b>") == 2
-    assert [json.loads(line)["step"] for line in (run / "lives.jsonl").read_text().splitlines()] == [0, 6]
+    assert [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()] == [0, 6]
 
 
 def test_a_page_that_fails_stops_nothing(tmp_path):
@@ -105,7 +105,7 @@ def test_long_runs_stay_small_and_quick(tmp_path, run):
     assert all(next(iter(grid.values())).startswith("data:image/") for grid in data["grids"][0].values())
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "lives.jsonl", "run.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "starts.jsonl", "run.json"])
 def test_a_flipped_bit_costs_a_line(tmp_path, run, name, monkeypatch):
     """Every 97th bit of a record, one by one: the pages are written, and of a line that is none any more a word is said."""
     pages, said = [], []
@@ -152,13 +152,13 @@ def test_damaged_lines_are_left_out_with_a_word(tmp_path, row):
 
 def test_damaged_records_do_not_stop_a_run(tmp_path, run):
     shutil.copytree(run, tmp_path / "out")
-    for name in ("metrics.jsonl", "lives.jsonl", "check.json", "run.json"):
+    for name in ("metrics.jsonl", "starts.jsonl", "check.json", "run.json"):
         path = tmp_path / "out" / name
         path.write_bytes(path.read_bytes().replace(b'"', b"\xff", 1))
     result = cli(tmp_path, *tiny(tmp_path, steps=12, data__trigger="</script><b>"))
-    assert result.code == 0 and "lives.jsonl: 1 damaged line left out" in result.err, result.err
+    assert result.code == 0 and "starts.jsonl: 1 damaged line left out" in result.err, result.err
     assert "check.json is damaged; it is made anew" in result.err
-    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "lives.jsonl").read_text().splitlines()] == [6, 9]
+    assert [json.loads(line)["step"] for line in (tmp_path / "out" / "starts.jsonl").read_text().splitlines()] == [6, 9]
 
 
 @pytest.mark.parametrize("known", [b"0123456789abcdef", b"0123456789abcdeF", b"\xff", b"", None])

@@ -565,7 +565,7 @@ def test_no_value_of_a_manifest_passes_by_its_seal(done, tmp_path):
 
 def test_a_record_that_is_a_pipe_is_not_waited_for(done, tmp_path):
     shutil.copytree(done, out := tmp_path / "out")
-    for name in ("check.json", "lives.jsonl", "metrics.jsonl", "run.json", "export.json", "checkpoint-3/manifest.json"):
+    for name in ("check.json", "starts.jsonl", "metrics.jsonl", "run.json", "export.json", "checkpoint-3/manifest.json"):
         (out / name).unlink()
         os.mkfifo(out / name)
     result = cli(tmp_path, *tiny(tmp_path), timeout=20)

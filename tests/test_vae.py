@@ -266,7 +266,7 @@ def test_continued_is_equal(tmp_path, whole, stop):
     (tmp_path / "out").mkdir()
     subprocess.run(["cp", "-r", whole / f"checkpoint-{stop}", tmp_path / "out"], check=True)
     result = cli(tmp_path, *tiny(tmp_path, steps=8, task="vae"))
-    assert result.code == 0 and f"continuing after step {stop}" in result.err, result.err
+    assert result.code == 0 and f"resuming after step {stop}" in result.err, result.err
     assert digest(tmp_path / "out") == digest(whole)
     parts = {key.partition("/")[0] for key in tensors(whole)}
     assert {"model", "model_1", "optimizer", "optimizer_1", "ema"} <= parts

@@ -92,9 +92,9 @@ class Report:
             return False
 
     def open(self, step: int, total: int, data: str, models: dict[str, str]) -> None:
-        """Continue the records after `step`: what an earlier life wrote beyond it is dropped, since it is written again.
+        """Go on with the records after `step`: what an earlier start wrote beyond it is dropped, since it is written again.
 
-        `data` says what was found, `models` what each model is; both are for the page.
+        `data` says what is trained on, `models` what each model is; both are for the page.
         """
         plain = {f"{g}.{k}": _plain(v) for g, values in configs.to_dict(self.cfg).items() for k, v in values.items()}
         named = configs.trackers(self.cfg.base)
@@ -112,18 +112,18 @@ class Report:
             self.accelerator.trackers = []
         if not self.main:
             return
-        path, lives = self.out / "metrics.jsonl", self.out / "lives.jsonl"
+        path, starts = self.out / "metrics.jsonl", self.out / page.STARTS
         checkpoint.write(path, "".join(line for line, values in page.lines(path, self.say) if values["step"] <= step))
-        earlier = "".join(line for line, _ in page.lines(lives, self.say)) if step else ""
-        now = json.dumps({"step": step, "total": total} | life(self.accelerator, self.cfg, data, models))
-        checkpoint.write(lives, f"{earlier}{now}\n")
+        earlier = "".join(line for line, _ in page.lines(starts, self.say)) if step else ""
+        now = json.dumps({"step": step, "total": total} | start(self.accelerator, self.cfg, data, models))
+        checkpoint.write(starts, f"{earlier}{now}\n")
         self.metrics = open(path, "a", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=step, desc=self.out.name, unit="step", dynamic_ncols=True, smoothing=0.05)
         self.total, self.started, self.first = total, time.perf_counter(), step
 
     def _identity(self) -> str:
-        """The run's name with wandb, the same in each of its lives."""
+        """The run's name with wandb, the same in each of its starts."""
         if not self.main:
             return ""
         path = self.out / "wandb.id"
@@ -202,11 +202,11 @@ class Report:
 def save_grids(images: Images, stem: Path) -> list[Path]:
     """Each set of images as a PNG grid, small ones enlarged: STEM.png for `samples`, STEM-NAME.png for others."""
     paths = []
-    for name, pictures in images.items():
-        pictures = pictures.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
+    for name, grid in images.items():
+        grid = grid.detach().float().cpu().clamp(0, 1)  # [N, 3, H, W]
         path = stem.with_name(f"{stem.name}.png" if name == "samples" else f"{stem.name}-{name}.png")
         path.parent.mkdir(exist_ok=True)
-        large = pictures.repeat_interleave(scale := max(1, 96 // pictures.shape[-1]), -1).repeat_interleave(scale, -2)
+        large = grid.repeat_interleave(scale := max(1, 96 // grid.shape[-1]), -1).repeat_interleave(scale, -2)
         save_image(make_grid(large, nrow=math.ceil(len(large) ** 0.5), padding=4, pad_value=1.0), path)
         paths.append(path)
     return paths
@@ -217,8 +217,8 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def life(accelerator: Accelerator, cfg: Any, data: str, models: dict[str, str]) -> dict[str, Any]:
-    """What there is to know of one life of a run: a line of lives.jsonl."""
+def start(accelerator: Accelerator, cfg: Any, data: str, models: dict[str, str]) -> dict[str, Any]:
+    """What there is to know of one start of a run: a line of starts.jsonl."""
     task, settings, defaults = configs.task_group(cfg), configs.to_dict(cfg), configs.to_dict(type(cfg)())
     about = (sys.modules[type(cfg).__module__].__doc__ or task).partition("\n")[0]
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else platform.processor() or platform.machine()

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from oneloop.inputs.sources import Source
-from oneloop.machine.memory import held
+from oneloop.machine.memory import bytes_of
 from oneloop.machine.placement import describe
 from oneloop.tasks import Batch, Models
 
@@ -20,7 +20,7 @@ def introduce(accelerator: Accelerator, cfg: Any, source: Source, models: Models
     size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     update = size * processes * accumulated
-    lasts = sum(held(models, state, accelerator.device).values())
+    lasts = sum(bytes_of(models, state, accelerator.device).values())
     ranges, columns = {"image": "float32 in [-1, 1]", "mask": "float32 in [0, 1]"}, source.columns  # as the loss sees them
     kind = lambda k, v: ranges.get(columns[k].kind if k in columns else "", str(v.dtype)[6:])  # noqa: E731
     shapes = ", ".join(f"{k} {list(v.shape)} {kind(k, v)}" if isinstance(v, Tensor) else k for k, v in first.items())
@@ -30,6 +30,6 @@ models      {", ".join(f"{k}: {describe(m)}" for k, m in models.items())}
             {count(True):,} trainable parameters, {count(False):,} frozen
 device      {accelerator.device}{threads}, mixed precision {accelerator.mixed_precision}
 step        {update} examples: {size} x {accumulated} accumulated x {processes} process{"es" * (processes > 1)}
-length      {total:,} steps, {total * update:,} examples{f"; continuing after step {state.step:,}" if state.step else ""}
-memory      {lasts / 2**30:.2f} GiB held from step to step; activations come on top
+length      {total:,} steps, {total * update:,} examples{f"; resuming after step {state.step:,}" if state.step else ""}
+memory      {lasts / 2**30:.2f} GiB lasts from step to step; activations come on top
 output      {cfg.base.output_dir}"""

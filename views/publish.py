@@ -29,7 +29,7 @@ HERE = "path = '.'"
 """How the card's lines begin for one who has the folder; on the hub they have the name of the repository."""
 
 
-def publish(saved: Path, out: Path, cfg: Any, found: str, step: int, facts: Mapping[str, Any]) -> str:
+def publish(saved: Path, out: Path, cfg: Any, summary: str, step: int, facts: Mapping[str, Any]) -> str:
     """OUT/export: a checkpoint's export by itself, with its card; uploaded where asked. Returns the lines that load it. What is
     done already is not done again.
 
@@ -39,7 +39,7 @@ def publish(saved: Path, out: Path, cfg: Any, found: str, step: int, facts: Mapp
     record, manifest, repository = _record(out), checkpoint.read(saved), cfg.base.hub_model_id or out.name
     if not _whole(out, record, manifest):
         lines = load_lines(saved, ".").replace(HERE, f"{HERE}  # the folder of this file", 1)
-        card = functools.partial(_card, out, cfg, found, step, lines, facts=facts)
+        card = functools.partial(_card, out, cfg, summary, step, lines, facts=facts)
         record = _export(saved, out, manifest, card, step)
     if cfg.base.push_to_hub and record["uploaded"] != repository:
         try:
@@ -124,28 +124,28 @@ def _export(saved: Path, out: Path, manifest: dict[str, Any], card: Callable[[li
     return record
 
 
-def _card(out: Path, cfg: Any, found: str, step: int, lines: str, grids: list[str], facts: Mapping[str, Any]) -> str:
+def _card(out: Path, cfg: Any, summary: str, step: int, lines: str, grids: list[str], facts: Mapping[str, Any]) -> str:
     """The README.md of an export: what it is, how to load it, what it was trained on, how to repeat it. Nothing in it names a
-    place on this machine. Its head is what the hub's pages read: `facts` are the task's, such as base_model and license."""
+    path of this machine. Its head is what the hub's pages read: `facts` are the task's, such as base_model and license."""
     task = configs.task_group(cfg)
     head = {"library_name": "diffusers"} | dict(facts)
     head["tags"] = ["diffusers", "oneloop", task, *(tag for tag in facts.get("tags", ()) if tag != task)]
     text = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items())  # JSON is YAML
     settings = configs.portable(configs.to_dict(cfg), cfg)
     settings["base"]["output_dir"] = None
-    pictures = "\n".join(f"![{name}]({name})" for name in grids)
+    images = "\n".join(f"![{name}]({name})" for name in grids)
     return f"""---
 {text}
 ---
 # {out.name}
 
-Trained with oneloop's task `{task}` for {step:,} optimizer steps on {configs.portable(found, cfg)}.
+Trained with oneloop's task `{task}` for {step:,} optimizer steps on {configs.portable(summary, cfg)}.
 
 ```python
 {configs.portable(lines, cfg)}
 ```
 
-{pictures}
+{images}
 
 These settings, in a file, repeat the run: `python loop.py settings.json`.
 

@@ -31,6 +31,9 @@ GRID_BYTES = 4_000_000
 """Bytes of all the grids together, as they are embedded."""
 
 
+STARTS = "starts.jsonl"
+
+
 @dataclass(frozen=True)
 class Run:
     """What an output folder tells of its run."""
@@ -39,8 +42,8 @@ class Run:
     settings: dict[str, dict[str, Any]]
     task: str | None
     """Import path of a task outside oneloop."""
-    lives: list[dict[str, Any]]
-    """One for each time the run was started or continued, oldest first; see `report.life`."""
+    starts: list[dict[str, Any]]
+    """One for each time the run was started or resumed, oldest first; see `console.start`."""
     metrics: dict[str, list[tuple[int, float]]]
     """Name -> (step, value), in order."""
     grids: dict[int, dict[str, Path]]
@@ -99,8 +102,8 @@ def read(folder: Path, say: Say = lambda text: None) -> Run:
         say(f"{folder}/run.json: damaged; its settings are left out")
         settings = {}
     groups = {group: values for group, values in settings.items() if isinstance(values, dict)}
-    lives = [life for _, life in lines(folder / "lives.jsonl", say)]
-    return Run(folder, groups, settings.get("task"), lives, metrics, dict(sorted(grids.items())))
+    starts = [start for name in ("lives.jsonl", STARTS) for _, start in lines(folder / name, say)]  # lives: of earlier versions
+    return Run(folder, groups, settings.get("task"), starts, metrics, dict(sorted(grids.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,11 +114,11 @@ def thinned(points: list[tuple[int, float]], most: int = POINTS) -> list[tuple[i
     """At most `most` of the points: of each stretch of them the lowest and the highest, so that no spike is lost."""
     if len(points) <= most:
         return points
-    kept, stretches = [], most // 2
+    points_shown, stretches = [], most // 2
     for i in range(stretches):
         stretch = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-    return kept
+        points_shown += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return points_shown
 
 
 def spread(values: list[int], most: int) -> list[int]:
@@ -125,9 +128,9 @@ def spread(values: list[int], most: int) -> list[int]:
     return [values[i * (len(values) - 1) // (most - 1)] for i in range(most)]
 
 
-def resumed(lives: list[dict[str, Any]]) -> list[int]:
-    """The steps from which the run was continued; not those that a later life went back behind."""
-    steps = [life["step"] for life in lives]
+def resumed(starts: list[dict[str, Any]]) -> list[int]:
+    """The steps from which the run was continued; not those that a later start went back behind."""
+    steps = [start["step"] for start in starts]
     return sorted({step for i, step in enumerate(steps) if step and step <= min(steps[i:])})
 
 
@@ -136,16 +139,16 @@ def drawn(runs: list[Run], names: list[str]) -> dict[str, Any]:
     charts: dict[str, list[dict[str, Any]]] = {}
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         for key, points in run.metrics.items():
-            kept = thinned(points)
-            line = {"run": index, "name": name if len(runs) > 1 else key, "key": key, "x": [step for step, _ in kept]}
-            charts.setdefault(_chart(key), []).append(line | {"y": [float(f"{value:.6g}") for _, value in kept]})
+            points_shown = thinned(points)
+            line = {"run": index, "name": name if len(runs) > 1 else key, "key": key, "x": [step for step, _ in points_shown]}
+            charts.setdefault(_chart(key), []).append(line | {"y": [float(f"{value:.6g}") for _, value in points_shown]})
     order = ["loss", "validation", "validation by timestep", "lr", "grad_norm", "images_per_second"]
     rank = {title: i for i, title in enumerate(order)}
     steps = spread(sorted({step for run in runs for step in run.grids}), GRIDS)
     shown = [run.grids[step] for run in runs for step in steps if step in run.grids]
     each = GRID_BYTES // max(1, sum(map(len, shown)))
     return {
-        "runs": [{"name": name, "resumed": resumed(run.lives)} for run, name in zip(runs, names, strict=True)],
+        "runs": [{"name": name, "resumed": resumed(run.starts)} for run, name in zip(runs, names, strict=True)],
         "charts": [
             {"title": _title(title), "log": title.startswith(("loss", "validation", "grad_norm")), "lines": charts[title]}
             for title in sorted(charts, key=lambda title: rank.get(title, len(rank)))
@@ -215,20 +218,20 @@ def write(folder: Path) -> None:
     run = read(folder)
     task = next((group for group in run.settings if group not in ("base", "data")), "a run")
     kinds = {"total": int, "models": dict, "changed": dict, "hardware": dict, "versions": dict, "about": str, "data": str}
-    life = {name: value for name, value in (run.lives or [{}])[-1].items() if isinstance(value, kinds.get(name, object))}
-    done = life.get("total", 0) and run.step >= life["total"]
+    start = {name: value for name, value in (run.starts or [{}])[-1].items() if isinstance(value, kinds.get(name, object))}
+    done = start.get("total", 0) and run.step >= start["total"]
     facts = {
-        "trained": life.get("about"),
-        "on": life.get("data"),
-        "models": "; ".join(f"{name}: {what}" for name, what in life.get("models", {}).items()),
-        "length": f"{run.step:,} of {life['total']:,} optimizer steps" if "total" in life else None,
-        "resumed": ", ".join(f"after step {step:,}" for step in resumed(run.lives)),
+        "trained": start.get("about"),
+        "on": start.get("data"),
+        "models": "; ".join(f"{name}: {what}" for name, what in start.get("models", {}).items()),
+        "length": f"{run.step:,} of {start['total']:,} optimizer steps" if "total" in start else None,
+        "resumed": ", ".join(f"after step {step:,}" for step in resumed(run.starts)),
     }
     lead = f"{task}, {'finished' if done else 'running'} at step {run.step:,}"
     flat = {f"{group}.{name}": value for group, values in run.settings.items() for name, value in values.items()}
     changed = [  # earlier versions wrote the default alone
         [name, *([both["value"], both["default"]] if isinstance(both, dict) else [flat.get(name, ""), both])]
-        for name, both in life.get("changed", {}).items()
+        for name, both in start.get("changed", {}).items()
         if not isinstance(both, dict) or both.keys() >= {"value", "default"}
     ]
     named = f"{run.task} " if run.task else ""
@@ -243,7 +246,7 @@ def write(folder: Path) -> None:
             _table(["changed", "here", "default"], changed)
             + f"<details><summary>All {len(flat)} settings</summary>{_table(['setting', 'value'], flat.items())}</details>",
         ),
-        _section("Made with", _table([], [*life.get("hardware", {}).items(), *life.get("versions", {}).items()])),
+        _section("Made with", _table([], [*start.get("hardware", {}).items(), *start.get("versions", {}).items()])),
     ]
     _fill(folder / "report.html", folder.name, lead, _facts(facts) + "".join(sections), drawn([run], [folder.name]))
 
