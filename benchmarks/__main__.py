@@ -20,9 +20,9 @@ matches. Its settings are its own: give it the same model, batch and number of s
     {steps}       the number of steps
     {out}         a folder that is new in each run
     {cache}       a folder that stays from run to run, for what it prepares
-    {pictures}    a folder of PNGs with captions in metadata.jsonl, the embedded shapes at the case's resolution: as many as its
-                  steps take in one pass, or as {pictures:64} says
-    {parquet}     the same in one parquet file, since to list a folder takes longer the more pictures are in it
+    {images}    a folder of PNGs with captions in metadata.jsonl, the embedded shapes at the case's resolution: as many as its
+                  steps take in one pass, or as {images:64} says
+    {parquet}     the same in one parquet file, since to list a folder takes longer the more images are in it
     {model}       the folder of the case's Stable Diffusion
     {unet}        a folder with the config.json of the case's UNet
 
@@ -84,7 +84,7 @@ class Case:
     arguments: str
     """Of loop.py; {tiny}, {sd15} and {sdxl} stand for the folders of Stable Diffusions of random weights."""
     limit: float | None = None
-    """Pictures a second that the model's FLOPs allow at SPEED, captions and latents cached."""
+    """Images a second that the model's FLOPs allow at SPEED, captions and latents cached."""
     gpu: bool = False
     """It takes hours on a CPU, where it is measured only if named."""
     times: int = 1
@@ -163,15 +163,15 @@ def draw(count: int, side: int) -> list[tuple[bytes, str]]:
 
     drawn = []
     for index in range(count):
-        picture, caption, _ = shapes.draw_shape(index, side)
-        Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+        image, caption, _ = shapes.draw_shape(index, side)
+        Image.fromarray(image).save(file := io.BytesIO(), "PNG")
         drawn.append((file.getvalue(), caption))
     return drawn
 
 
-def pictures(folder: Path, count: int, side: int) -> Path:
+def images(folder: Path, count: int, side: int) -> Path:
     """A folder of PNGs with their captions, drawn unless it is there."""
-    path = folder / f"pictures-{count}-{side}"
+    path = folder / f"images-{count}-{side}"
     if not path.exists():
         path.mkdir()
         with (path / "metadata.jsonl").open("w") as lines:
@@ -203,7 +203,7 @@ def stand_for(cfg: Any, folder: Path, steps: int, out: Path) -> dict[str, Callab
         "steps": lambda _: steps,
         "out": lambda _: out,
         "cache": lambda _: folder / "cache",
-        "pictures": lambda count: pictures(folder, count or whole, side),
+        "images": lambda count: images(folder, count or whole, side),
         "parquet": lambda count: parquet(folder, count or whole, side),
     }
     if hasattr(own, "pretrained_model_name_or_path"):
@@ -363,7 +363,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def share_of_limit(row: Mapping[str, Any], limit: float) -> float:
-    """Pictures a second, over what the case's limit is at the speed that a product of matrices reaches here."""
+    """Images a second, over what the case's limit is at the speed that a product of matrices reaches here."""
     return row["images_per_second"] / (limit * row["limit"] / SPEED)
 
 
@@ -378,7 +378,7 @@ def step_table(rows: dict[tuple[str, str], dict[str, Any]], limits: dict[str, fl
             row += [f"{r['steps_per_second']:.1f}", f"{r['images_per_second']:,.0f}"]
             row.append(f"{share_of_limit(r, limits[case]):.1%}" if limits[case] else "")
         body.append(row)
-    return table(head + (["steps/s", "pictures/s", "of the limit"] if gpu else []), body)
+    return table(head + (["steps/s", "images/s", "of the limit"] if gpu else []), body)
 
 
 Column = tuple[str, Callable[[Runs], float], str]
@@ -386,7 +386,7 @@ Column = tuple[str, Callable[[Runs], float], str]
 
 
 def columns(lengths: list[int], batch: int | None) -> list[Column]:
-    """What is said of processes of these lengths; `batch` pictures a step, where pictures a second are quoted."""
+    """What is said of processes of these lengths; `batch` images a step, where images a second are quoted."""
     short, long = min(lengths), max(lengths)
     told = f", {long} steps" if short < long else ""
     listed: list[Column] = [
@@ -399,7 +399,7 @@ def columns(lengths: list[int], batch: int | None) -> list[Column]:
         listed.append(("a step", lambda runs: 1e3 * a_step(runs, "whole"), "{:.2f} ms"))
         listed.append(("its CPU time", lambda runs: 1e3 * a_step(runs, "cpu"), "{:.2f} ms"))
         if batch:
-            listed.append(("pictures/s", lambda runs: batch / a_step(runs, "whole"), "{:,.0f}"))
+            listed.append(("images/s", lambda runs: batch / a_step(runs, "whole"), "{:,.0f}"))
     return listed
 
 
@@ -450,8 +450,8 @@ def beside(given: list[str], cases: Mapping[str, Case], lengths: list[int]) -> d
             raise BadInput(f"--versus {name}=...: {name} is not measured; expected one of {', '.join(cases)}")
         if name in found:
             raise BadInput(f"--versus is given twice for {name}; expected one command for each case")
-        if len(lengths) > 1 and not re.search(r"\{(steps|pictures|parquet)\}", command):
-            raise BadInput(f"--versus {command!r} has one length, --steps two; expected {{steps}}, {{pictures}} or {{parquet}}")
+        if len(lengths) > 1 and not re.search(r"\{(steps|images|parquet)\}", command):
+            raise BadInput(f"--versus {command!r} has one length, --steps two; expected {{steps}}, {{images}} or {{parquet}}")
         found[name] = command
     return found
 
@@ -503,7 +503,7 @@ class Plan:
 
 
 def prepare(case: Case, other: str | None, given: argparse.Namespace, folder: Path) -> Plan:
-    """All that a case needs, models and pictures too: mistakes are said before anything is measured.
+    """All that a case needs, models and images too: mistakes are said before anything is measured.
 
     Raises:
         BadInput: its arguments or the other command's placeholders are wrong.

@@ -3,7 +3,7 @@
     python benchmarks/lora_cache.py [sd|sdxl] [--rounds 30]
 
 Prints the time of a training step (loss, gradients, AdamW) with latents and text states read from the cache over that with
-pictures and captions encoded in the step, medians over interleaved rounds, and the share of each step that is not the UNet.
+images and captions encoded in the step, medians over interleaved rounds, and the share of each step that is not the UNet.
 The models are the random ones of tests/tiny_models.py, where what is small in a real model is large and the other way round:
 the ratio says that the code saves what it should, not how much a real checkpoint gains.
 """
@@ -86,7 +86,7 @@ def main() -> None:
                 measured = step(examples, 4 * max(n, 0))
                 if n >= 0:
                     times[name].append(measured)
-        print(f"{given.kind}: 64 pictures encoded once in {once:.2f} s; {given.rounds} interleaved rounds of 4 pictures")
+        print(f"{given.kind}: 64 images encoded once in {once:.2f} s; {given.rounds} interleaved rounds of 4 images")
         for name, rows in times.items():
             whole, inside, loss = (statistics.median(column) for column in zip(*rows, strict=True))
             print(f"{name:7} {whole * 1e3:7.2f} ms a step, {1 - inside / whole:5.1%} of it not the UNet, loss {loss:.6f}")

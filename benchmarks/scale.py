@@ -1,10 +1,10 @@
-"""What a run costs as its data set grows: its start, memory, steps and resume, on generated pictures.
+"""What a run costs as its data set grows: its start, memory, steps and resume, on generated images.
 
     python benchmarks/scale.py                            1,000, 10,000 and 100,000
     python benchmarks/scale.py 1000 1000000 --steps 100
 
 Whole processes, watched from outside: a run of `--steps` steps of the smallest model, and the same command made as long again,
-which resumes. The first start decodes all pictures, checks them and keeps them; the resumed one finds them. 'A picture' is what
+which resumes. The first start decodes all images, checks them and keeps them; the resumed one finds them. 'A image' is what
 one more of them adds to the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory
 is the machine's, of the first run; the time of a step is the median of the run's own metrics.
 """
@@ -26,7 +26,7 @@ SIDE, BATCH = 16, 16
 
 
 def run(out: Path, count: int, steps: int) -> Process:
-    """One life of a run on so many pictures, to its end after `steps` steps."""
+    """One start of a run on so many images, to its end after `steps` steps."""
     flags = {
         "data.num-shapes": count,
         "data.resolution": SIDE,
@@ -50,7 +50,7 @@ def step_seconds(out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", nargs="*", type=int, default=[1000, 10_000, 100_000], help="pictures")
+    parser.add_argument("counts", nargs="*", type=int, default=[1000, 10_000, 100_000], help="images")
     parser.add_argument("--steps", type=int, default=60)
     given = parser.parse_args()
     rows, first = [], None
@@ -62,7 +62,7 @@ def main() -> None:
             resumed = run(out, count, 2 * given.steps)
         first = first or (count, begun.first, resumed.first)
         each = [
-            "" if count == first[0] else f" ({1e3 * (now - then) / (count - first[0]):.2f} ms a picture)"
+            "" if count == first[0] else f" ({1e3 * (now - then) / (count - first[0]):.2f} ms a image)"
             for now, then in ((begun.first, first[1]), (resumed.first, first[2]))
         ]
         beside = begun.gib - count * 3 * SIDE**2 / 2**30

@@ -1,4 +1,4 @@
-"""How well an autoencoder keeps pictures it was not trained on: PSNR, SSIM, and the deviation of its scaled latents.
+"""How well an autoencoder keeps images it was not trained on: PSNR, SSIM, and the deviation of its scaled latents.
 
 python benchmarks/vae_psnr.py runs/vae/export     of the embedded shapes, those beyond the training set
 """
@@ -20,8 +20,8 @@ from oneloop.maths import image_quality
 def measure(folder: str, first: int = Data.num_shapes, count: int = 256) -> dict[str, float]:
     """Means over `count` shapes from number `first` on, at the side the model was trained at."""
     vae = AutoencoderKL.from_pretrained(folder)
-    pictures = [torch.from_numpy(shapes.draw_shape(first + i, vae.config.sample_size)[0]) for i in range(count)]
-    x = torch.stack(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N, 3, H, W]
+    images = [torch.from_numpy(shapes.draw_shape(first + i, vae.config.sample_size)[0]) for i in range(count)]
+    x = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N, 3, H, W]
     posteriors = [vae.encode(part).latent_dist for part in x.split(32)]
     y = torch.cat([vae.decode(posterior.mean).sample for posterior in posteriors])
     latents = torch.cat([posterior.sample() for posterior in posteriors]) * vae.config.scaling_factor

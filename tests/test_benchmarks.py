@@ -71,7 +71,7 @@ def test_a_built_model_opens(tmp_path, monkeypatch, kind):
         small = {"hidden_size": side, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": side}
         monkeypatch.setitem(models.ENCODERS, name, small)
     path = models.build(tmp_path, kind)
-    s = SimpleNamespace(pretrained_model_name_or_path=str(path), revision=None, variant=None)
+    s = SimpleNamespace(pretrained_model_name_or_path=str(path), revision=None, variant=None, single_file=None)
     s.pretrained_vae_model_name_or_path = s.prediction_type = s.rescale_betas_zero_snr = None
     stable_diffusion.check(s, "lora", 64)
     made = stable_diffusion.load(s, "lora", tuple(PARAMETERS[kind]))
@@ -103,10 +103,10 @@ def test_placeholders(tmp_path, monkeypatch):
         benchmark.fill("{model}", values)
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     """As many as the steps take, or as asked; the embedded shapes, which the data set library reads in both forms."""
     values = benchmark.stand_for(parse("ddpm --data.train-batch-size 2"), tmp_path, 3, tmp_path / "new")
-    folder, asked = values["pictures"](None), values["pictures"](4)
+    folder, asked = values["images"](None), values["images"](4)
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(lines) == len(list(folder.glob("*.png"))) == 6 and len(list(asked.glob("*.png"))) == 4
     rows = sources.open_source(configs.Data(train_data_dir=str(folder), cache_dir=str(tmp_path / "c"), train_batch_size=1))
@@ -173,14 +173,14 @@ def test_steps_by_difference():
     lines = benchmark.process_table(found, precisions, listed).splitlines()
     head, first, second = ([cell.strip() for cell in line.split("|")[1:]] for line in (lines[0], *lines[2:]))
     row = dict(zip(head, first, strict=False))
-    assert row["a step"] == "105.00 ms" and row["its CPU time"] == "200.00 ms" and row["pictures/s"] == "152"
+    assert row["a step"] == "105.00 ms" and row["its CPU time"] == "200.00 ms" and row["images/s"] == "152"
     assert row["whole, 205 steps"] == "31.0 s" and row["peak memory"] == "2.00 GiB"
     row = dict(zip(head, second, strict=False))
     assert row["a step"] == "200.00 ms (1.90 x)" and row["its CPU time"] == "600.00 ms (3.00 x)"
     assert row["time to first step"] == "4.0 s (2.00 x)" and "no against bf16" in second[-2]
     titles = [title for title, _, _ in benchmark.columns([5], 16)]
     assert titles == ["time to first step", "whole", "CPU time", "peak memory"]
-    assert "pictures/s" not in [title for title, _, _ in benchmark.columns([5, 205], None)]
+    assert "images/s" not in [title for title, _, _ in benchmark.columns([5, 205], None)]
 
 
 def test_share_of_the_limit():

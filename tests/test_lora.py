@@ -530,7 +530,7 @@ def test_five_photographs(tmp_path, built):
     """Real captioned photographs, captions too long for the tiny encoder: said once."""
     result = trained(tmp_path, built["sd"], SHARED / "dog", base__num_epochs=1, base__max_train_steps=None)
     assert result.err.count("captions are longer than the 16 tokens") == 1 and "5 of 5 captions" in result.err
-    assert "peak memory" in result.err and "held from step to step" in result.err
+    assert "peak memory" in result.err and "lasts from step to step" in result.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
