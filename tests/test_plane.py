@@ -397,7 +397,10 @@ def test_runs_with_all_of_it_end_in_the_same_bits(tmp_path):
     assert run("stopped", 6) == whole
     assert run("disk", 6, data__memory_budget=0, data__dataloader_num_workers=2) == whole
     halves = run("halves", 6, data__train_batch_size=2, base__gradient_accumulation_steps=2)
-    assert halves == run("again", 6, data__train_batch_size=2, base__gradient_accumulation_steps=2)
+    given = tiny(tmp_path, "two", 6, **{"data__train_batch_size": 2, **common})
+    results = cli_many(tmp_path, 2, *given, "--data.mixture", json.dumps(part), "--data.bucket-block", "4")
+    assert all(result.code == 0 for result in results), results[0].err
+    assert digest(tmp_path / "two") == halves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
