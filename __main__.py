@@ -17,6 +17,7 @@ if __name__ == "__main__" and not sys.flags.safe_path and os.path.realpath(sys.p
     del sys.path[0]  # `python -m` puts the working folder first, and nothing is imported from there unless a task is named
 
 from oneloop import configs
+from oneloop.settings import command_line
 
 CODES = {
     "oneloop.settings.ranges.BadInput": 2,
@@ -53,8 +54,8 @@ def main() -> int:
 
 
 def start(argv: list[str]) -> None:
-    """A command of `configs.COMMANDS`, or a run."""
-    module, cfg = configs.parse(argv)
+    """A command of `command_line.COMMANDS`, or a run."""
+    module, cfg = command_line.parse(argv)
     if hasattr(module, "main"):
         return module.main(cfg)
     from oneloop import loop

@@ -71,6 +71,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from oneloop import configs
 from oneloop.configs import BadInput
 from oneloop.inputs import shapes
+from oneloop.settings import command_line
 
 FIRST = r"\b1/{steps}\b"
 SPEED = 790e12
@@ -512,7 +513,7 @@ def prepare(case: Case, other: str | None, given: argparse.Namespace, folder: Pa
 
     words = [fill(word, model_folders(folder, given.models)) for word in shlex.split(case.arguments)]
     with contextlib.chdir(ROOT):
-        cfg = configs.parse(words)[1]
+        cfg = command_line.parse(words)[1]
     told = {asked: [*words, "--base.mixed-precision", asked] for asked in given.precision}
     once = {"validation-steps": "0", "checkpointing-steps": "1000000", "logger": "none"}  # at the end of either length
     run = ["--base.max-train-steps", "{steps}", *(word for flag, value in once.items() for word in (f"--base.{flag}", value))]

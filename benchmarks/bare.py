@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from oneloop import configs
 from oneloop.inputs import sources
+from oneloop.settings import command_line
 
 if __name__ == "__main__":
-    MODULE, CONFIG = configs.parse(sys.argv[1:])
+    MODULE, CONFIG = command_line.parse(sys.argv[1:])
 
 import torch
 from torch import Tensor

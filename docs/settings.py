@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from oneloop import configs
+from oneloop.settings import command_line
 from oneloop.settings.ranges import Range, hints, nested
 
 
@@ -64,7 +65,7 @@ def reference() -> str:
     ]
     for name, default in (("base", configs.Base()), ("data", configs.Data())):
         parts += [f"## {name}: {inspect.getdoc(default)}", group(name, default)]
-    for task, line in configs.task_names().items():
+    for task, line in command_line.task_names().items():
         cfg = importlib.import_module(f"oneloop.tasks.{task}").task.config()
         parts += [f"## {task}: {line}", group(task, getattr(cfg, task))]
         others = [

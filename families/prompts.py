@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from oneloop.configs import Amount, BadInput, Range, Seed, Words, check, hints, nested
+from oneloop.configs import Amount, BadInput, Range, Seed, Words, check
+from oneloop.settings.ranges import hints, nested
 
 
 @dataclass(frozen=True)

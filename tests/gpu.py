@@ -9,12 +9,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from warm import digest, tiny
 
-from oneloop import configs, loop
+from oneloop import loop
+from oneloop.settings import command_line
 
 
 def nothing_waits(folder: Path) -> None:
     """In the third step of a run, CUDA raises where the host waits for the device."""
-    module, cfg = configs.parse(tiny(folder, steps=4, base__logging_steps=100))
+    module, cfg = command_line.parse(tiny(folder, steps=4, base__logging_steps=100))
     seen = []
 
     def loss_fn(*arguments):

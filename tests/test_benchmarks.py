@@ -22,6 +22,7 @@ from oneloop import configs
 from oneloop.configs import BadInput
 from oneloop.families import adapters, stable_diffusion
 from oneloop.inputs import sources
+from oneloop.settings import command_line
 from oneloop.tasks import lora
 
 PARAMETERS = {
@@ -87,7 +88,7 @@ def test_a_built_model_opens(tmp_path, monkeypatch, kind):
 
 
 def parse(arguments):
-    return configs.parse(shlex.split(arguments))[1]
+    return command_line.parse(shlex.split(arguments))[1]
 
 
 def test_placeholders(tmp_path, monkeypatch):

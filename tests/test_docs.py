@@ -11,6 +11,7 @@ from test_lora import draw_photos
 from warm import ROOT, UNET, VAE, cli, flags
 
 from oneloop import configs
+from oneloop.settings import command_line
 
 sys.path.insert(0, str(ROOT / "docs"))
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")
@@ -89,7 +90,7 @@ def test_commands(place, page):
         if name == page and rest not in DONE:
             DONE.add(rest)
             argv = shlex.split(rest)
-            if argv and argv[0] not in configs.COMMANDS and "--help" not in argv and alone:
+            if argv and argv[0] not in command_line.COMMANDS and "--help" not in argv and alone:
                 argv += small(place, parsed(place, argv))
             if alone:
                 result = cli(place, *argv, patch=lambda: sys.path.insert(0, str(place)))
@@ -103,7 +104,7 @@ def parsed(folder, argv):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
-        return configs.parse(argv)[1]
+        return command_line.parse(argv)[1]
 
 
 def test_there_are_commands():
@@ -123,6 +124,6 @@ def test_the_settings_are_current():
     import settings
 
     assert (ROOT / "docs" / "settings.md").read_text() == settings.reference(), "run python docs/settings.py"
-    for task in configs.task_names():
+    for task in command_line.task_names():
         assert f"\n## {task}: " in settings.reference()
     assert "| `--base.num-epochs` | `10.0` | Length as passes over the data" in settings.reference()

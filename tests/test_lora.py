@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
 from warm import SHARED, cli, cli_many, digest, distance, flags, fork, metrics, shown, tensors
 
-from oneloop import configs, data, loop
+from oneloop import data, loop
 from oneloop.configs import BadInput, Base, Data
 from oneloop.families import adapters, stable_diffusion
 from oneloop.inputs import encodings, shapes, sources
 from oneloop.maths import diffusion
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 from oneloop.views.loading import load_lines
 
@@ -202,7 +203,7 @@ def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):
     """The base is bfloat16 and bit for bit what it was; adapters, averages and moments are float32, and all that is saved."""
 
     def run():
-        cfg = configs.parse(
+        cfg = command_line.parse(
             command(tmp_path, built["sd"], photos, base__mixed_precision="bf16", lora__train_text_encoder=True)
         )[1]
         state = loop.run(lora.task, cfg)
@@ -266,7 +267,7 @@ def test_adapters_learn_a_picture(tmp_path, built, photos):
     def run():
         line = command(tmp_path, built["sd"], one, base__max_train_steps=70, data__train_batch_size=1, base__use_ema=False)
         line += flags("", {"lora.target_modules": layers, "lora.rank": 16, "lora.adam_weight_decay": 0.0})[1:]
-        cfg = configs.parse(line)[1]
+        cfg = command_line.parse(line)[1]
         state, models = loop.run(lora.task, cfg), lora.make_models(cfg)
         examples = data.Examples(sources.open_source(cfg.data), cfg.data, 0)
         batch = data.to_device(next(data.Fixed(examples, 1, "cpu").__iter__()), "cpu")
@@ -375,7 +376,9 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
             seen, moves, real = [], [], encodings.encode_once
             encodings.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
             loop.move = lambda models, names, device: moves.append((names, device))
-            cfg = configs.parse(command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more))[1]
+            cfg = command_line.parse(
+                command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more)
+            )[1]
             loop.run(lora.task, cfg)
             assert seen == [idle], seen
             run_on = torch.device("cpu")  # as the accelerator says it: away, back for the samples at the end, away

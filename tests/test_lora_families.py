@@ -15,11 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from warm import cli_many, digest, distance, flags, fork, metrics
 
-from oneloop import configs, data, loop
+from oneloop import data, loop
 from oneloop.configs import BadInput, Base, Data
 from oneloop.families import flow, hub, latents, transformer
 from oneloop.inputs import encodings, sources
 from oneloop.maths import flow as maths
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 from oneloop.training import validation
 
@@ -255,10 +256,10 @@ def test_a_run_resumes_equal_and_the_cache_changes_nothing(tmp_path, built, phot
     alone = {"data__example_cache": "no", "base__gradient_checkpointing": True, "base__max_train_steps": 1}
 
     def runs():
-        loop.run(lora.task, configs.parse(command(tmp_path, model, photos, "whole", **cached))[1])
+        loop.run(lora.task, command_line.parse(command(tmp_path, model, photos, "whole", **cached))[1])
         shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "part" / "checkpoint-1")
-        loop.run(lora.task, configs.parse(command(tmp_path, model, photos, "part", **cached))[1])
-        loop.run(lora.task, configs.parse(command(tmp_path, model, photos, "no", **alone))[1])
+        loop.run(lora.task, command_line.parse(command(tmp_path, model, photos, "part", **cached))[1])
+        loop.run(lora.task, command_line.parse(command(tmp_path, model, photos, "no", **alone))[1])
 
     said = in_fork(tmp_path, runs).err
     assert digest(tmp_path / "part") == digest(tmp_path / "whole") and "after step 1" in said and "no samples" not in said
@@ -273,7 +274,7 @@ def test_a_run_resumes_equal_and_the_cache_changes_nothing(tmp_path, built, phot
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):
     """Every adapter of each gets a gradient, or DDP waits for it."""
     line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False)
-    in_fork(tmp_path, lambda: loop.run(lora.task, configs.parse(line("one"))[1]))
+    in_fork(tmp_path, lambda: loop.run(lora.task, command_line.parse(line("one"))[1]))
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
     assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
@@ -284,7 +285,7 @@ def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):
 
     def run():
         line = command(tmp_path, built("FluxPipeline"), photos, base__mixed_precision="bf16")
-        cfg = configs.parse(line)[1]
+        cfg = command_line.parse(line)[1]
         made, own = [], lora.make_models
         task = copy.copy(lora.task)
         object.__setattr__(task, "make_models", lambda cfg: made.append(own(cfg)) or made[0])

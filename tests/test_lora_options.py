@@ -24,6 +24,7 @@ from oneloop import configs
 from oneloop.configs import BadInput
 from oneloop.families import adapters, flow, prompts, transformer
 from oneloop.maths import flow as maths
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -419,14 +420,16 @@ def test_a_settings_file_may_hold_objects(tmp_path, built):
     file.write_text(
         f"lora:\n  pretrained_model_name_or_path: {model}\n  validation_prompts:\n  - a\n  - prompt: b\n    seed: 7\n"
     )
-    cfg = configs.parse([str(file), "--data.resolution", "32"])[1]
+    cfg = command_line.parse([str(file), "--data.resolution", "32"])[1]
     assert lora.asked(cfg.lora) == [prompts.Prompt("a"), prompts.Prompt("b", seed=7)]
-    assert configs.parse(["lora", *configs.as_flags(configs.to_dict(cfg), lora.Config)])[1] == cfg  # as run.json has it
+    assert (
+        command_line.parse(["lora", *command_line.as_flags(configs.to_dict(cfg), lora.Config)])[1] == cfg
+    )  # as run.json has it
     with pytest.raises(BadInput, match=r"entry 1: --width is 40; expected a multiple of 16"):
         config(model, validation_prompts=("a --width 40",))
     file.write_text("base:\n  logger:\n  - a: b\n")
     with pytest.raises(BadInput, match="expected text, a number, true or false"):
-        configs.parse(["lora", str(file)])
+        command_line.parse(["lora", str(file)])
 
 
 @pytest.mark.parametrize("name", ["sd", "ZImagePipeline"])

@@ -15,6 +15,7 @@ from warm import digest, flags, fork, metrics, tiny
 
 from oneloop import configs, loop
 from oneloop.configs import BadInput
+from oneloop.settings import command_line
 from oneloop.tasks import ddpm, lora, vae
 from oneloop.training import ema, optimizers
 
@@ -57,7 +58,7 @@ def ends_equal(folder, commands):
 
     def runs():
         for name, command in commands.items():
-            cfg = configs.parse(command)[1]
+            cfg = command_line.parse(command)[1]
             task = {"ddpm": ddpm, "lora": lora}[name].task
             loop.run(task, cfg)
             shutil.copytree(folder / name / "checkpoint-2", folder / f"{name}-2" / "checkpoint-2")
@@ -209,7 +210,7 @@ def test_prodigy_estimates_a_step_for_each_group(capsys):
 def test_what_does_not_fit_is_a_line(monkeypatch, module, name, flags, says):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
     with pytest.raises((BadInput, SystemExit)) as error:
-        configs.build(module.Config, [flag.replace("T.", f"{name}.") for flag in flags])
+        command_line.build(module.Config, [flag.replace("T.", f"{name}.") for flag in flags])
     if error.type is BadInput:
         rate = vars(module.Settings)["learning_rate"]
         assert says.replace("T.", f"{name}.").format(rate=rate) in str(error.value)

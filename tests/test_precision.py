@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from warm import digest, flags, fork
 
-from oneloop import configs, loop
+from oneloop import loop
 from oneloop.configs import BadInput, Base
 from oneloop.families import adapters, flow, precision
 from oneloop.machine.memory import stored
 from oneloop.machine.placement import place
+from oneloop.settings import command_line
 from oneloop.tasks import lora
 
 ADAPTERS = {"rank": 2, "alpha": None, "dropout": 0.0, "use_dora": False, "use_rslora": False, "use_lokr": False}
@@ -165,7 +166,7 @@ def test_trains_samples_and_resumes_in_the_same_bits(tmp_path, built, name, kind
     }
 
     def runs():
-        cfg = lambda out: configs.parse(flags("lora", settings | {"base.output_dir": tmp_path / out}))[1]  # noqa: E731
+        cfg = lambda out: command_line.parse(flags("lora", settings | {"base.output_dir": tmp_path / out}))[1]  # noqa: E731
         state = loop.run(lora.task, cfg("a"))
         assert not any("lora" not in key for key in state.ema)
         shutil.copytree(tmp_path / "a" / "checkpoint-1", tmp_path / "b" / "checkpoint-1")

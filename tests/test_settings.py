@@ -18,9 +18,9 @@ from typing import get_origin
 import pytest
 from warm import ROOT, cli, tiny
 
-from oneloop import __main__ as command_line
+from oneloop import __main__ as program
 from oneloop import configs
-from oneloop.settings import ranges
+from oneloop.settings import command_line, ranges
 from oneloop.tasks import ddpm, lora, vae
 from oneloop.views import compare, sample
 
@@ -50,8 +50,8 @@ def test_help_is_quick_and_whole():
     for group in (configs.Base, configs.Data, ddpm.Settings):
         for name in group.__dataclass_fields__:
             assert name.replace("_", "-") in done.stdout, name
-    code = "import sys; from oneloop import configs; from oneloop.tasks import ddpm; configs.build(ddpm.Config, [])"
-    code += "; sys.exit('torch' in sys.modules)"
+    code = "import sys; from oneloop.settings import command_line; from oneloop.tasks import ddpm"
+    code += "; command_line.build(ddpm.Config, []); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -66,7 +66,7 @@ def test_every_setting_is_explained(group):
 
 def test_flags_win_over_the_file(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"base": {"seed": 5, "num_epochs": 3}, "ddpm": {"learning_rate": 1e-2}}))
-    module, cfg = configs.parse([str(tmp_path / "run.json"), "--base.num-epochs", "4"])
+    module, cfg = command_line.parse([str(tmp_path / "run.json"), "--base.num-epochs", "4"])
     assert module is ddpm and (cfg.base.seed, cfg.base.num_epochs, cfg.ddpm.learning_rate) == (5, 4.0, 1e-2)
 
 
@@ -74,7 +74,7 @@ def test_yaml_and_every_kind_of_value(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "base: {mixed_precision: no, use_ema: false, logger: [tensorboard, wandb], max_train_steps: null}\nddpm: {}\n"
     )
-    base = configs.parse([str(tmp_path / "run.yaml")])[1].base
+    base = command_line.parse([str(tmp_path / "run.yaml")])[1].base
     assert (base.mixed_precision, base.use_ema, base.logger, base.max_train_steps) == (
         "no",
         False,
@@ -85,8 +85,8 @@ def test_yaml_and_every_kind_of_value(tmp_path):
 
 def test_resolved_settings_repeat_the_run():
     cfg = ddpm.Config(base=configs.Base(seed=3, logger=("none",)), ddpm=ddpm.Settings(snr_gamma=5.0))
-    flags = configs.as_flags(configs.to_dict(cfg), ddpm.Config)
-    assert configs.build(ddpm.Config, flags) == cfg
+    flags = command_line.as_flags(configs.to_dict(cfg), ddpm.Config)
+    assert command_line.build(ddpm.Config, flags) == cfg
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def ended(monkeypatch, *argv):
     handlers = {number: signal.getsignal(number) for number in configs.SIGNALS}
     try:
         with pytest.raises(SystemExit) as end:
-            command_line.main()
+            program.main()
         return end.value.code
     finally:
         for number, handler in handlers.items():
@@ -218,7 +218,7 @@ def test_whatever_is_typed_is_a_setting_or_one_line(flag):
     for value, apart in (every[(start + i * 7) % len(every)] for i in range(5)):
         typed = [f"--{flag}", value] if apart else [f"--{flag}={value}"]
         with contextlib.suppress(configs.BadInput):
-            configs.build(ddpm.Config, typed)
+            command_line.build(ddpm.Config, typed)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_broken_files(tmp_path, name):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     started = time.process_time()
     with pytest.raises(configs.BadInput) as refusal:
-        configs.parse([str(tmp_path / name)])
+        command_line.parse([str(tmp_path / name)])
     line = configs.one_line(str(refusal.value))
     assert line.startswith(f"{tmp_path / name}: ") and all(word in line for word in words), line
     assert time.process_time() - started < 1 and [p.name for p in tmp_path.iterdir()] == [name]
@@ -327,12 +327,12 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for name in ("folder.json", "pipe.json"):
         with pytest.raises(configs.BadInput, match=r"not a file; expected a settings file"):
-            configs.parse([str(tmp_path / name)])
+            command_line.parse([str(tmp_path / name)])
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     (tmp_path / "run.json").write_text('{"base": {"seed": 5}, "ddpm": {}}', "utf-8-sig")
-    assert configs.parse([str(tmp_path / "run.json")])[1].base.seed == 5
+    assert command_line.parse([str(tmp_path / "run.json")])[1].base.seed == 5
 
 
 def test_values_that_look_like_flags_survive(tmp_path):
@@ -345,7 +345,7 @@ def test_values_that_look_like_flags_survive(tmp_path):
         base=configs.Base(num_samples=5, lr_power=1e-7, hub_model_id="=", logger=("none",)),
     )
     (tmp_path / "run.json").write_text(json.dumps(configs.run_file(cfg)))
-    assert configs.parse([str(tmp_path / "run.json")])[1] == cfg
+    assert command_line.parse([str(tmp_path / "run.json")])[1] == cfg
 
 
 def test_no_code_runs_on_the_word_of_a_file(tmp_path, monkeypatch):
@@ -355,9 +355,9 @@ def test_no_code_runs_on_the_word_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(configs.BadInput, match=r"python loop.py their_task run.json"):
-        configs.parse(["run.json"])
+        command_line.parse(["run.json"])
     assert not (tmp_path / "hacked").exists() and "their_task" not in sys.modules
-    assert configs.parse(["their_task", "run.json"])[1].base.seed == 3 and (tmp_path / "hacked").exists()
+    assert command_line.parse(["their_task", "run.json"])[1].base.seed == 3 and (tmp_path / "hacked").exists()
     del sys.modules["their_task"]
 
 
@@ -375,13 +375,13 @@ def test_a_line_is_short_and_plain():
 
 
 def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(configs, "find_task", lambda name: 1 / 0)
+    monkeypatch.setattr(command_line, "find_task", lambda name: 1 / 0)
     code, said = ended(monkeypatch, "ddpm"), capsys.readouterr().err
-    assert code == 1 and "ZeroDivisionError" in said and said.splitlines()[-1] == f"error: {command_line.BUG}"
+    assert code == 1 and "ZeroDivisionError" in said and said.splitlines()[-1] == f"error: {program.BUG}"
 
 
 def test_exit_codes_are_of_exceptions_there_are():
-    for name in command_line.CODES:
+    for name in program.CODES:
         module, _, kind = name.rpartition(".")
         found = getattr(importlib.import_module(module), kind)
         assert issubclass(found, Exception) and f"{found.__module__}.{found.__qualname__}" == name
@@ -400,10 +400,11 @@ def test_a_closed_pipe_is_silent(tmp_path):
 
 LAYERS = {  # room or file -> what of the project it may import
     "configs": {"settings"},
+    "settings/command_line": {"configs", "settings"},
     "settings": {"settings"},
     "tasks/__init__": set(),
     "maths": {"configs", "tasks", "maths"},
-    "families": {"configs", "tasks", "maths", "families"},
+    "families": {"configs", "settings", "tasks", "maths", "families"},
     "tasks": {"configs", "tasks", "maths", "families"},
     "inputs": {"configs", "tasks", "data", "inputs", "machine"},
     "data": {"configs", "tasks", "inputs", "machine"},
@@ -412,9 +413,9 @@ LAYERS = {  # room or file -> what of the project it may import
     "machine": {"configs", "tasks", "machine"},
     "checkpoint": {"configs", "tasks", "machine"},
     "training": {"configs", "tasks", "data", "inputs", "machine", "training"},
-    "views": {"configs", "tasks", "data", "inputs", "machine", "checkpoint", "training", "views"},
+    "views": {"configs", "tasks", "data", "inputs", "machine", "checkpoint", "settings", "training", "views"},
     "__init__": set(),
-    "__main__": {"configs", "checkpoint", "loop", "machine", "training"},
+    "__main__": {"configs", "checkpoint", "loop", "machine", "settings", "training"},
 }
 
 ANYWHERE = ("machine.internals", "training.optimizers")

@@ -15,11 +15,12 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm import ROOT, cli, flags, fork, metrics, start, tiny
 
-from oneloop import configs, data, loop
+from oneloop import data, loop
 from oneloop.inputs import sources
 from oneloop.machine import accelerator as accelerator_module
 from oneloop.machine import compilation
 from oneloop.machine.placement import at_rest, same_buffers
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, hash64
 from oneloop.training.guard import Guard, NonFinite
 
@@ -54,7 +55,7 @@ def in_fork(folder, function):
 @pytest.mark.parametrize("task", ["ddpm", "vae", "lora"])
 def test_nothing_waits(tmp_path, task):
     """The third update as on a GPU, where verdicts are read late, from its loss to the next one's."""
-    module, cfg = configs.parse(command(tmp_path, task, steps=4))
+    module, cfg = command_line.parse(command(tmp_path, task, steps=4))
 
     def check():
         guard, seen, mode = Guard.__init__, [], NoWaiting()
@@ -112,7 +113,7 @@ def plain_loop(task, cfg, fused):
 def test_fifty_steps_of_a_plain_loop(tmp_path, fused, rate, bound):
     """The same bits where the operations are the same. With AdamW in other operations it is near: as its steps are as large for
     a small gradient as for a large one, 50 of them make of a rounding about a tenth of the learning rate, whatever that is."""
-    module, cfg = configs.parse(tiny(tmp_path, steps=50, data__random_flip=True, ddpm__learning_rate=rate))
+    module, cfg = command_line.parse(tiny(tmp_path, steps=50, data__random_flip=True, ddpm__learning_rate=rate))
 
     def check():
         state = loop.run(module.task, cfg)
@@ -137,7 +138,7 @@ def test_auto_is_bf16_where_the_hardware_computes_it(tmp_path, computes, chosen)
 
 def test_late_verdicts_name_their_step(tmp_path):
     """A loss that is not finite is reported with its own step, though it is read at a later one."""
-    module, cfg = configs.parse(tiny(tmp_path, steps=6))
+    module, cfg = command_line.parse(tiny(tmp_path, steps=6))
 
     def check():
         guard = Guard.__init__

@@ -17,6 +17,7 @@ from oneloop import data
 from oneloop.configs import BadInput, Base, Data
 from oneloop.inputs import sources
 from oneloop.maths import image_quality
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, vae
 
 
@@ -454,10 +455,9 @@ def test_settings_need_nothing_heavy():
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "examples").glob("vae*.json")))
 def test_examples_are_settings(name, monkeypatch, lpips):
-    from oneloop import configs
 
     monkeypatch.chdir(ROOT)
-    module, cfg = configs.parse([str(ROOT / "examples" / name)])
+    module, cfg = command_line.parse([str(ROOT / "examples" / name)])
     assert module is vae and isinstance(cfg, vae.Config)
 
 

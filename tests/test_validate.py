@@ -11,12 +11,13 @@ from test_loop import Scale, settings, toy
 from test_settings import refused
 from warm import cli, cli_many, digest, metrics, tiny
 
-from oneloop import configs, data, loop
+from oneloop import data, loop
 from oneloop.configs import Data
 from oneloop.inputs import shapes as embedded
 from oneloop.inputs import sources
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.placement import at_rest
+from oneloop.settings import command_line
 from oneloop.tasks import Loss, Rng
 from oneloop.training import validation
 
@@ -196,4 +197,4 @@ def test_mistakes(tmp_path, splits):
 
 def test_an_older_settings_file(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"base": {"sample_steps": 7}, "ddpm": {}}))
-    assert configs.parse([str(tmp_path / "run.json")])[1].base.validation_steps == 7
+    assert command_line.parse([str(tmp_path / "run.json")])[1].base.validation_steps == 7

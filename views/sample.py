@@ -20,6 +20,7 @@ from tyro.conf import Positional
 
 from oneloop import configs
 from oneloop.configs import BadInput, Images, Name, Seed, check, require
+from oneloop.settings import command_line
 from oneloop.views import check_writable
 
 
@@ -70,8 +71,10 @@ def opened(given: str, named: str | None = None) -> tuple[Path, dict[str, Any], 
     if not isinstance(facts.get("step"), int) or not isinstance(facts.get("settings"), dict):
         raise BadInput(f"{manifest}: expected the step and the settings of a run")
     typed = f"python loop.py sample {given} --task {facts.get('module')}"
-    task = configs.find_task(named or configs.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
-    cfg = configs.build(task.config, configs.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: ")
+    task = command_line.find_task(named or command_line.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
+    cfg = command_line.build(
+        task.config, command_line.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: "
+    )
     return saved, facts, task, cfg
 
 
