@@ -215,9 +215,11 @@ class Examples(torch.utils.data.Dataset):
         """
         if self.images.pixels is not None:
             return self.images.pixels[name][entry]
-        row, target = int(self.rows[entry]), tuple(self.images.about(name, "target")[entry].tolist())
+        row, target, room = int(self.rows[entry]), self.images.about(name, "target"), self.images.about(name, "room")
+        largest = int(self.shown[row])
+        sizes = (target[entry] + room[entry], target[entry], target[largest] + room[largest])
         try:
-            return store.read(self.source, self.cfg, name, row, target)
+            return store.read(self.source, self.cfg, name, row, *(tuple(size.tolist()) for size in sizes))
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder throws at a broken file

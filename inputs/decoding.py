@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from oneloop.configs import Data
 from oneloop.inputs.crop import Size, corner
+
+MARGIN = 2.0
+"""How much larger than its pixels a JPEG is decoded at least."""
 
 
 def to_rgb(image: Image.Image, say: Callable[[str], Any] = lambda change: None) -> Image.Image:
@@ -83,6 +86,15 @@ def _conversion(profile: bytes) -> tuple[str, Any]:
     probe = Image.fromarray(probe)
     changed = np.asarray(ImageCms.applyTransform(probe, convert)).astype(int) - np.asarray(probe.convert("RGB"))
     return mode, convert if np.abs(changed).max() > 2 else None
+
+
+def shrink(image: Image.Image, cover: Size, margin: float = MARGIN) -> None:
+    """Have a JPEG that was not read yet decoded at half, a quarter or an eighth of its size, as long as that is `margin` times
+    the size `cover`, height and width, that it will have. With a margin of 2 that takes a half to a quarter of the time, and
+    changes pixels by 0.4 of 255 on average and by 4 at most (tests/test_decode.py)."""
+    turned = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
+    least = [math.ceil(margin * side) for side in cover]
+    image.draft(image.mode, tuple(least if turned else least[::-1]))
 
 
 def fit(image: Image.Image, whole: Size, size: Size, cfg: Data) -> Tensor:

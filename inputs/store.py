@@ -37,7 +37,7 @@ from oneloop.configs import Data
 from oneloop.inputs.buckets import targets
 from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
-from oneloop.inputs.decoding import fit, thumb, to_rgb
+from oneloop.inputs.decoding import MARGIN, fit, shrink, thumb, to_rgb
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import Source, content_hash
 from oneloop.machine.files import erase, strangers
@@ -125,13 +125,14 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
         mode = mode or image.mode
         if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
             changes.append("with several frames, of which the first is taken")
-        before = image.size
-        if skim and column.kind == "image":
-            image.draft(image.mode, tuple(resized(before, targets(before, source.sizes)[-1]).tolist()))
-        smaller, turned = image.size != before, 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
+        before, turned = image.size, 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
+        upright = before if turned else before[::-1]
+        anchor = whole.get(column.like, upright)
+        shrink(image, tuple(resized(anchor, targets(anchor, source.sizes)[-1]).tolist()), 1.0 if skim else MARGIN)
+        smaller = image.size != before
         images[name] = to_rgb(image, changes.append).convert("L" if column.kind == "mask" else "RGB")
         # Some formats turn an image themselves; a JPEG, which alone can be smaller, does not.
-        whole[name] = (before if turned else before[::-1]) if smaller else images[name].size[::-1]
+        whole[name] = upright if smaller else images[name].size[::-1]
         if column.like and _apart(whole[name], whole[column.like]) > SHAPE_TOLERANCE:
             sizes = [f"{w} x {h}" for h, w in (whole[name], whole[column.like])]
             raise ValueError(f"its {name}, {source.images[name].name(row)}, is {sizes[0]} where it is {sizes[1]}")
@@ -160,13 +161,12 @@ def _apart(a: Size, b: Size) -> float:
     return abs(math.log(a[0] * b[1] / (a[1] * b[0])))
 
 
-def read(source: Source, cfg: Data, name: str, row: int, target: Size) -> Tensor:
-    """The image of one column at a row, [C, h, w] uint8, as `decode` makes it at this size."""
-    column = source.columns[name]
+def read(source: Source, cfg: Data, name: str, row: int, cover: Size, target: Size, largest: Size) -> Tensor:
+    """The image of one column at a row, [C, h, w] uint8, resized to `cover` and cut to `target`, as `decode` makes it;
+    `largest` is what it covers at the highest of its resolutions."""
     image = source.images[name].read(row)[0]
-    image = to_rgb(image).convert("L" if column.kind == "mask" else "RGB")
-    anchor = image if column.like is None else to_rgb(source.images[column.like].read(row)[0])
-    return fit(image, tuple(resized(anchor.size[::-1], target).tolist()), target, cfg)
+    shrink(image, largest)
+    return fit(to_rgb(image).convert("L" if source.columns[name].kind == "mask" else "RGB"), cover, target, cfg)
 
 
 def threads(first: _Row | str) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_settings import refused
-from warm import cli, cli_many, digest, fork, start, start_many, tiny
+from warm import SHARED, cli, cli_many, digest, fork, start, start_many, tiny
 
 from oneloop import data
 from oneloop.configs import Data
@@ -140,6 +140,28 @@ def test_sizes_are_those_of_the_upright_picture(tmp_path):
     cfg, source = pictures_of(tmp_path)
     for skim in (False, True):
         assert store.decode(source, cfg, skim=skim).columns["size"].tolist() == 2 * [[640, 320]] + 2 * [[320, 640]]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["bilinear", "lanczos"])
+def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch, kind, orientation):
+    """Within the difference that is stated, at the sizes of the file, and the same bits when read for a batch."""
+    photo = Image.open(SHARED / "dog" / "00.jpg").resize((1500, 1100), Image.Resampling.LANCZOS)
+    noisy = np.asarray(photo) + np.random.default_rng(0).normal(0, 4, (1100, 1500, 3))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "x.jpg", quality=92, exif=exif)
+    cfg = Data(train_data_dir=str(tmp_path), resolution=128, train_batch_size=1, interpolation=kind)
+    source, real, sizes = sources.open_source(cfg), store.fit, []
+    monkeypatch.setattr(store, "fit", lambda image, *more: (sizes.append(image.size), real(image, *more))[1])
+    small = store.decode(source, cfg)
+    assert max(sizes[0]) == 375 and small.columns["size"].tolist() == [[1100, 1500] if orientation == 1 else [1500, 1100]]
+    read = data.Examples(source, dataclasses.replace(cfg, memory_budget=0), 0)
+    assert torch.equal(read._pixels("pixel_values", 0), small.pixels["pixel_values"][0])
+    monkeypatch.setattr(store, "shrink", lambda *given: None)
+    whole = store.decode(source, cfg).pixels["pixel_values"][0]
+    apart = (small.pixels["pixel_values"][0].float() - whole.float()).abs()
+    assert 0 < apart.mean() < 0.4 and apart.max() <= 4
 
 
 def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
