@@ -22,8 +22,8 @@ WORKS = {
     "torch": "2.14",
     "accelerate": "1.12 to 1.15",
     "datasets": "4.8 to 5.2",
-    "diffusers": "0.40 to 0.42",
-    "peft": "0.18 to 0.21",
+    "diffusers": "0.42",
+    "peft": "0.21",
 }
 """The versions that have these parts as they are used here."""
 
