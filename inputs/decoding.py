@@ -106,13 +106,14 @@ def fit(image: Image.Image, whole: Size, size: Size, cfg: Data) -> Tensor:
     """
     if math.prod(whole) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf):
         raise ValueError(f"{image.width} x {image.height} is too narrow for a size of {size[1]} x {size[0]}")
-    interpolation = F.InterpolationMode("bilinear" if image.mode == "L" else cfg.interpolation)
-    image = F.resize(image, list(whole), interpolation=interpolation)
-    if cfg.center_crop:
+    if image.size != whole[::-1]:
+        interpolation = F.InterpolationMode("bilinear" if image.mode == "L" else cfg.interpolation)
+        image = F.resize(image, list(whole), interpolation=interpolation)
+    if cfg.center_crop and whole != size:
         top, left = corner(np.array(whole) - np.array(size), None).tolist()
         image = image.crop((left, top, left + size[1], top + size[0]))
     x = np.array(image)
-    return torch.from_numpy(x[None] if x.ndim == 2 else x.transpose(2, 0, 1)).contiguous()
+    return torch.from_numpy(x[None] if x.ndim == 2 else x.transpose(2, 0, 1))
 
 
 def thumb(image: Image.Image) -> np.ndarray:

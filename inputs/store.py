@@ -28,7 +28,7 @@ import numpy as np
 import PIL
 import torch
 import xxhash
-from PIL import ExifTags, features
+from PIL import ExifTags, Image, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,7 +130,7 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
         anchor = whole.get(column.like, upright)
         shrink(image, tuple(resized(anchor, targets(anchor, source.sizes)[-1]).tolist()), 1.0 if skim else MARGIN)
         smaller = image.size != before
-        images[name] = to_rgb(image, changes.append).convert("L" if column.kind == "mask" else "RGB")
+        images[name] = coloured(image, column, changes.append)
         # Some formats turn an image themselves; a JPEG, which alone can be smaller, does not.
         whole[name] = upright if smaller else images[name].size[::-1]
         if column.like and _apart(whole[name], whole[column.like]) > SHAPE_TOLERANCE:
@@ -146,7 +146,7 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             anchor = column.like or name
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
-            pixels[name] = x = fit(images[name], cover, size, cfg)
+            pixels[name] = x = fit(images[name], cover, size, cfg).contiguous()
             mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
             values[named(name, "mark")] = np.frombuffer(mark, np.uint8)
             if anchor == name:
@@ -154,6 +154,12 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
                 values |= {named(name, k): v for k, v in (("size", whole[name]), ("target", size), ("room", room))}
         entries.append((values, pixels))
     return _Row(entries, mode, changes)
+
+
+def coloured(image: Image.Image, column: Column, say: Callable[[str], Any] = lambda change: None) -> Image.Image:
+    """An image in RGB, a mask in grey."""
+    image = to_rgb(image, say)
+    return image.convert("L") if column.kind == "mask" else image
 
 
 def _apart(a: Size, b: Size) -> float:
@@ -166,7 +172,7 @@ def read(source: Source, cfg: Data, name: str, row: int, cover: Size, target: Si
     `largest` is what it covers at the highest of its resolutions."""
     image = source.images[name].read(row)[0]
     shrink(image, largest)
-    return fit(to_rgb(image).convert("L" if source.columns[name].kind == "mask" else "RGB"), cover, target, cfg)
+    return fit(coloured(image, source.columns[name]), cover, target, cfg)
 
 
 def threads(first: _Row | str) -> int:
