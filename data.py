@@ -29,6 +29,7 @@ from oneloop.inputs.files import LISTED, listed, reason, shown
 from oneloop.inputs.plan import Bucket, Plan
 from oneloop.inputs.sources import Source, select
 from oneloop.inputs.store import Decoded
+from oneloop.inputs.streaming import Streamed
 from oneloop.tasks import Batch, Rng
 
 RESIDENT = 0.1
@@ -321,9 +322,18 @@ def _listed(broken: list[str], report: Path | None) -> str:
 
 
 def opened(
-    source: Source, cfg: Data, seed: int, cache: Path | None, report: Path | None = None, block: int | None = None
-) -> Examples:
-    """The examples of a source, with the images that are cached in the folder, or decoded here; the rest as of Examples."""
+    source: Source,
+    cfg: Data,
+    seed: int,
+    cache: Path | None,
+    report: Path | None = None,
+    block: int | None = None,
+    say: Callable[[str], Any] = print,
+) -> Examples | Streamed:
+    """The examples of a source, with the images that are cached in the folder, or decoded here, or streamed from its shards;
+    the rest as of Examples and Streamed."""
+    if source.shards is not None:
+        return Streamed(source, cfg, seed, report, block, say)
     path = cache and store.path_of(cache, source, cfg)
     images = path and store.load(path, cfg)
     examples = Examples(source, cfg, seed, images, report, block)
@@ -336,7 +346,7 @@ class Fixed:
     """The data as samples and exports see them: in order, cropped in the middle, never mirrored, at most `size` at a time, on
     the device; the rest as of Examples.fixed. Nothing is read before it is iterated over."""
 
-    examples: Examples
+    examples: Examples | Streamed
     size: int
     device: Any
     count: int | None = None
