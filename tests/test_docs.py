@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_models
 from test_lora import draw_photos
+from test_streaming import parquet
 from warm import ROOT, UNET, VAE, cli, flags
 
 from oneloop import configs
@@ -47,6 +48,7 @@ def place(tmp_path_factory):
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("images", "photos", "dog", "masks"):
         draw_photos(folder / name)
+    parquet(folder / "shards")
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)
