@@ -34,8 +34,9 @@ def argument_lists():
     for page in PAGES:
         for line in commands(page):
             for part in line.split(" && "):
-                if match := re.search(r"^(.*)loop\.py *(.*?)'?$", part):
-                    found.setdefault((page.name, match[1] == "python ", match[2]))
+                if match := re.search(r"^(.*)loop\.py *(.*)$", part):
+                    rest = match[2].removesuffix("'") if match[2].count("'") % 2 else match[2]
+                    found.setdefault((page.name, match[1] == "python ", rest))
                 else:
                     assert re.match(OTHER, part) or part == "python -m pytest", (page.name, part)
     return list(found)
