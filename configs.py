@@ -160,6 +160,17 @@ class Data:
     train_data_dir: Live[Folder | None] = None
     """Folder of images, instead of dataset_name, in every format that PIL reads, and HEIC with pillow-heif: captions from
     metadata.jsonl, metadata.csv or a .txt beside each image, labels from subfolders. Hidden files are left out."""
+    stream: Live[Name | None] = None
+    """Shards that are read while training, instead of dataset_name, of a set larger than memory or disk: parquet with images in
+    it, as the hub has them, or WebDataset tars. A folder, a pattern such as shards/*.parquet or shards/{000..127}.tar, or an
+    index of wids (.json), here or behind http://, hf:// and whatever else fsspec opens."""
+    stream_lanes: Annotated[int, Range(1, 65_536)] = 8
+    """Parts into which the streamed rows are cut; batches take turns among them. Where the number of processes divides it, each
+    process reads its own shards alone."""
+    stream_window: Annotated[int, Range(1, 65_536)] = 4
+    """Shards of a lane whose rows are mixed: so many for each lane are read at a time."""
+    stream_memory: Live[Annotated[float, Range(0, 2**20)]] = 4.0
+    """GiB in each process for shards that were read, shared by its loader workers; those in use are there in any case."""
     cache_dir: Live[Folder | None] = None
     """Where downloads and prepared data sets are kept. None: the library's own place."""
     validation_data_dir: Live[Folder | None] = None
@@ -258,6 +269,10 @@ class Data:
             require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
         share = sum(part.share or 0 for part in self.parts())
         require(share < 1, "data.mixture", share, "shares below 1 altogether; the rest is that of the other sources")
+        alone = ("train_data_dir", "mixture", "class_data_dir", "validation_split", "max_train_samples", "buckets")
+        for name in (*alone, "more_resolutions", "conditioning_data_dir", "mask_data_dir") if self.stream is not None else ():
+            value = getattr(self, name)
+            require(not value, f"data.{name}", value, "nothing beside --data.stream, whose images have not been seen")
         mask = [self.mask_column, self.mask_data_dir, self.mask_from_alpha or None]
         require(len(mask) - mask.count(None) < 2, "data.mask_column", mask, "one source of masks")
         is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from oneloop.configs import BadInput, Data
 from oneloop.inputs import store
+from oneloop.inputs.batches import Collation, mirrored, stream, to_device
 from oneloop.inputs.cache import Marks, as_marks
-from oneloop.inputs.captions import PURPOSES, Captions, caption, fill
-from oneloop.inputs.crop import corner as centre
+from oneloop.inputs.captions import fill
 from oneloop.inputs.files import LISTED, listed, reason, shown
 from oneloop.inputs.plan import Bucket, Plan
 from oneloop.inputs.sources import Source, select
 from oneloop.inputs.store import Decoded
-from oneloop.machine.processes import signals_blocked
-from oneloop.tasks import COLUMNS, Batch, Column, Rng
+from oneloop.inputs.streaming import Streamed
+from oneloop.tasks import Batch, Rng
 
 RESIDENT = 0.1
 """Share of a GPU's memory that the decoded set may take, so that only the corners of the crops travel in a step."""
@@ -86,17 +86,12 @@ class Examples(torch.utils.data.Dataset):
         self.rows = torch.from_numpy(np.unique(images.columns["row"].numpy(), return_inverse=True)[1])  # [N], of each entry
         self.shown = torch.from_numpy(np.flatnonzero(np.diff(self.rows.numpy(), append=self.size)))  # row -> its largest entry
         shares, block = source.mixed(), block or cfg.bucket_block or cfg.train_batch_size
-        self.share = torch.from_numpy(np.repeat(np.arange(len(shares)), [share.rows for share in shares]))  # [rows]
-        self.weight = torch.tensor([share.weight for share in shares])
+        self.collation = Collation(source, cfg)
         self.entries, buckets = [], []  # of each bucket its entries, [n] int64
-        for (i, *size), entries in _grouped(self.share[self.rows], images):
+        for (i, *size), entries in _grouped(self.collation.share(self.rows), images):
             self.entries.append(entries)
             buckets.append(Bucket(i, tuple(size), len(entries), shares[i].repeats / max(len(source.sizes), 1)))
         self.plan = Plan(tuple(buckets), block, seed)
-        self.captions = Captions(
-            *(getattr(cfg, name) for name in ("shuffle_tags", "keep_tags", "tag_dropout", "tag_separator"))
-        )
-        self.captions = replace(self.captions, templates=cfg.caption_templates, caption_dropout=cfg.caption_dropout)
         self.fingerprint = _fingerprint(source, images)
 
     # What an example is.
@@ -149,63 +144,23 @@ class Examples(torch.utils.data.Dataset):
 
     def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None) -> Batch:
         """These entries, [B], by the draws of `rng`, with what is cached of their encodings; None: without chance, plain."""
-        rows, cfg, images = self.rows[entries], self.cfg, self.images
-        flip = rng.uniform("flip") < 0.5 if rng is not None and cfg.random_flip else torch.zeros(len(rows), dtype=torch.bool)
-        corners: dict[str, Tensor] = {}  # column without `like` -> top, left of its crop, [B, 2]
-        batch: Batch = {"n": n, "index": rows, "source": self.share[rows], "key": list(map(self.source.name, rows.tolist()))}
-        for name, column in images.kinds.items():
-            anchor, room = column.like or name, images.about(name, "room")[entries]
-            if anchor not in corners:
-                central = rng is None or cfg.center_crop
-                draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
-                corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
+        rows = self.rows[entries]
+
+        def cut(name: str, corner: Tensor, flip: Tensor) -> Batch:
             if name in self.hidden and rng is not None:
-                continue
+                return {}
             if self.resident is not None and name == "pixel_values" and rng is not None:
-                whole = self.resident.shape[-2:] == tuple(images.about(name, "target")[0].tolist())  # cut when it was decoded
-                batch["crop"] = torch.cat([entries[:, None], corners[anchor] * (not whole), flip[:, None]], 1)  # for `ready`
-            else:
-                cut = self._cut(name, entries, corners[anchor])
-                batch[name] = torch.where(flip[:, None, None, None], cut.flip(-1), cut) if flip.any() else cut
-        corner, room = corners["pixel_values"], images.about("pixel_values", "room")[entries]
-        # Mirroring the crop is mirroring the image and cutting at the mirrored corner.
-        left = torch.where(flip, room[:, 1] - corner[:, 1], corner[:, 1])
-        batch |= {
-            k: images.about("pixel_values", what)[entries] for k, what in (("target_size", "target"), ("original_size", "size"))
-        }
-        batch |= {
-            "crop_top_left": torch.stack([corner[:, 0], left], 1),
-            "mirrored": flip,
-            "weight": self.weight[batch["source"]],
-        }
-        if self.source.captions is not None:
-            batch["caption"] = self._texts(rows.tolist(), rng)
-        if self.source.labels is not None:
-            batch["label"] = torch.tensor([self.source.labels[row] for row in rows.tolist()])
-        for name, values in self.source.more.items():
-            own = [values[row] for row in rows.tolist()]
-            texts = self.source.columns[name].kind == "text"
-            batch[name] = [(several or [""])[0] for several in own] if texts else torch.tensor(own)
+                whole = self.resident.shape[-2:] == tuple(self.images.about(name, "target")[0].tolist())  # cut when decoded
+                return {"crop": torch.cat([entries[:, None], corner * (not whole), flip[:, None]], 1)}  # for `ready`
+            return {name: self._cut(name, entries, corner, flip)}
+
+        batch = self.collation.batch(n, rows, self.images, entries, rng, cut)
+        flip = batch["mirrored"]
         for columns, read in self.encoded.values() if rng is not None else ():
             texts = batch.get("caption", [""] * len(rows))
             each = zip(entries.tolist(), flip.tolist(), texts, strict=True)
             batch |= read(as_marks([self._mark(columns, *one) for one in each]))
         return batch if rng is None else {name: value for name, value in batch.items() if name not in self.hidden}
-
-    def _texts(self, rows: list[int], rng: Rng | None) -> list[str]:
-        """Of each row what becomes of its captions."""
-        captions, cfg = self.source.captions, self.captions
-        if rng is None:
-            cfg = Captions(templates=cfg.templates)
-        used = {
-            "caption": True,
-            "tag dropout": cfg.tag_dropout,
-            "tag order": cfg.shuffle_tags,
-            "template": len(cfg.templates) > 1,
-            "caption dropout": cfg.caption_dropout,
-        }
-        u = {name: rng.uniform(name).tolist() if rng is not None and used[name] else [0.0] * len(rows) for name in PURPOSES}
-        return [caption(captions[row] or [""], cfg, {name: u[name][i] for name in PURPOSES}) for i, row in enumerate(rows)]
 
     def _pixels(self, name: str, entry: int) -> Tensor:
         """The image of an entry, [C, h, w] uint8.
@@ -227,14 +182,13 @@ class Examples(torch.utils.data.Dataset):
             where = f"the image {image} could be read at the start and cannot be any more ({reason(error)})"
             raise BadInput(f"{where}; the same command resumes once it is there") from None
 
-    def _cut(self, name: str, entries: Tensor, corner: Tensor) -> Tensor:
-        """The crops at these corners, [B, C, H, W] uint8; a central one was made when the image was decoded."""
-        high, wide = self.images.about(name, "target")[entries[0]].tolist()
+    def _cut(self, name: str, entries: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
+        """The crops at these corners, mirrored where `flip`, [B, C, H, W] uint8."""
+        size = tuple(self.images.about(name, "target")[entries[0]].tolist())
         pixels = self.images.pixels and self.images.pixels[name]
-        if isinstance(pixels, Tensor) and pixels.shape[-2:] == (high, wide):
-            return pixels[entries]
-        whole = zip([self._pixels(name, entry) for entry in entries.tolist()], corner.tolist(), strict=True)
-        return torch.stack([x if self.cfg.center_crop else x[:, t : t + high, i : i + wide] for x, (t, i) in whole])
+        if isinstance(pixels, Tensor) and pixels.shape[-2:] == size:
+            return mirrored(pixels[entries], flip)
+        return self.collation.cropped([self._pixels(name, entry) for entry in entries.tolist()], size, corner, flip)
 
     # What is encoded once.
 
@@ -317,32 +271,17 @@ class Examples(torch.utils.data.Dataset):
 
     def ready(self, batch: Batch, device: Any) -> Batch:
         """The batch on the device, its images float32 in [-1, 1], its masks in [0, 1]."""
-        batch = to_device(batch, device, self.source.columns)
+        batch = to_device(batch, device, self.source.columns, self.cfg.mask_minimum)
         if "crop" in batch:
             size = tuple(self.images.about("pixel_values", "target")[0].tolist())
             cut = crop(self.resident, batch.pop("crop"), size)
             batch = to_device({"pixel_values": cut}, device) | batch
-        if "mask" in batch and self.cfg.mask_minimum:
-            batch["mask"] = self.cfg.mask_minimum + (1 - self.cfg.mask_minimum) * batch["mask"]
         return batch
 
     def stream(self, first: int, stride: int) -> Generator[Batch]:
-        """The endless stream of one process: a batch from example `first` on, then one every `stride` examples. Close it: no
-        signal ends its loader workers, and a process that waits for them at its exit would wait forever."""
-        size = self.cfg.train_batch_size
-        numbers = (range(n, n + size) for n in itertools.count(first, stride))
-        processes = self.cfg.dataloader_num_workers if self.from_disk else 0
-        loader = torch.utils.data.DataLoader(
-            _Readable(self),
-            sampler=numbers,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=processes,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),
-        )
-        with signals_blocked():
-            return _readable(iter(loader))
+        """As `batches.stream`."""
+        workers = self.cfg.dataloader_num_workers if self.from_disk else 0
+        return stream(self, self.cfg.train_batch_size, first, stride, workers)
 
 
 def digest(content: bytes) -> bytes:
@@ -373,29 +312,6 @@ def _fingerprint(source: Source, images: Decoded) -> str:
     return check.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Readable:
-    """Batches for loader workers: what is wrong with an image comes back as a value, since of an exception they make a page."""
-
-    examples: Examples
-
-    def __getitem__(self, numbers: range) -> Batch | BadInput:
-        try:
-            return self.examples[numbers]
-        except BadInput as error:
-            return error
-
-
-def _readable(batches: Iterator[Batch | BadInput]) -> Generator[Batch]:
-    """What `_Readable` gave, until this generator is closed or ends by an exception: then the loader's workers end too."""
-    try:
-        while not isinstance(batch := next(batches), BadInput):
-            yield batch
-        raise batch
-    finally:
-        del batches
-
-
 def _listed(broken: list[str], report: Path | None) -> str:
     """Some of the images that cannot be read, in words; all in the file `report`, where they are more than that."""
     rest = " (--base.check lists all)"
@@ -408,9 +324,18 @@ def _listed(broken: list[str], report: Path | None) -> str:
 
 
 def opened(
-    source: Source, cfg: Data, seed: int, cache: Path | None, report: Path | None = None, block: int | None = None
-) -> Examples:
-    """The examples of a source, with the images that are cached in the folder, or decoded here; the rest as of Examples."""
+    source: Source,
+    cfg: Data,
+    seed: int,
+    cache: Path | None,
+    report: Path | None = None,
+    block: int | None = None,
+    say: Callable[[str], Any] = print,
+) -> Examples | Streamed:
+    """The examples of a source, with the images that are cached in the folder, or decoded here, or streamed from its shards;
+    the rest as of Examples and Streamed."""
+    if source.shards is not None:
+        return Streamed(source, cfg, seed, report, block, say)
     path = cache and store.path_of(cache, source, cfg)
     images = path and store.load(path, cfg)
     examples = Examples(source, cfg, seed, images, report, block)
@@ -418,17 +343,12 @@ def opened(
     return examples
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    """In place of the loader's own function, which would look at every caption."""
-    return batch
-
-
 @dataclass(frozen=True)
 class Fixed:
     """The data as samples and exports see them: in order, cropped in the middle, never mirrored, at most `size` at a time, on
     the device; the rest as of Examples.fixed. Nothing is read before it is iterated over."""
 
-    examples: Examples
+    examples: Examples | Streamed
     size: int
     device: Any
     count: int | None = None
@@ -446,12 +366,3 @@ def crop(images: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
     down, across = (torch.arange(side, device=images.device) for side in size)
     channel = torch.arange(images.shape[1], device=images.device)[:, None, None]
     return images[i, channel, top + down[:, None], left + torch.where(flip > 0, size[1] - 1 - across, across)]
-
-
-def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS) -> Batch:
-    """The batch on the device; images and masks, which travel as uint8, become float32 there, in [-1, 1] and in [0, 1]."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    for name in (name for name, x in moved.items() if isinstance(x, Tensor) and x.dtype == torch.uint8 and name in columns):
-        x = moved[name].float()
-        moved[name] = x / 255 if columns[name].kind == "mask" else x / 127.5 - 1
-    return moved

@@ -181,7 +181,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         Signals(accelerator) as signals,
     ):
         # The data set, the checkpoint to resume from, and how far there is to go.
-        source = sources.open_for(task, cfg)
+        opened = functools.partial(sources.open_for, task, cfg)
+        source = in_turns(accelerator, opened) if cfg.data.stream else opened()  # what shards say is asked by one, and cached
         cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
         saved, manifest = resumed or (None, {"step": 0, "examples": 0, "skipped": 0})
@@ -339,7 +340,7 @@ def open_examples(
     cache, broken, block = configs.example_cache(cfg), Path(cfg.base.output_dir) / "broken.txt", manifest.get("block")
 
     def opened() -> list[data.Examples]:
-        sets = [data.opened(s, cfg.data, cfg.base.seed, cache, broken, block) for s in (source, source.held_out) if s]
+        sets = [data.opened(s, cfg.data, cfg.base.seed, cache, broken, block, say) for s in (source, source.held_out) if s]
         if manifest.get("data", sets[0].fingerprint) != sets[0].fingerprint:
             refuse_changes(manifest, {"data": sets[0].fingerprint}, data_report.differences(sets[0], broken.parent))
         for examples in sets if accelerator.is_local_main_process else ():

@@ -3,6 +3,8 @@
     python benchmarks/scale.py                            1,000, 10,000 and 100,000
     python benchmarks/scale.py 1000 1000000 --steps 100
 
+Streamed sets, of up to 1e9 rows, are measured by benchmarks/streaming.py.
+
 Whole processes, watched from outside: a run of `--steps` steps of the smallest model, and the same command made as long again,
 which resumes. The first start decodes all images, checks them and keeps them; the resumed one finds them. 'A image' is what
 one more of them adds to the time of the first row, 'beside the pixels' is the peak memory without the decoded set. Peak memory

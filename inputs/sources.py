@@ -23,8 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import ExifTags, Image
 
-from oneloop.configs import BadInput, Data, Part, fraction, require, task_group
-from oneloop.inputs import files
+from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
+from oneloop.inputs import files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
@@ -95,6 +95,8 @@ class Source:
     """Further columns of texts (of each row a list) and labels."""
     shares: tuple[Share, ...] = ()
     """The sources of a mixture, in the order of rows; none: it is not mixed."""
+    shards: shards.Shards | None = None
+    """Where all of it is read from while training (inputs/streaming.py); captions and labels are then looked up by row."""
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
         """The image of a row, and the bytes that identify it."""
@@ -147,7 +149,7 @@ def select(source: Source, rows: Sequence[int]) -> Source:
     images = {name: Selected(images, rows) for name, images in source.images.items()}
     more = {name: [values[row] for row in rows.tolist()] for name, values in source.more.items()}
     part = replace(source, size=len(rows), images=images, captions=captions, labels=labels, more=more)
-    return replace(part, shares=shares, held_out=None)
+    return replace(part, shares=shares, held_out=None, shards=None)
 
 
 @dataclass(frozen=True)
@@ -353,6 +355,36 @@ def _described_as(feature: Any) -> str:
     return "text" if "string" in str(feature).lower() else "int" if getattr(feature, "dtype", "").startswith("int") else "other"
 
 
+CAPTIONS = ("text", "caption", "captions", "prompt", "description", "sentence", "txt")
+"""What columns of captions are called."""
+IMAGES = ("image", "img", "picture", "pixel_values", "jpg", "jpeg", "png", "webp")
+"""What columns of images are called."""
+
+
+def _named(
+    cfg: Data,
+    own: Any,
+    columns: Mapping[str, Column],
+    kinds: Mapping[str, str],
+    column: str,
+    fits: tuple[str, ...],
+    usual: Sequence[str],
+) -> str | None:
+    """The data set's column: the one that the setting names, else the first of the usual ones that fits."""
+    given = setting(cfg, own, columns[column].setting)
+    if given is not None and given not in kinds:
+        asked = f"{flag(columns[column].setting)} is {given!r}"
+        raise BadInput(f"{asked}; the data set has the columns {files.shown(', '.join(kinds), 400)}")
+    return given or next((name for name in usual if kinds.get(name) in fits), None)
+
+
+def _image_column(named: Callable[..., str | None], kinds: Mapping[str, str]) -> str:
+    image = named("pixel_values", ("image",), (*IMAGES, *(name for name, kind in kinds.items() if kind == "image")))
+    if image is None:
+        raise BadInput(f"no column of images among {files.shown(', '.join(kinds), 400)}; --data.image-column names one")
+    return image
+
+
 def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str = "split") -> Source:
     """The images, captions and labels of a folder or a data set, in the columns that settings name, or those that fit."""
     notes: list[str] = []
@@ -365,13 +397,7 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
         kinds, where = {k: _described_as(f) for k, f in table.features.items()}, f"{cfg.dataset_name} ({getattr(cfg, split)})"
         values = lambda name: table[name][:]  # noqa: E731
 
-    def named(column: str, fits: tuple[str, ...], usual: tuple[str, ...]) -> str | None:
-        """The data set's column: the one that the setting names, else the first of the usual ones that fits."""
-        given = setting(cfg, own, columns[column].setting)
-        if given is not None and given not in kinds:
-            asked = f"{flag(columns[column].setting)} is {given!r}"
-            raise BadInput(f"{asked}; the data set has the columns {files.shown(', '.join(kinds), 400)}")
-        return given or next((name for name in usual if kinds.get(name) in fits), None)
+    named = functools.partial(_named, cfg, own, columns, kinds)
 
     def made(column: str, name: str | None, make: Callable[[Any], Any]) -> Any:
         """What is made of a column; one that was not asked for, and cannot be used, is not used."""
@@ -383,10 +409,7 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
             notes.append(f"the column {name!r}, which {error}")
             return None
 
-    usual = ("image", "img", "picture", "pixel_values", "jpg", "png", "webp")
-    image = named("pixel_values", ("image",), (*usual, *(name for name, kind in kinds.items() if kind == "image")))
-    if image is None:
-        raise BadInput(f"no column of images among {files.shown(', '.join(kinds), 400)}; --data.image-column names one")
+    image = _image_column(named, kinds)
     images = {"pixel_values": _images(table, kinds, image, "data.image_column")}
     for name, column in columns.items():
         if column.kind in ("image", "mask") and name != "pixel_values":
@@ -398,7 +421,7 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
                 images[name] = _partners(images["pixel_values"], folder, flag(column.folder), name, notes)
             elif inside is not None:
                 images[name] = _images(table, kinds, inside, column.setting or name)
-    caption = named("caption", ("text",), ("text", "caption", "captions", "prompt", "description", "sentence", "txt"))
+    caption = named("caption", ("text",), CAPTIONS)
     captions, texts_of = made("caption", caption, _texts), caption
     if caption is None and isinstance(table, FolderTable) and (captions := table.captions_beside(image)):
         captions, texts_of = _texts(captions), "the .txt beside each image"
@@ -423,6 +446,127 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
     others = "".join(f", {name}" for name in (*list(images)[1:], *more))
     summary = f"{size} images of {where}: image column {image!r}, captions {texts_of!r}, labels {label!r}{others}"
     return Source(size, images, captions, labels, summary, classes, notes=tuple(notes), more=more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards that are read while training.
+
+
+def _open_stream(cfg: Data, columns: Mapping[str, Column], own: Any, folder: Path | None) -> Source:
+    """The rows of shards, in the columns that settings name, or those that fit."""
+    every, notes = shards.opened(cfg.stream, folder, shards.complain), []
+    opened = [file for file in every if sum(file.rows)]
+    if not opened:
+        raise BadInput(f"--data.stream {files.shown(cfg.stream)}: its {len(every):,} files have no rows")
+    if empty := len(every) - len(opened):
+        notes.append(f"{empty:,} files of shards without rows")
+    features, kinds = _stream_kinds(opened[0])
+    named = functools.partial(_named, cfg, own, columns, kinds)
+    image, tar = _image_column(named, kinds), features is None
+    inside = {"pixel_values": image, "caption": named("caption", ("text",), CAPTIONS)}
+    classes, label = None, named("label", ("class", "int"), (*(k for k, kind in kinds.items() if kind == "class"), *LABELS))
+    most = max((file.most.get(label, -1) for file in opened), default=-1)
+    known = label is not None and all(label in file.most for file in opened) and 0 <= most < CLASSES
+    if label is not None and (kinds[label] == "class" or known):
+        inside["label"] = label
+        classes = features[label].names if kinds[label] == "class" else [str(i) for i in range(most + 1)]
+    elif label is not None:
+        expected = "expected class labels, or integers of which the footers have the largest"
+        if cfg.label_column is not None or not columns["label"].optional:
+            raise BadInput(f"--data.label-column is {label!r}, whose classes the shards' footers do not have; {expected}")
+        notes.append(f"the column {label!r}, whose classes the footers do not have")
+    for name, column in columns.items():
+        if name in COLUMNS and column.kind not in ("mask",):
+            continue
+        fits = {"image": ("image",), "mask": ("image",), "text": ("text",), "label": ("class",)}[column.kind]
+        usual = () if column.optional else (name, f"{name}_image") if fits == ("image",) else (name,)
+        if setting(cfg, own, column.folder) is not None:
+            raise BadInput(f"{flag(column.folder)} does not go with --data.stream; expected a column of the shards")
+        inside[name] = named(name, fits, usual)
+    inside = {name: column for name, column in inside.items() if column is not None}
+    for file in opened if not tar else ():
+        if file.schema != opened[0].schema:
+            other = _schema_kinds(file)
+            for column in inside.values():
+                if other.get(column) != kinds[column]:
+                    missing = f"missing among {files.shown(', '.join(other), 200)}"
+                    has = f"of {other[column]}s" if column in other else missing
+                    first = f"{opened[0].path} has it of {kinds[column]}s"
+                    raise BadInput(f"--data.stream: in {file.path} the column {column!r} is {has}; {first}")
+    there = shards.Shards(opened, tuple(dict.fromkeys(inside.values())))
+    endings = tuple(name for name in IMAGES if name in files_of_images()) if tar and cfg.image_column is None else ()
+    look = lambda name, make: shards.Column(there, inside[name], make) if name in inside else None  # noqa: E731
+    images = {
+        name: shards.ShardImages(there, inside[name], endings if name == "pixel_values" else ())
+        for name in inside
+        if columns[name].kind in ("image", "mask")
+    }
+    if cfg.mask_from_alpha:
+        images["mask"] = Alpha(images["pixel_values"])
+    labels, texts = look("label", functools.partial(_class, len(classes or ()))), functools.partial(_stream_texts, "")
+    more = {name: look(name, texts if columns[name].kind == "text" else functools.partial(_class, CLASSES)) for name in inside}
+    more = {name: values for name, values in more.items() if name not in images and name not in COLUMNS}
+    captions = look("caption", texts)
+    if cfg.trigger:
+        if "{label}" in cfg.trigger:
+            raise BadInput(f"--data.trigger is {cfg.trigger!r}; expected no {{label}} in it with --data.stream")
+        made = _stream_texts if captions is not None else _only
+        captions = shards.Column(there, inside.get("caption", image), functools.partial(made, cfg.trigger))
+    kind = "tars" if tar else f"parquet files ({len(there.rows):,} row groups)"
+    summary = f"{len(there):,} images in {len(opened):,} {kind} of {cfg.stream}, read while training: image column {image!r}"
+    summary += f", captions {inside.get('caption')!r}, labels {inside.get('label')!r}"
+    return Source(len(there), images, captions, labels, summary, classes, notes=tuple(notes), more=more, shards=there)
+
+
+def files_of_images() -> set[str]:
+    """Endings of image files, without their dot."""
+    return {ending.removeprefix(".") for ending in files.endings()}
+
+
+def _stream_kinds(file: shards.Opened) -> tuple[Any, dict[str, str]]:
+    """The features of parquet, None for tars, and what each column holds."""
+    if file.schema is None:
+        parts = shards.first_endings(file.path)
+        kind = lambda ending: "image" if ending in files_of_images() else "text"  # noqa: E731
+        return None, {ending: kind(ending.rpartition(".")[2]) for ending in parts}
+    return _features(file), _schema_kinds(file)
+
+
+def _features(file: shards.Opened) -> Any:
+    import datasets
+
+    return datasets.Features.from_arrow_schema(shards.schema(file))
+
+
+def _schema_kinds(file: shards.Opened) -> dict[str, str]:
+    """What each column of a parquet file holds; a struct with bytes, or bytes alone, may be images."""
+    import pyarrow as pa
+
+    kinds = {name: _described_as(feature) for name, feature in _features(file).items()}
+    for column in shards.schema(file):
+        struct = pa.types.is_struct(column.type) and "bytes" in {part.name for part in column.type}
+        raw = pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)
+        if struct or raw:
+            kinds[column.name] = "image"
+    return kinds
+
+
+def _stream_texts(trigger: str, value: Any) -> list[str]:
+    """A row's captions, behind the trigger."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8-sig").strip()
+    texts = _texts([value])[0]
+    return [f"{trigger} {text}".strip() for text in texts or [""]] if trigger else texts
+
+
+def _only(text: str, value: Any) -> list[str]:
+    return [text]
+
+
+def _class(count: int, value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise ValueError(f"has {files.shown(repr(value), 40)}; expected a label from 0 to {count - 1:,}")
+    return value
 
 
 def setting(cfg: Data, own: Any, name: str | None) -> Any:
@@ -552,6 +696,7 @@ def _numbered(values: Any) -> tuple[list[int], list[str]]:
 # What settings name.
 
 UNUSED = {
+    "a stream of shards": ("dataset_name", "dataset_config_name", "split", "num_shapes", "memory_budget"),
     "shapes": ("dataset_config_name", "split", "image_column", "caption_column", "label_column"),
     "a folder of images": ("dataset_name", "dataset_config_name", "split", "num_shapes"),
     "a data set": ("num_shapes",),
@@ -561,6 +706,8 @@ UNUSED = {
 
 def kind_of(cfg: Data) -> str:
     """What the images are."""
+    if cfg.stream is not None:
+        return "a stream of shards"
     return (
         "a folder of images" if cfg.train_data_dir is not None else "shapes" if cfg.dataset_name == "shapes" else "a data set"
     )
@@ -585,11 +732,14 @@ def held_out_rows(size: int, share: str) -> list[int]:
     return [min(block, key=functools.partial(hash64, "validation")) for block in blocks]
 
 
-def open_source(cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: int = 1, own: Any = None) -> Source:
+def open_source(
+    cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: int = 1, own: Any = None, folder: Path | None = None
+) -> Source:
     """Open what the settings name, without reading images: what is trained on, and in its `held_out` what is not.
 
     `columns` are what a batch may have, `multiple` what the model's sides are multiples of, `own` the task's group of settings.
-    A fraction is held out of the source that `cfg` itself names, before others are mixed in.
+    What shards say of themselves is cached in `folder`. A fraction is held out of the source that `cfg` itself names, before
+    others are mixed in.
 
     Raises:
         BadInput: there is no such data set, folder, split or column, it is empty, smaller than a batch, or lacks a column
@@ -597,12 +747,15 @@ def open_source(cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: in
     """
     what, columns = kind_of(cfg), dict(columns)
     table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns)  # noqa: E731
-    source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
+    if what == "a stream of shards":
+        source = described(_open_stream(cfg, columns, own, folder), replace(cfg, trigger=None), columns)
+    else:
+        source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
     given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
     if cfg.validation_data_dir is not None:
         if given is not None:
             raise BadInput(f"--data.validation-data-dir and --data.validation-split {given!r} are given; expected one of them")
-        held_out = table(replace(cfg, train_data_dir=cfg.validation_data_dir))
+        held_out = table(replace(cfg, train_data_dir=cfg.validation_data_dir, stream=None))
     elif share is not None:
         out = held_out_rows(source.size, given)
         held_out, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
@@ -634,7 +787,9 @@ def open_source(cfg: Data, columns: Mapping[str, Column] = COLUMNS, multiple: in
 
 def open_for(task: Task, cfg: Any) -> Source:
     """What a run of this task is trained on."""
-    return open_source(cfg.data, COLUMNS | dict(task.columns), task.multiple(cfg), getattr(cfg, task_group(cfg)))
+    writes = not (cfg.base.check or cfg.base.dry_run) and (cfg.data.cache_dir or cfg.base.output_dir)
+    folder = example_cache(cfg) if writes else None
+    return open_source(cfg.data, COLUMNS | dict(task.columns), task.multiple(cfg), getattr(cfg, task_group(cfg)), folder)
 
 
 def facts(source: Source) -> Facts:

@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,22 +106,28 @@ def image_columns(source: Source) -> dict[str, Column]:
 # One pass over the files.
 
 
+Row = tuple[dict[str, Any], dict[str, Tensor]]
+"""Values of `Decoded.columns`, and pixels by column."""
+
+
 @dataclass(frozen=True)
 class _Row:
     """What there is at a row."""
 
-    entries: list[tuple[dict[str, Any], dict[str, Tensor]]]
-    """Values of `Decoded.columns`, and pixels by column, of each size."""
+    entries: list[Row]
+    """Of each size."""
     mode: str
     changes: list[str]
 
 
-def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: int) -> _Row:
-    """All images of a row, at all sizes. Raises whatever a decoder throws at a broken file."""
+def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: int, marks: bool = True) -> _Row:
+    """All images of a row, at all sizes; without `marks` none of the hashes and no thumb. Raises whatever a decoder throws at a
+    broken file."""
     images, whole, changes, mode, file = {}, {}, [], "", hashlib.blake2b(digest_size=16)
     for name, column in kinds.items():
         image, raw = source.images[name].read(row)
-        file.update(raw)
+        if marks:
+            file.update(raw)
         mode = mode or image.mode
         if image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False):
             changes.append("with several frames, of which the first is taken")
@@ -137,8 +143,9 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             sizes = [f"{w} x {h}" for h, w in (whole[name], whole[column.like])]
             raise ValueError(f"its {name}, {source.images[name].name(row)}, is {sizes[0]} where it is {sizes[1]}")
     sizes = {name: targets(whole[name], source.sizes) for name, column in kinds.items() if column.like is None}
-    each, shared = list(zip(*sizes.values(), strict=True)), {"row": row, "file": np.frombuffer(file.digest(), np.uint8)}
-    shared["thumb"] = thumb(images["pixel_values"])
+    each, shared = list(zip(*sizes.values(), strict=True)), {"row": row}
+    if marks:
+        shared |= {"file": np.frombuffer(file.digest(), np.uint8), "thumb": thumb(images["pixel_values"])}
     entries = []
     for chosen in dict.fromkeys(each):
         values, pixels = shared | {"times": each.count(chosen)}, {}
@@ -147,8 +154,9 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
             pixels[name] = x = fit(images[name], cover, size, cfg).contiguous()
-            mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
-            values[named(name, "mark")] = np.frombuffer(mark, np.uint8)
+            if marks:
+                mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
+                values[named(name, "mark")] = np.frombuffer(mark, np.uint8)
             if anchor == name:
                 room = [c - s for c, s in zip(cover, size, strict=True)]
                 values |= {named(name, k): v for k, v in (("size", whole[name]), ("target", size), ("room", room))}
@@ -223,6 +231,18 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
     columns = {name: column[:count] for name, column in columns.items()}
     pixels = memory.pixels and {name: x[:count] for name, x in memory.pixels.items()}
     return Decoded(columns, kinds, dict(modes), dict(changes), broken, pixels)
+
+
+def read_row(source: Source, cfg: Data, row: int) -> Row:
+    """The images of a row at the one size that it has. Raises whatever a decoder throws at a broken file."""
+    return _read(source, cfg, image_columns(source), False, row, False).entries[0]
+
+
+def gathered(source: Source, rows: Sequence[Row]) -> Decoded:
+    """Rows that `read_row` read, as entries in their order: without hashes and thumbs."""
+    columns = {name: torch.tensor([values[name] for values, _ in rows]) for name in rows[0][0]}
+    pixels = {name: [x[name] for _, x in rows] for name in rows[0][1]}
+    return Decoded(columns, image_columns(source), {}, {}, [], pixels)
 
 
 class _Memory:

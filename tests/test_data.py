@@ -18,7 +18,7 @@ from warm import SHARED, cli, start, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import cache, decoding, shapes, sources
+from oneloop.inputs import batches, cache, decoding, shapes, sources
 from oneloop.inputs.crop import resized
 from oneloop.tasks import ddpm, lora, vae
 
@@ -386,7 +386,7 @@ def test_workers_that_are_started_anew(tmp_path, kind):
         examples.hide({"caption"})
         examples[range(2)]  # what is open does not travel
     loader = DataLoader(
-        data._Readable(examples),
+        batches.Readable(examples),
         sampler=[range(0, 2), range(2, 4)],
         batch_size=None,
         num_workers=1,

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny_models
 from test_lora import draw_photos
+from test_streaming import parquet
 from warm import ROOT, UNET, VAE, cli, flags
 
 from oneloop import configs
@@ -34,8 +35,9 @@ def argument_lists():
     for page in PAGES:
         for line in commands(page):
             for part in line.split(" && "):
-                if match := re.search(r"^(.*)loop\.py *(.*?)'?$", part):
-                    found.setdefault((page.name, match[1] == "python ", match[2]))
+                if match := re.search(r"^(.*)loop\.py *(.*)$", part):
+                    rest = match[2].removesuffix("'") if match[2].count("'") % 2 else match[2]
+                    found.setdefault((page.name, match[1] == "python ", rest))
                 else:
                     assert re.match(OTHER, part) or part == "python -m pytest", (page.name, part)
     return list(found)
@@ -48,6 +50,7 @@ def place(tmp_path_factory):
     (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("images", "photos", "dog", "masks"):
         draw_photos(folder / name)
+    parquet(folder / "shards")
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from oneloop import checkpoint, data
 from oneloop.configs import BadInput
-from oneloop.inputs import encodings, files, sources, store
+from oneloop.inputs import encodings, files, sources, store, streaming
 from oneloop.inputs.buckets import enlargement
 from oneloop.inputs.crop import resized
 from oneloop.machine.files import read_text
@@ -282,6 +282,9 @@ def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> lis
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
+    if examples.source.shards is not None:  # read while training
+        said = (sources.unused(examples.cfg), *(f"left out or changed: {note}" for note in examples.source.notes))
+        return [f"warning: {text}" for text in said if text]
     report, path = _read(out), out / "check.json"
     damaged = [f"warning: {path} is damaged; it is made anew"] * (report is None and path.exists())
     if report is None or (report.fingerprint, report.resolution) != (examples.fingerprint, examples.cfg.resolution):
@@ -317,9 +320,13 @@ def check(task: Task, cfg: Any) -> None:
     for title, part in (("trained on", source), ("held out", source.held_out)):
         if part is None:
             continue
+        summary = part.summary
+        if part.shards is not None:
+            part = streaming.sample(part)
+            summary += f"; {part.size:,} of them follow"
         with tqdm(total=part.size, desc=title, unit="image", disable=None) as bar:
             images = store.decode(part, opened, bar.update, skim=True)
-        print(f"{title}: {part.summary}")
+        print(f"{title}: {summary}")
         if len(images):
             examples = data.Examples(part, opened, cfg.base.seed, images, block=cfg.data.train_batch_size)
             print(*whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")

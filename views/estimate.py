@@ -109,7 +109,8 @@ def shortened(cfg: Any, out: Path, steps: int, rows: int) -> Any:
         push_to_hub=False,
     )
     cache = cfg.data.example_cache if cfg.data.example_cache == "no" else str(out / "examples")
-    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=rows, example_cache=cache))
+    part = None if cfg.data.stream else rows
+    return replace(cfg, base=base, data=replace(cfg.data, max_train_samples=part, example_cache=cache))
 
 
 def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
@@ -143,14 +144,16 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
                 said = f"a short run of {steps} of {counted(total, 'step')}, with samples and a checkpoint; it is removed"
                 print(said, file=sys.stderr)
             short, watch = shortened(cfg, out, steps, rows), Watch(total, steps)
-            examples = watch.timed("read", data.Examples)(sources.open_for(task, short), short.data, base.seed)
-            grows, examples = (source.size / rows - 1) * examples.images.nbytes(short.data), None
+            grows = 0
+            if source.shards is None:  # else nothing is read at the start
+                examples = watch.timed("read", data.Examples)(sources.open_for(task, short), short.data, base.seed)
+                grows, examples = (source.size / rows - 1) * examples.images.nbytes(short.data), None
             with contextlib.redirect_stderr(io.StringIO()):
                 watch.timed("run", run)(watch.over(task), short)
             if here.is_main_process:
                 room = cfg.data.memory_budget * 2**30  # for decoded images
                 host = peak_host() + (grows / 2**30 if grows < room else 0)
-                print(drawn_out(cfg, watch, out, source.size / rows, host))
+                print(drawn_out(cfg, watch, out, 1 if source.shards else source.size / rows, host))
         finally:
             stack.close()
             if here.is_main_process:
