@@ -80,6 +80,8 @@ class Examples(torch.utils.data.Dataset):
         self.source, self.cfg, self.seed, self.size, self.images = source, cfg, seed, source.size, images
         self.encoded: dict[str, tuple[tuple[str, ...], Reader]] = {}  # encoding -> the columns that it reads, and its cache
         self.hidden: set[str] = set()  # columns that nothing but cached encodings reads
+        self.measured = False  # whether `at` has cached encodings too, as a loss sees them
+        self.encoded_bytes = 0  # of the encodings on disk
         self.from_disk = set() if images.pixels is not None else set(images.kinds)  # columns that every batch reads from there
         self.resident: Tensor | None = None  # the decoded set on the device
         self.cache_path, self.cached = None, False  # where the images may be cached, and whether they came from there
@@ -149,7 +151,7 @@ class Examples(torch.utils.data.Dataset):
 
     def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None) -> Batch:
         """These entries, [B], by the draws of `rng`, with what is cached of their encodings; None: without chance, plain."""
-        rows, cfg, images = self.rows[entries], self.cfg, self.images
+        rows, cfg, images, encoded = self.rows[entries], self.cfg, self.images, rng is not None or self.measured
         flip = rng.uniform("flip") < 0.5 if rng is not None and cfg.random_flip else torch.zeros(len(rows), dtype=torch.bool)
         corners: dict[str, Tensor] = {}  # column without `like` -> top, left of its crop, [B, 2]
         batch: Batch = {"n": n, "index": rows, "source": self.share[rows], "key": list(map(self.source.name, rows.tolist()))}
@@ -159,7 +161,7 @@ class Examples(torch.utils.data.Dataset):
                 central = rng is None or cfg.center_crop
                 draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
                 corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
-            if name in self.hidden and rng is not None:
+            if name in self.hidden and encoded:
                 continue
             if self.resident is not None and name == "pixel_values" and rng is not None:
                 whole = self.resident.shape[-2:] == tuple(images.about(name, "target")[0].tolist())  # cut when it was decoded
@@ -186,11 +188,11 @@ class Examples(torch.utils.data.Dataset):
             own = [values[row] for row in rows.tolist()]
             texts = self.source.columns[name].kind == "text"
             batch[name] = [(several or [""])[0] for several in own] if texts else torch.tensor(own)
-        for columns, read in self.encoded.values() if rng is not None else ():
+        for columns, read in self.encoded.values() if encoded else ():
             texts = batch.get("caption", [""] * len(rows))
             each = zip(entries.tolist(), flip.tolist(), texts, strict=True)
             batch |= read(as_marks([self._mark(columns, *one) for one in each]))
-        return batch if rng is None else {name: value for name, value in batch.items() if name not in self.hidden}
+        return {name: value for name, value in batch.items() if name not in self.hidden} if encoded else batch
 
     def _texts(self, rows: list[int], rng: Rng | None) -> list[str]:
         """Of each row what becomes of its captions."""
@@ -287,9 +289,12 @@ class Examples(torch.utils.data.Dataset):
 
         return Values(as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))]), make)
 
-    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, in_memory: bool) -> None:
-        """From now on the stream has what `read` gives of these columns; `in_memory`: the disk's cache holds all of it."""
+    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, nbytes: int) -> None:
+        """From now on the stream has what `read` gives of these columns from so many bytes on disk: where with those of other
+        encodings they fit the memory budget, the disk's cache holds them."""
         self.encoded[name] = columns, read
+        self.encoded_bytes += nbytes
+        in_memory = self.encoded_bytes <= self.cfg.memory_budget * 2**30
         (self.from_disk.discard if in_memory else self.from_disk.add)(name)
 
     def hide(self, columns: set[str]) -> None:
