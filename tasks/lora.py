@@ -251,7 +251,7 @@ def encoders(cfg: Config) -> Encoders | None:
     if s.train_text_encoder:
         return None
     return Encoders(
-        models=family(s).ENCODERS,
+        models=transformer.ENCODERS,
         load=lambda cfg: stable_diffusion.load_parts(cfg.lora, "lora", family(cfg.lora).ENCODERS),
         files=encoder_files,
         constants=encode_constants,
