@@ -80,6 +80,8 @@ class Examples(torch.utils.data.Dataset):
         self.source, self.cfg, self.seed, self.size, self.images = source, cfg, seed, source.size, images
         self.encoded: dict[str, tuple[tuple[str, ...], Reader]] = {}  # encoding -> the columns that it reads, and its cache
         self.hidden: set[str] = set()  # columns that nothing but cached encodings reads
+        self.measured = False  # whether `at` has cached encodings too, as a loss sees them
+        self.encoded_bytes = 0  # of the encodings on disk
         self.from_disk = set() if images.pixels is not None else set(images.kinds)  # columns that every batch reads from there
         self.resident: Tensor | None = None  # the decoded set on the device
         self.cache_path, self.cached = None, False  # where the images may be cached, and whether they came from there
@@ -144,10 +146,10 @@ class Examples(torch.utils.data.Dataset):
 
     def _batch(self, n: Tensor, entries: Tensor, rng: Rng | None) -> Batch:
         """These entries, [B], by the draws of `rng`, with what is cached of their encodings; None: without chance, plain."""
-        rows = self.rows[entries]
+        rows, encoded = self.rows[entries], rng is not None or self.measured
 
         def cut(name: str, corner: Tensor, flip: Tensor) -> Batch:
-            if name in self.hidden and rng is not None:
+            if name in self.hidden and encoded:
                 return {}
             if self.resident is not None and name == "pixel_values" and rng is not None:
                 whole = self.resident.shape[-2:] == tuple(self.images.about(name, "target")[0].tolist())  # cut when decoded
@@ -156,11 +158,11 @@ class Examples(torch.utils.data.Dataset):
 
         batch = self.collation.batch(n, rows, self.images, entries, rng, cut)
         flip = batch["mirrored"]
-        for columns, read in self.encoded.values() if rng is not None else ():
+        for columns, read in self.encoded.values() if encoded else ():
             texts = batch.get("caption", [""] * len(rows))
             each = zip(entries.tolist(), flip.tolist(), texts, strict=True)
             batch |= read(as_marks([self._mark(columns, *one) for one in each]))
-        return batch if rng is None else {name: value for name, value in batch.items() if name not in self.hidden}
+        return {name: value for name, value in batch.items() if name not in self.hidden} if encoded else batch
 
     def _pixels(self, name: str, entry: int) -> Tensor:
         """The image of an entry, [C, h, w] uint8.
@@ -243,9 +245,12 @@ class Examples(torch.utils.data.Dataset):
 
         return Values(as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))]), make)
 
-    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, in_memory: bool) -> None:
-        """From now on the stream has what `read` gives of these columns; `in_memory`: the disk's cache holds all of it."""
+    def substitute(self, name: str, columns: tuple[str, ...], read: Reader, nbytes: int) -> None:
+        """From now on the stream has what `read` gives of these columns from so many bytes on disk: where with those of other
+        encodings they fit the memory budget, the disk's cache holds them."""
         self.encoded[name] = columns, read
+        self.encoded_bytes += nbytes
+        in_memory = self.encoded_bytes <= self.cfg.memory_budget * 2**30
         (self.from_disk.discard if in_memory else self.from_disk.add)(name)
 
     def hide(self, columns: set[str]) -> None:

@@ -140,7 +140,7 @@ class Run:
     examples: data.Examples
     held_out: data.Examples | None
     encodings: Mapping[str, Encoding]
-    """Those whose models are frozen in this run."""
+    """Those that are left to the step, or to the models beside what trains; frozen all."""
     idle: set[str]
     """Models that only encode what is cached: off the device but for samples."""
     manifest: dict[str, Any]
@@ -196,10 +196,15 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             longer = "--base.num-epochs or --base.max-train-steps makes it longer"
             report.say(f"{out}: already done, {manifest['step']} of {total} steps; {longer}")
 
+        # The images, decoded and checked; and what frozen encoders make of them, which are gone before the large models come.
+        opened = functools.cache(lambda: open_examples(accelerator, cfg, source, manifest, report.say))
+        constants = encodings.encode_first(task, cfg, accelerator, opened, report.say)
+
         # The models, their optimizers and their EMA, as the checkpoint has them.
-        learner = make_learner(task, cfg, accelerator, manifest, memory)
-        facts = {"task": name} | identity(learner.models)
-        refuse_changes(manifest, {"task": name}, altered(manifest, learner.models) if resumed else ())
+        learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
+        encoders = task.encoders(cfg)
+        facts = {"task": name} | identity(learner.models, encoders)
+        refuse_changes(manifest, {"task": name}, altered(manifest, learner.models, encoders) if resumed else ())
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
             checkpoint.load(accelerator, saved, report.say)
@@ -210,15 +215,16 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if complete and on_main(accelerator, lambda: flaws(saved, checkpoint.part(manifest, False))):
             saved = None  # its export is made anew
 
-        # The images, decoded and checked; after the models, whose mistakes take seconds to find. From here on there are files.
-        examples, held_out = open_examples(accelerator, cfg, source, manifest, report.say)
+        # Without encoders the images are opened here, after mistakes of the models were found. From here on there are files.
+        examples, held_out = opened()
         report.open(learner.state.step, total, source.summary, facts["models"])
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(configs.run_file(cfg), indent=2) + "\n")
         remarks = (data_report.remarks(accelerator, examples, out), encodings.remarks(examples, task.encodings, cfg))
         for text in itertools.chain(*remarks, task.remarks(learner.models, cfg)):
             report.say(text)
-        frozen = {k: e for k, e in task.encodings.items() if not any(map(trains, named(learner.models, e.models)))}
+        left = {k: e for k, e in task.encodings.items() if k not in examples.encoded}
+        frozen = {k: e for k, e in left.items() if not any(map(trains, named(learner.models, e.models)))}
         idle = encodings.encode_once(examples, frozen, learner.models, cfg, accelerator, report.say)
         move(learner.models, idle, "cpu")
         manifest = facts | {
@@ -289,13 +295,21 @@ def schedule(base: configs.Base, total: int) -> Callable[[int], float]:
     return made.lr_lambdas[0]
 
 
-def make_learner(task: Task, cfg: Any, accelerator: Accelerator, manifest: dict[str, Any], memory: Memory) -> Learner:
-    """The models and optimizers as the task makes them, on the device, prepared for several processes.
+def make_learner(
+    task: Task,
+    cfg: Any,
+    accelerator: Accelerator,
+    manifest: dict[str, Any],
+    memory: Memory,
+    constants: Mapping[str, Tensor] | None,
+) -> Learner:
+    """The models and optimizers as the task makes them, on the device, prepared for several processes; `constants`: what its
+    encoders left.
 
     What requires a gradient trains; the rest is frozen.
     """
     base = cfg.base
-    models = make_models(task, cfg, accelerator)
+    models = make_models(task, cfg, accelerator, constants)
     state = TrainState(placement.saved(models, task), task.make_optim(models, cfg))
     state.step, state.examples, state.skipped = (manifest[name] for name in ("step", "examples", "skipped"))
     weights = trained(models)

@@ -241,6 +241,16 @@ def read(pipeline: Any, path: str, flag: str, adapter: str = "default") -> None:
         raise BadInput(f"{flag} {path}: holds no adapters of a {kind}")
 
 
+def has_text(path: str) -> bool:
+    """Whether a file of adapters, or the one in a folder that an export wrote, has some of a text encoder."""
+    from safetensors import safe_open
+
+    file = Path(path).expanduser()
+    with contextlib.suppress(Exception), safe_open(file / WEIGHTS if file.is_dir() else file, "pt") as weights:
+        return any(key.startswith(("text_encoder", "lora_te")) for key in weights.keys())  # noqa: SIM118
+    return False
+
+
 def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, as other programs do. Their ranks and alphas are in the
     file, and so are the texts `about`."""

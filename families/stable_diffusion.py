@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families import hub
+from oneloop.families import hub, recorded
 from oneloop.families.hub import is_local, read
 from oneloop.tasks import Batch, Models, unwrap
 
@@ -352,13 +352,15 @@ def conditions(batch: Batch, xl: bool) -> dict[str, Any]:
 
 
 def pipeline(models: Models, s: Any) -> Any:
-    """The diffusers pipeline of these very modules."""
+    """The diffusers pipeline of these very modules; of text encoders alone, it encodes prompts."""
     import diffusers
 
     xl = is_xl(s)
-    parts = {"unet": models["unet"], "vae": models["vae"], "scheduler": scheduler(s)}
+    missing = [name for name in ("unet", "vae") if name not in models]
+    parts = {name: recorded.stand_in(config(s, name), models["text_encoder"].dtype) for name in missing}
+    parts |= {name: models[name] for name in ("unet", "vae") if name in models} | {"scheduler": scheduler(s)}
     for i, tokenizer in enumerate(tokenizers_of(s)):
-        parts |= {ENCODERS[i]: models[ENCODERS[i]], ENCODERS[i].replace("text_encoder", "tokenizer"): tokenizer}
+        parts |= {ENCODERS[i]: models.get(ENCODERS[i]), ENCODERS[i].replace("text_encoder", "tokenizer"): tokenizer}
     if xl:
         more = {
             "add_watermarker": False,
@@ -368,6 +370,8 @@ def pipeline(models: Models, s: Any) -> Any:
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     made = getattr(diffusers, config(s, "")["_class_name"])(**parts, **more)
     made.set_progress_bar_config(disable=True)
+    if "prompts" in models:
+        recorded.attach(made, models["prompts"])
     return made
 
 
@@ -380,10 +384,14 @@ def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
 
 def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
     """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
+    import torch
+
     call = arguments(s, height, width)
     negative = {"negative_prompt": [s.negative_prompt] * len(prompts)} if s.negative_prompt else {}
-    latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
-    return decode(models["vae"], latents)
+    with recorded.ended():
+        latents = pipeline(models, s)(prompts, generator=generators, output_type="latent", **call | negative).images
+        return decode(models["vae"], latents)
+    return torch.zeros(len(prompts), 3, height, width)
 
 
 def load_lines(s: Any) -> str:

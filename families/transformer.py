@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families import adapters, flow, hub, latents
+from oneloop.families import adapters, flow, hub, latents, recorded
 from oneloop.families.flow import Family
 from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
 from oneloop.maths import flow as maths
@@ -79,8 +79,9 @@ def check(s: Any, group: str, resolution: int) -> None:
             raise BadInput(f"{flag}: has no {name}; expected a folder that save_pretrained of its whole pipeline wrote")
 
 
-def load(s: Any, group: str, precision: str) -> Models:
-    """The frozen parts, the transformer mended for training and with an exact `enable_gradient_checkpointing`.
+def load(s: Any, group: str, precision: str, encoders: bool = True) -> Models:
+    """The frozen parts, with the text encoders or without, the transformer mended for training and with an exact
+    `enable_gradient_checkpointing`.
 
     The transformer is read in bfloat16 where that is the run's `precision` by name, and takes half the memory while it loads.
     """
@@ -89,7 +90,7 @@ def load(s: Any, group: str, precision: str) -> Models:
     narrow = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
     with hub.readable(f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}", "a diffusers model", MODEL):
         parts(s)  # before what takes long
-    models = load_parts(s, group, ("vae", *ENCODERS)) | load_parts(s, group, (TRAINED,), **narrow)
+    models = load_parts(s, group, ("vae", *(ENCODERS if encoders else ()))) | load_parts(s, group, (TRAINED,), **narrow)
     transformer, vae = models[TRAINED], models["vae"]
     family(s).prepare(transformer)
     transformer.enable_gradient_checkpointing = functools.partial(flow.recompute, transformer)
@@ -125,14 +126,19 @@ def parts(s: Any) -> dict[str, Any]:
 
 
 def pipeline(models: Models, s: Any, vae: bool = True) -> Any:
-    """The diffusers pipeline of these very modules, with a scheduler of its own."""
+    """The diffusers pipeline of these very modules, with a scheduler of its own; of text encoders alone, it encodes prompts."""
     scheduler = parts(s)["scheduler"]
     modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
+    for name in (TRAINED, "vae")[: 1 + vae]:
+        if name not in modules:
+            modules[name] = recorded.stand_in(config(s, name), next(iter(models.values())).dtype)
     fresh = {"scheduler": type(scheduler).from_config(scheduler.config)}
     made = flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
     for name in ENCODERS:
         if name in models and models[name] is not unwrap(models[name]):  # it trains in several processes
             setattr(made, name, Wrapped(models[name]))
+    if "prompts" in models:
+        recorded.attach(made, models["prompts"])
     return made
 
 
@@ -198,12 +204,13 @@ def remarks(models: Models, s: Any) -> Iterator[str]:
 # Which layers train.
 
 
-def adapt(models: Models, s: Any) -> None:
+def adapt(models: Models, s: Any, columns: flow.Columns) -> None:
     """Give the transformer its adapters: those of a file, or on the layers that are asked for, or the family's own; but none to
-    layers that would get no gradient: they would learn nothing, and several processes would wait for them."""
+    layers that would get no gradient: they would learn nothing, and several processes would wait for them. `columns`: those
+    of `rehearsed`."""
     transformer, targets = models[TRAINED], s.target_modules or family(s).targets
     names = list(adapters.tuned(transformer)) or adapters.layers(transformer, targets)
-    silent = adapters.silent(transformer, names, functools.partial(rehearsal, models, s))
+    silent = adapters.silent(transformer, names, functools.partial(rehearsal, models, s, columns))
     if not s.init_lora:
         adapters.adapt(transformer, s, targets, silent)
     elif silent:
@@ -211,14 +218,18 @@ def adapt(models: Models, s: Any) -> None:
         transformer.peft_config["default"].exclude_modules = silent
 
 
-def rehearsal(models: Models, s: Any) -> Tensor:
+def rehearsed(models: Models, s: Any) -> dict[str, Tensor]:
+    """A short caption's columns, [1, 32, ...]."""
+    return encode_captions(models, ['the word "dog"'], s, length=32)
+
+
+def rehearsal(models: Models, s: Any, columns: flow.Columns) -> Tensor:
     """Something to differentiate that uses the whole transformer, on the CPU in about the time that loading took: the velocity
-    of one image of 8 x 8 tokens under a short caption."""
+    of one image of 8 x 8 tokens under a short caption, whose columns are given."""
     import torch
 
     own, transformer = family(s), models[TRAINED]
     with torch.no_grad():
-        columns = encode_captions(models, ['the word "dog"'], s, length=32)
         channels = encode_images(models, torch.zeros(1, 3, own.multiple, own.multiple), s)["latent_mean"].shape[1]
     dtype = transformer.dtype
     columns = {key: x.to(dtype) if x.is_floating_point() else x for key, x in columns.items()}
@@ -279,8 +290,9 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], he
     for start in range(0, len(prompts), size):
         some = slice(start, start + size)
         negative = {"negative_prompt": [call["negative_prompt"]] * len(prompts[some])} if "negative_prompt" in call else {}
-        images.append(drawn(prompt=prompts[some], generator=generators[some], output_type="pt", **call | negative).images)
-    return torch.cat(images)
+        with recorded.ended():
+            images.append(drawn(prompt=prompts[some], generator=generators[some], output_type="pt", **call | negative).images)
+    return torch.cat(images) if images else torch.zeros(len(prompts), 3, height, width)
 
 
 def load_lines(s: Any) -> str:

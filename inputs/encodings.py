@@ -6,18 +6,22 @@ encoder's own weights, so nothing in the cache goes stale, and folders may be sh
 
 from __future__ import annotations
 
+import functools
+import gc
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from oneloop import configs
-from oneloop.data import Examples, to_device
-from oneloop.inputs.cache import Cache
+from oneloop.data import Examples, Fixed, digest, to_device
+from oneloop.inputs.cache import Cache, as_marks
 from oneloop.inputs.sources import content_hash
-from oneloop.tasks import Batch, Encoding, Models
+from oneloop.machine.placement import place
+from oneloop.tasks import Batch, Encoders, Encoding, Models, Rng, Task
 
 
 def reads(name: str, encoding: Encoding) -> tuple[str, ...]:
@@ -63,56 +67,154 @@ def encode_once(
     Raises:
         BadInput: the folder cannot be written.
     """
-    folder, size, budget = configs.example_cache(cfg), cfg.data.train_batch_size, cfg.data.memory_budget * 2**30
-    if folder is None:
+    if (folder := configs.example_cache(cfg)) is None:
         return set()
     for name, encoding in encodings.items():
-        columns = reads(name, encoding)
-        values = examples.values(columns)
-        if values is None:
-            continue
-        cache = Cache(folder / f"{name}-{encoder_identity(encoding, models, cfg)}").refresh()
-        missing = cache.missing(values.marks)
-        if len(missing):
-            say(f"encoding {' and '.join(columns)} once: {len(missing):,} of {len(values.marks):,}, into {cache.folder}")
-
-        def make(
-            some: Sequence[int], columns: tuple[str, ...] = columns, encoding: Encoding = encoding, values: Any = values
-        ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-            # Always as many as a batch has, of one size: the same shapes as in a step, and so the same bits.
-            made = {i: values.make(i) for i in some}
-            shapes = lambda i: [tuple(getattr(x, "shape", ())) for x in made[i]]  # noqa: E731
-            for _, alike in itertools.groupby(sorted(some, key=shapes), shapes):
-                group = list(alike)
-                several = zip(*(made[i] for i in (group * size)[:size]), strict=True)
-                batch = {
-                    k: torch.stack(xs) if isinstance(xs[0], Tensor) else list(xs)
-                    for k, xs in zip(columns, several, strict=True)
-                }
-                batch = to_device(batch, accelerator.device, examples.source.columns)
-                encoded = _encode(encoding, models, list(batch.values()), cfg)
-                yield from ((i, {key: x[at] for key, x in encoded.items()}) for at, i in enumerate(group))
-
-        accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-        cache.fill(values.marks, missing[accelerator.process_index :: accelerator.num_processes].tolist(), size, make)
-        accelerator.wait_for_everyone()
-        elsewhere = cache.refresh().missing(values.marks)  # what others wrote to a disk that is not seen from here
-        cache.fill(values.marks, elsewhere.tolist(), size, make)
-        accelerator.wait_for_everyone()
-        budget -= cache.refresh().nbytes
-        examples.substitute(name, columns, cache.read, budget >= 0)
-    cached = set(examples.encoded)
-    examples.hide(
-        {c for name in cached for c in reads(name, encodings[name])}
-        - {c for name, e in encodings.items() if name not in cached for c in reads(name, e)}
-    )
+        fill = functools.partial(_fill, examples, name, encoding, lambda: models, cfg, accelerator, say)
+        fill(lambda e=encoding, n=name: folder / f"{n}-{encoder_identity(e, models, cfg)}")
+    cached = set(examples.encoded) & set(encodings)
+    _hide(examples, encodings)
     called = {model for name, e in encodings.items() if name not in cached for model in e.models}
     return {model for name in cached for model in encodings[name].models if model in models} - called
 
 
+def encode_first(
+    task: Task,
+    cfg: Any,
+    accelerator: Any,
+    opened: Callable[[], tuple[Examples, Examples | None]],
+    say: Callable[[str], None],
+) -> dict[str, Tensor] | None:
+    """What the task's `encoders` make of constants and prompts. What they make of all examples, and of those held out, is in
+    the cache, from which the stream and the validation read it. They are loaded where something of this is missing, and are
+    gone when this returns.
+
+    None: the task has no encoders, or `make_models` has to make them: there is no cache, or not every value can be listed.
+
+    Raises:
+        BadInput: the encoders cannot be loaded, or the folder cannot be written.
+    """
+    encoders, folder = task.encoders(cfg), configs.example_cache(cfg)
+    if encoders is None or folder is None:
+        return None
+    own = {name: e for name, e in task.encodings.items() if set(e.models) <= set(encoders.models)}
+    sets = [examples for examples in opened() if examples]
+    if any(examples.values(reads(name, e)) is None for examples in sets for name, e in own.items()):
+        return None
+    try:
+        return _encode_first(encoders, own, task, cfg, accelerator, sets, folder, say)
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _encode_first(
+    encoders: Encoders,
+    own: Mapping[str, Encoding],
+    task: Task,
+    cfg: Any,
+    accelerator: Any,
+    sets: Sequence[Examples],
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Tensor]:
+    @functools.cache
+    def models() -> Models:
+        made = encoders.load(cfg)
+        place(made, accelerator, False, task.float32)
+        return made
+
+    files = (encoders.files(cfg), accelerator.mixed_precision)
+    for examples in sets:
+        for name, e in own.items():
+            path = folder / f"{name}-{content_hash(*_function(e, cfg), files)[:16]}"
+            _fill(examples, name, e, models, cfg, accelerator, say, lambda path=path: path)
+        _hide(examples, task.encodings)
+    for held_out in sets[1:]:
+        held_out.measured = True
+
+    # What samples ask for, a part of the grid at a time, as `placement.draw` has it, and in the halves that it falls back to.
+    num, size = cfg.base.num_samples, min(cfg.data.train_batch_size, cfg.base.num_samples)
+    rng = Rng.of(cfg.base.seed, range(num), "samples", accelerator.device)
+    fixed = functools.partial(Fixed, sets[0], device=accelerator.device, count=num, alike=True)
+    texts = [batch.get("caption") for batch in fixed(size)]
+    cache = Cache(folder / f"constants-{content_hash(files)[:16]}").refresh()
+    marks = as_marks([digest(repr((encoders.key(cfg), num, size, texts)).encode())])
+
+    def make(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        with torch.no_grad():
+            made = dict(encoders.constants(models(), cfg))
+            for count in itertools.takewhile(bool, (size >> i for i in itertools.count())):
+                for first in range(0, num, count):
+                    part = rng[first : first + count]
+                    with accelerator.autocast():
+                        made |= encoders.prompts(models(), fixed(len(part), first=first), part, cfg)
+        yield 0, made
+
+    if accelerator.is_main_process and len(cache.missing(marks)):
+        cache.fill(marks, [0], 1, make)
+    accelerator.wait_for_everyone()
+    cache.fill(marks, cache.refresh().missing(marks).tolist(), 1, make)  # main's disk is not seen from here
+    return {name: x[0] for name, x in cache.refresh().read(marks).items()}
+
+
+def _fill(
+    examples: Examples,
+    name: str,
+    encoding: Encoding,
+    models: Callable[[], Models],
+    cfg: Any,
+    accelerator: Any,
+    say: Callable[[str], None],
+    folder: Callable[[], Path],
+) -> None:
+    """Encode what is missing in a folder, and have the examples read it from there; where values cannot be listed, nothing."""
+    columns, size = reads(name, encoding), cfg.data.train_batch_size
+    values = examples.values(columns)
+    if values is None:
+        return
+    cache = Cache(folder()).refresh()
+    missing = cache.missing(values.marks)
+    if len(missing):
+        say(f"encoding {' and '.join(columns)} once: {len(missing):,} of {len(values.marks):,}, into {cache.folder}")
+
+    def make(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        # Always as many as a batch has, of one size: the same shapes as in a step, and so the same bits.
+        made = {i: values.make(i) for i in some}
+        shapes = lambda i: [tuple(getattr(x, "shape", ())) for x in made[i]]  # noqa: E731
+        for _, alike in itertools.groupby(sorted(some, key=shapes), shapes):
+            group = list(alike)
+            several = zip(*(made[i] for i in (group * size)[:size]), strict=True)
+            batch = {
+                k: torch.stack(xs) if isinstance(xs[0], Tensor) else list(xs) for k, xs in zip(columns, several, strict=True)
+            }
+            batch = to_device(batch, accelerator.device, examples.source.columns)
+            encoded = _encode(encoding, models(), list(batch.values()), cfg)
+            yield from ((i, {key: x[at] for key, x in encoded.items()}) for at, i in enumerate(group))
+
+    accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
+    cache.fill(values.marks, missing[accelerator.process_index :: accelerator.num_processes].tolist(), size, make)
+    accelerator.wait_for_everyone()
+    elsewhere = cache.refresh().missing(values.marks)  # what others wrote to a disk that is not seen from here
+    cache.fill(values.marks, elsewhere.tolist(), size, make)
+    accelerator.wait_for_everyone()
+    examples.substitute(name, columns, cache.read, cache.refresh().nbytes)
+
+
+def _hide(examples: Examples, encodings: Mapping[str, Encoding]) -> None:
+    """Leave out of the stream what cached encodings read and no others do."""
+    cached = {c for columns, _ in examples.encoded.values() for c in columns}
+    examples.hide(cached - {c for name, e in encodings.items() if name not in examples.encoded for c in reads(name, e)})
+
+
+def _function(encoding: Encoding, cfg: Any) -> list[Any]:
+    return [encoding.fn.__module__, encoding.fn.__qualname__, encoding.key(cfg)]
+
+
 def encoder_identity(encoding: Encoding, models: Models, cfg: Any) -> str:
     """A hash of everything but the value that decides an encoding: function, weights in their precision, configs, key."""
-    parts: list[Any] = [encoding.fn.__module__, encoding.fn.__qualname__, encoding.key(cfg)]
+    parts = _function(encoding, cfg)
     for name in encoding.models:
         if name in models:
             config = getattr(models[name], "config", {})

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from oneloop.configs import BadInput
 from oneloop.machine.memory import is_out_of_memory
-from oneloop.tasks import Batch, Follow, Images, Models, Rng, Task, hash64
+from oneloop.tasks import Batch, Encoders, Follow, Images, Models, Rng, Task, hash64
 
 
-def make_models(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
-    """The task's models, seeded and placed."""
+def make_models(task: Task, cfg: Any, accelerator: Accelerator, constants: Mapping[str, Tensor] | None = None) -> Models:
+    """The task's models, seeded and placed; with what its encoders left, without the encoders."""
     torch.manual_seed(hash64(cfg.base.seed, "models"))
-    models = task.make_models(cfg)
+    models = task.make_models(cfg) if constants is None else task.make_models(cfg, constants)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
     return models | followers(models, task.follows)
 
@@ -82,21 +82,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, default=str, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def identity(models: Models) -> dict[str, Any]:
-    """What a manifest says of the models: each in a line, and what two runs that are one must agree in."""
+def identity(models: Models, encoders: Encoders | None = None) -> dict[str, Any]:
+    """What a manifest says of the models: each in a line, and what two runs that are one must agree in. Encoders, which may be
+    gone by now, and what has no parameters are no part of it."""
+    models = {k: m for k, m in models.items() if any(True for _ in m.parameters()) and not (encoders and k in encoders.models)}
     made = {k: {"class": type(m).__name__, "shapes": _digest(_shapes(m)), "config": own_config(m)} for k, m in models.items()}
     return {"models": {k: describe(m) for k, m in models.items()}, "made_of": made}
 
 
-def altered(manifest: dict[str, Any], models: Models) -> list[str]:
+def altered(manifest: dict[str, Any], models: Models, encoders: Encoders | None = None) -> list[str]:
     """In what the models differ from those of a checkpoint's manifest, a line each. A key that the manifest does not know, as a
     newer diffusers brings it, is no difference while it is at its default."""
-    now, found = identity(models), []
+    now, found, gone = identity(models, encoders), [], encoders.models if encoders else ()
     if "made_of" not in manifest:  # of an earlier version
-        lines = manifest.get("models", now["models"])
+        lines = {k: line for k, line in manifest.get("models", now["models"]).items() if k not in gone}
         return [f"models was {lines} and is now {now['models']}"] if lines != now["models"] else []
-    for name in sorted(manifest["made_of"].keys() | now["made_of"].keys()):
-        before, after = (made.get(name, {}) for made in (manifest["made_of"], now["made_of"]))
+    then = {k: m for k, m in manifest["made_of"].items() if k not in gone and m.get("shapes") != _digest([])}
+    for name in sorted(then.keys() | now["made_of"].keys()):
+        before, after = (made.get(name, {}) for made in (then, now["made_of"]))
         old, new = ({"class": m.get("class"), "shapes": m.get("shapes")} | m.get("config", {}) for m in (before, after))
         defaults = inspect.signature(type(models[name]).__init__).parameters if name in models else {}
         for key in sorted(old.keys() | new.keys()):

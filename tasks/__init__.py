@@ -139,13 +139,39 @@ class Encoding(Generic[C]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Encoders(Generic[C]):
+    """Frozen models that encodings and samples alone call: the loop loads them, uses them and drops them before it calls
+    `make_models`, so that they and the model that trains are never in memory at once. It does not load them at all where the
+    cache on disk has everything that they would make.
+
+    Without such a cache, or where the values of their encodings cannot be listed, `make_models` makes them beside the others.
+    """
+
+    models: tuple[str, ...]
+    """Their names. Encodings that call only these are made before `make_models`."""
+    load: Callable[[C], Models]
+    """Makes those that there are, on the CPU."""
+    files: Callable[[C], Any]
+    """What tells their weights from all others, known without loading them; compared by its repr."""
+    constants: Callable[[Models, C], Mapping[str, Tensor]]
+    """What they make of texts that the settings give: the second argument of `make_models`, with the next ones."""
+    prompts: Callable[[Models, Iterable[Batch], Rng, C], Mapping[str, Tensor]]
+    """What they make of the prompts of a part of a grid; called with what `sample_fn` will be called with, but with these
+    models alone."""
+    key: Callable[[C], Any]
+    """What decides `constants` and `prompts` beside the models and the examples; compared by its repr."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[C]):
     """A recipe. Each function is called with what it needs and returns what is asked; none keeps state of its own."""
 
     config: type[C]
     """The dataclass of settings: `base: Base`, `data: Data`, and one group named after the task."""
-    make_models: Callable[[C], Models]
-    """Build or load the modules, on the CPU in float32 unless frozen. Called once, with the global generators seeded."""
+    make_models: Callable[..., Models]
+    """(settings) -> the modules, built or loaded, on the CPU in float32 unless frozen. Called once, with the global generators
+    seeded. Its second argument, where `encoders` have done their work, is what they made of constants and prompts: it leaves
+    them out."""
     make_optim: Callable[[Models, C], Optims]
     """The optimizers over what trains. Their learning rates are the peak; the loop scales them at each step."""
     loss_fn: Callable[[Models, Batch, Rng, C], Iterator[Loss]]
@@ -159,6 +185,9 @@ class Task(Generic[C]):
     evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     """column, or another name -> the frozen encoding that the loss sees in the place of the columns that it reads."""
+    encoders: Callable[[C], Encoders | None] = lambda cfg: None
+    """The models that are dropped before `make_models`; None: there are none. BadInput for what the settings and configs of
+    pretrained models tell, before anything is read or written."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
     samples and exports show is made by the loop: `--base.use-ema`.)"""

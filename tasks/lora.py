@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -24,7 +25,21 @@ from oneloop.families import adapters, flow, hub, latents, precision, prompts, s
 from oneloop.families.prompts import Prompt
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
-from oneloop.tasks import Batch, Column, Encoding, Images, Loss, Models, Optims, Rng, Task, masked, mean, without_adapters
+from oneloop.tasks import (
+    Batch,
+    Column,
+    Encoders,
+    Encoding,
+    Images,
+    Loss,
+    Models,
+    Optims,
+    Rng,
+    Task,
+    masked,
+    mean,
+    without_adapters,
+)
 from oneloop.training import optimizers
 
 if TYPE_CHECKING:
@@ -225,25 +240,81 @@ def check_base(cfg: Config) -> None:
     asked(s, family(s).multiple(s))
 
 
-def load(s: Settings, precision: str) -> Models:
-    """The checkpoint's parts, frozen."""
+def load(s: Settings, precision: str, encoders: bool = True) -> Models:
+    """The checkpoint's parts, frozen, with its text encoders or without."""
     if family(s) is transformer:
-        return transformer.load(s, "lora", precision)
-    return stable_diffusion.load(s, "lora", ("vae", *stable_diffusion.ENCODERS, "unet"))
+        return transformer.load(s, "lora", precision, encoders)
+    return stable_diffusion.load(s, "lora", ("vae", *(stable_diffusion.ENCODERS if encoders else ()), "unet"))
 
 
-def make_models(cfg: Config) -> Models:
+def encoders(cfg: Config) -> Encoders | None:
+    """The text encoders, unless they train."""
+    s = cfg.lora
+    check_base(cfg)
+    adapters.check_targets(s, "lora", family(s).TRAINED)
+    if s.train_text_encoder:
+        return None
+    return Encoders(
+        models=transformer.ENCODERS,
+        load=lambda cfg: stable_diffusion.load_parts(cfg.lora, "lora", family(cfg.lora).ENCODERS),
+        files=encoder_files,
+        constants=encode_constants,
+        prompts=encode_prompts,
+        key=lambda cfg: (
+            *(caption_key(cfg), version("diffusers"), version("transformers")),
+            *(asked(s), s.negative_prompt, s.guidance_scale, s.num_inference_steps, cfg.data.resolution),
+            bool(s.preservation_weight) and s.preservation_prompt,
+        ),
+    )
+
+
+def encoder_files(cfg: Config) -> list[Any]:
+    s = cfg.lora
+    name, parts = (
+        s.pretrained_model_name_or_path,
+        [part for part in family(s).ENCODERS if part in stable_diffusion.config(s, "")],
+    )
+    return [s.variant, *((part, hub.stamp(name, s.revision, part)) for part in parts)]
+
+
+def encode_constants(models: Models, cfg: Config) -> dict[str, Tensor]:
+    """A caption to find layers without gradient with, and the preservation prompt, under `rehearsal/` and `preservation/`."""
+    s, made = cfg.lora, {}
+    if family(s) is transformer:
+        made["rehearsal"] = transformer.rehearsed(models, s)
+    if s.preservation_weight:
+        made["preservation"] = encode_captions(models, [s.preservation_prompt], cfg)
+    return {f"{name}/{key}": x for name, columns in made.items() for key, x in columns.items()}
+
+
+def encode_prompts(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) -> dict[str, Tensor]:
+    """The prompts of samples, under `prompts/`: what their pipelines ask of the text encoders."""
+    prompts: dict[str, Tensor] = {}
+    sample_fn(models | {"prompts": prompts}, examples, rng, cfg)
+    return {f"prompts/{key}": x for key, x in prompts.items()}
+
+
+def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> Models:
+    """The parts with adapters; without text encoders where `constants` has what is needed of them."""
     import torch
 
     s = cfg.lora
     check_base(cfg)
     own = family(s)
     adapters.check_targets(s, "lora", own.TRAINED)
-    models = load(s, cfg.base.mixed_precision)
+    models = load(s, cfg.base.mixed_precision, constants is None)
+    if constants is None:
+        with torch.no_grad():
+            given = encode_constants(models, cfg)
+    else:
+        given = constants
+        for path, flag in ((s.init_lora, "--lora.init-lora"), (s.training_adapter, "--lora.training-adapter")):
+            if path and adapters.has_text(path):
+                raise BadInput(f"{flag} {path}: has adapters of a text encoder; add --lora.train-text-encoder")
     if s.init_lora:
         adapters.read(own.pipeline(models, s), s.init_lora, "--lora.init-lora")
     if own is transformer:
-        transformer.adapt(models, s)
+        transformer.adapt(models, s, under("rehearsal", given))
     elif not s.init_lora:
         adapters.adapt(models["unet"], s, s.target_modules or stable_diffusion.TARGETS)
     for name in own.ENCODERS:
@@ -261,12 +332,17 @@ def make_models(cfg: Config) -> Models:
         adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "assistant")
     for name in (own.TRAINED, *own.ENCODERS):
         adapters.activate(models[name]) if name in models else None
-    if s.preservation_weight:
-        models["preservation"] = torch.nn.Module()
-        with torch.no_grad():
-            for key, x in encode_captions(models, [s.preservation_prompt], cfg).items():  # [1, ...]
-                models["preservation"].register_buffer(key, x, persistent=False)
+    for name in ("preservation", "prompts"):
+        if columns := under(name, given):
+            models[name] = torch.nn.Module()
+            for key, x in columns.items():  # [1, ...] of the preservation prompt
+                models[name].register_buffer(key, x, persistent=False)
     return models
+
+
+def under(name: str, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The constants with this name before the slash."""
+    return {key.partition("/")[2]: x for key, x in constants.items() if key.startswith(f"{name}/")}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -286,6 +362,10 @@ def encode_images(models: Models, x: Tensor, cfg: Config) -> dict[str, Tensor]:
 
 def encode_captions(models: Models, captions: list[str], cfg: Config) -> dict[str, Tensor]:
     return family(cfg.lora).encode_captions(models, captions, cfg.lora)
+
+
+def caption_key(cfg: Config) -> Any:
+    return family(cfg.lora).caption_key(cfg.lora)
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
@@ -452,10 +532,11 @@ task = Task(
         "caption": Encoding(
             fn=encode_captions,
             models=transformer.ENCODERS,
-            key=lambda cfg: family(cfg.lora).caption_key(cfg.lora),
+            key=caption_key,
             remark=lambda captions, cfg: family(cfg.lora).too_long(captions, cfg.lora),
         ),
     },
+    encoders=encoders,
     float32=("vae",),
     columns={"caption": Column("text", setting="data.caption_column")},
     multiple=lambda cfg: family(cfg.lora).multiple(cfg.lora),

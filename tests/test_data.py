@@ -382,7 +382,7 @@ def test_workers_that_are_started_anew(tmp_path, kind):
         values, store = examples.values(("caption",)), cache.Cache(tmp_path / "cache")
         every = range(len(values.marks))
         store.fill(values.marks, every, 4, lambda some: ((i, {"embedding": torch.tensor(float(i))}) for i in some))
-        examples.substitute("caption", ("caption",), store.refresh().read, True)
+        examples.substitute("caption", ("caption",), store.refresh().read, 0)
         examples.hide({"caption"})
         examples[range(2)]  # what is open does not travel
     loader = DataLoader(

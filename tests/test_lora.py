@@ -369,25 +369,27 @@ def test_the_cache_heals_and_notices(tmp_path, built, photos):
 
 
 def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
-    """Without a central crop only the captions are cached, and only the models that nothing else calls become idle."""
+    """Without a central crop only the captions are cached; models that nothing else calls are dropped or become idle."""
 
     def run(more, idle):
         def function():
-            seen, moves, real = [], [], encodings.encode_once
+            seen, moves, dropped, real, placed = [], [], [], encodings.encode_once, encodings.place
+            encodings.place = lambda models, *given: dropped.extend(models) or placed(models, *given)
             encodings.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
             loop.move = lambda models, names, device: moves.append((names, device))
             cfg = command_line.parse(
-                command(tmp_path, built["sd"], photos, f"out{len(idle)}", base__max_train_steps=1, **more)
+                command(tmp_path, built["sd"], photos, f"out{len(str(more))}", base__max_train_steps=1, **more)
             )[1]
             loop.run(lora.task, cfg)
             assert seen == [idle], seen
+            assert dropped == ["text_encoder"] * ("train_text_encoder" not in str(more))
             run_on = torch.device("cpu")  # as the accelerator says it: away, back for the samples at the end, away
             assert [names for names, _ in moves] == [idle] * 3 and [type(d) for _, d in moves] == [str, type(run_on), str]
 
         in_fork(tmp_path, function)
 
-    run({"data__center_crop": False}, {"text_encoder"})
-    run({"data__center_crop": True}, {"text_encoder", "vae"})
+    run({"data__center_crop": False}, set())
+    run({"data__center_crop": True}, {"vae"})
     run({"data__center_crop": False, "lora__train_text_encoder": True}, set())
 
 

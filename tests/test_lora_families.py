@@ -288,7 +288,7 @@ def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):
         cfg = command_line.parse(line)[1]
         made, own = [], lora.make_models
         task = copy.copy(lora.task)
-        object.__setattr__(task, "make_models", lambda cfg: made.append(own(cfg)) or made[0])
+        object.__setattr__(task, "make_models", lambda *given: made.append(own(*given)) or made[0])
         loop.run(task, cfg)
         for part, module in made[0].items():
             for key, p in module.named_parameters():

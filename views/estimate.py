@@ -71,8 +71,8 @@ class Watch:
         share of them."""
         warm = self.steps // 4
 
-        def make_models(cfg: Any) -> Models:
-            models = task.make_models(cfg)
+        def make_models(*given: Any) -> Models:
+            models = task.make_models(*given)
             sizes = [(p.requires_grad, p.numel()) for m in models.values() for p in m.parameters()]
             self.counts = tuple(sum(n for trains, n in sizes if trains is wanted) for wanted in (True, False))
             return models

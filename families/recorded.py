@@ -1,0 +1,110 @@
+"""What a pipeline's text encoders make of the prompts of its samples, as named tensors: recorded once from the pipeline's own
+calls of `encode_prompt`, and looked up when samples are drawn without text encoders.
+
+To record, the pipeline is called as it is for a sample, with a `StandIn` for its UNet or transformer, at whose first call all
+prompts have been encoded. A call is named by a hash of its arguments, so that whatever a pipeline asks of its encoders is
+answered with the very tensors that they gave, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SPEC = "spec"
+
+
+class Encoded(Exception):
+    """A pipeline has encoded its prompts."""
+
+
+class StandIn:
+    """A model without weights: it has a config and attributes, and a call of it ends the pipeline's."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        raise Encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+@functools.lru_cache(maxsize=4)
+def _on_meta(kind: str, config: str, dtype: torch.dtype) -> nn.Module:
+    import diffusers
+    import torch
+
+    with torch.device("meta"):
+        return getattr(diffusers, kind).from_config(json.loads(config)).to(dtype).eval()
+
+
+def stand_in(config: dict[str, Any], dtype: torch.dtype) -> StandIn:
+    """One for the diffusers model of this config, which answers for this precision."""
+    return StandIn(_on_meta(config["_class_name"], json.dumps(config), dtype))
+
+
+ended = functools.partial(contextlib.suppress, Encoded)
+"""The context in which a pipeline may end because its prompts are encoded."""
+
+
+def attach(pipeline: Any, prompts: nn.Module | dict[str, Tensor]) -> None:
+    """Have the pipeline's calls of `encode_prompt` recorded in a dict, or answered from a module's buffers."""
+    encode = pipeline.encode_prompt
+
+    def record(*args: Any, **more: Any) -> Any:
+        name = _name(pipeline, args, more)  # before the call: a pipeline may write into its arguments
+        made = encode(*args, **more)
+        tensors: list[Tensor] = []
+        spec = json.dumps(_flatten(made, tensors)).encode()
+        prompts.update({f"{name}_{i}": x.detach().clone() for i, x in enumerate(tensors)})
+        prompts[f"{name}_{SPEC}"] = _bytes(spec)
+        return made
+
+    def look_up(*args: Any, **more: Any) -> Any:
+        name, known = _name(pipeline, args, more), dict(prompts.named_buffers())
+        if f"{name}_{SPEC}" not in known:
+            raise LookupError("these prompts were not encoded at the start of the run; the same command encodes them")
+        spec = json.loads(bytes(known[f"{name}_{SPEC}"].tolist()))
+        return _unflatten(spec, lambda i: known[f"{name}_{i}"].clone())
+
+    pipeline.encode_prompt = record if isinstance(prompts, dict) else look_up
+
+
+def _name(pipeline: Any, args: tuple[Any, ...], more: dict[str, Any]) -> str:
+    """A hash of all that a call of `encode_prompt` is given but the device and the precision, which are the run's."""
+    given = inspect.signature(type(pipeline).encode_prompt).bind(pipeline, *args, **more)
+    given.apply_defaults()
+    told = sorted((key, repr(x)) for key, x in given.arguments.items() if key not in ("self", "device", "dtype"))
+    return "prompt" + hashlib.sha256(repr((type(pipeline).__name__, told)).encode()).hexdigest()[:32]
+
+
+def _bytes(content: bytes) -> Tensor:
+    import torch
+
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def _flatten(value: Any, tensors: list[Tensor]) -> Any:
+    """The structure of nested lists and tuples as JSON has it; their tensors are appended in order."""
+    if isinstance(value, (list, tuple)):
+        return [type(value).__name__, *(_flatten(x, tensors) for x in value)]
+    if value is None:
+        return None
+    tensors.append(value)
+    return len(tensors) - 1
+
+
+def _unflatten(spec: Any, tensor: Any) -> Any:
+    if isinstance(spec, list):
+        return {"list": list, "tuple": tuple}[spec[0]](_unflatten(x, tensor) for x in spec[1:])
+    return None if spec is None else tensor(spec)

@@ -1,0 +1,171 @@
+"""Text encoders are loaded, used and dropped before the large model is loaded: the same bits, and never both in memory."""
+
+import functools
+import gc
+import re
+import shutil
+import weakref
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_families
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_lora_families import CAPTIONS, command, config
+from warm import cli, cli_many, digest, fork, metrics
+
+from oneloop import configs, loop
+from oneloop.families import hub
+from oneloop.tasks import Rng, lora
+
+NAMES = ("sd", "sdxl", "FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
+diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """name -> a tiny checkpoint's folder, each made once."""
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def make(name):
+        path = tiny_models.build(folder, name) if name.startswith("sd") else tiny_families.build(name, folder)
+        lora.make_models(config(path))  # so that forks find everything imported
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of twelve captioned images."""
+    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(12):
+        small = noise.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((80, 70), Image.BICUBIC).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i % 3])
+    return folder
+
+
+def watched(line, stay):
+    """Run a command line and say what was loaded, and the most kinds of large models that were alive at once. With `stay` in
+    another order: encoders beside the transformer, which encode the same once, and leave the device."""
+    if stay:
+        loop.encodings.encode_first = lambda *given: None
+    loaded, alive = [], {"encoder": weakref.WeakSet(), "large": weakref.WeakSet()}
+    most = 0
+
+    def seen(part, module):
+        nonlocal most
+        gc.collect()
+        loaded.append(part)
+        kind = "encoder" if part.startswith("text_encoder") else "large" if part in ("unet", "transformer") else None
+        alive[kind].add(module) if kind else None
+        most = max(most, sum(bool(len(modules)) for modules in alive.values()))
+        return module
+
+    real, hub_load = hub.load, hub.load
+    hub.load = lambda library, kind, name, what, **where: seen(
+        where.get("subfolder", "vae"), hub_load(library, kind, name, what, **where)
+    )
+    try:
+        loop.run(lora.task, configs.parse(line)[1])
+    finally:
+        hub.load = real
+    print(f"loaded {sorted(set(loaded))} most {most}")
+
+
+def run(folder, line, stay=False):
+    result = fork(lambda: watched(line, stay), folder).wait()
+    assert result.code == 0, result.err
+    assert "no samples" not in result.err, result.err
+    found = re.search(r"loaded (\[.*\]) most (\d)", result.out)
+    return set(eval(found[1])), int(found[2]), result.err
+
+
+MORE = {
+    "lora__validation_prompts": ("a dog --negative red --guidance 3", 'the word "go"'),
+    "base__num_samples": 3,
+    "base__validation_steps": 1,
+    "data__validation_split": 0.4,
+    "data__center_crop": True,
+}
+
+
+def grids(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "samples").glob("*.png"))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_and_never_both_in_memory(tmp_path, built, photos, name):
+    """Adapters, EMA, validation and samples equal those of a run with encoders and transformer side by side; a second start loads no encoder."""
+    more = MORE | ({"lora__preservation_weight": 0.5, "lora__preservation_prompt": "a dog"} if name != "sd" else {})
+    line = functools.partial(command, tmp_path, built(name), photos, **more)
+    first, most, _ = run(tmp_path, line("first", data__example_cache=tmp_path / "cache"))
+    assert "text_encoder" in first and most == 1
+    second, most, said = run(tmp_path, line("second", data__example_cache=tmp_path / "cache"))
+    assert not any(part.startswith("text_encoder") for part in second) and most == 1 and "encoding caption" not in said
+    stays, most, _ = run(tmp_path, line("stays", data__example_cache=tmp_path / "cache"), stay=True)
+    assert stays == first and most == 2
+    assert len(grids(tmp_path / "first")) == 3
+    for other in ("second", "stays"):
+        assert digest(tmp_path / "first") == digest(tmp_path / other)
+        assert grids(tmp_path / "first") == grids(tmp_path / other)
+        losses = [[x["validation/loss"] for x in metrics(tmp_path / out) if "validation/loss" in x] for out in ("first", other)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and len(losses[0]) == 3
+
+
+def test_altered_encoders_are_noticed(tmp_path, built, photos):
+    """Under the same file names, of the same size: their captions and prompts are encoded anew."""
+    model = shutil.copytree(built("sd"), tmp_path / "model")
+    cfg = config(model)
+    before = lora.encoder_files(cfg)
+    assert lora.encoder_files(cfg) == before == lora.encoder_files(config(built("sd")))  # copied with its dates
+    (path,) = (model / "text_encoder").glob("*.safetensors")
+    weights = load_file(path)
+    size, key = path.stat().st_size, next(name for name in weights if name.endswith("fc1.weight"))
+    save_file(weights | {key: weights[key] + 0.5}, path, {"format": "pt"})
+    assert path.stat().st_size == size and lora.encoder_files(cfg) != before
+    assert lora.encoder_files(config(built("sd"), variant="fp16")) != before
+
+
+def test_two_processes_share_the_work_and_a_stopped_run_resumes(tmp_path, built, photos):
+    """The same bits as one process and as a run that did not stop; what was encoded by one start is read by the others."""
+    line = functools.partial(command, tmp_path, built("sd"), photos, **MORE | {"data__example_cache": tmp_path / "cache"})
+    for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1, base__validation_steps=0)):
+        assert result.code == 0 and "no samples" not in result.err, result.err
+    shared = {"data__train_batch_size": 1, "base__gradient_accumulation_steps": 2, "base__validation_steps": 0}
+    loaded, _, _ = run(tmp_path, line("one", **shared))
+    assert "text_encoder" not in loaded and digest(tmp_path / "one") == digest(tmp_path / "two")
+    run(tmp_path, line("resumed", base__max_train_steps=1, **shared))
+    run(tmp_path, line("resumed", **shared))
+    assert digest(tmp_path / "resumed") == digest(tmp_path / "one")
+    loaded, _, said = run(tmp_path, line("resumed", **shared))
+    assert "already done" in said and "text_encoder" not in loaded
+    drawn = cli(tmp_path, "sample", tmp_path / "resumed", "--to", tmp_path / "drawn.png")
+    assert drawn.code == 0, drawn.err
+    assert (tmp_path / "drawn.png").read_bytes() == grids(tmp_path / "resumed")["2.png"]
+
+
+def test_prompts_that_were_not_encoded_are_no_others(built):
+    """What is looked up is what was asked: another prompt, another number of prompts or other guidance is an error."""
+    cfg = config(built("sd"), guidance_scale=3.0)
+    encoders = {"text_encoder": lora.make_models(cfg)["text_encoder"]}
+    rng = Rng.of(0, range(2), "samples")
+    with torch.no_grad():
+        made = lora.encode_prompts(encoders, [{"caption": CAPTIONS[:2]}], rng, cfg)
+        models = lora.make_models(cfg, made)
+        assert "text_encoder" not in models
+        ours = lora.sample_fn(models, [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
+        theirs = lora.sample_fn(lora.make_models(cfg), [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
+        assert torch.equal(ours, theirs)
+        for captions, keys, other in (
+            (CAPTIONS[1:], rng, cfg),
+            (CAPTIONS[:1], rng[:1], cfg),
+            (CAPTIONS[:2], rng, config(built("sd"), guidance_scale=0.0)),
+        ):
+            with pytest.raises(LookupError, match="were not encoded at the start"):
+                lora.sample_fn(models, [{"caption": captions}], keys, other)
