@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_lora_families import CAPTIONS, command, config
 from warm import cli, cli_many, digest, fork, metrics
 
-from oneloop import configs, loop
+from oneloop import loop
 from oneloop.families import hub
+from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 
 NAMES = ("sd", "sdxl", "FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
@@ -72,7 +73,7 @@ def watched(line, stay):
         where.get("subfolder", "vae"), hub_load(library, kind, name, what, **where)
     )
     try:
-        loop.run(lora.task, configs.parse(line)[1])
+        loop.run(lora.task, command_line.parse(line)[1])
     finally:
         hub.load = real
     print(f"loaded {sorted(set(loaded))} most {most}")
@@ -101,7 +102,7 @@ def grids(out):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_and_never_both_in_memory(tmp_path, built, photos, name):
-    """Adapters, EMA, validation and samples equal those of a run with encoders and transformer side by side; a second start loads no encoder."""
+    """Adapters, EMA, validation and samples equal those of a run with all models side by side; a second start loads no encoder."""
     more = MORE | ({"lora__preservation_weight": 0.5, "lora__preservation_prompt": "a dog"} if name != "sd" else {})
     line = functools.partial(command, tmp_path, built(name), photos, **more)
     first, most, _ = run(tmp_path, line("first", data__example_cache=tmp_path / "cache"))
