@@ -156,7 +156,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     settings ask for a check or an estimate alone.
 
     Raises:
-        BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written.
+        BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written but, where
+            encoders are dropped before the model is loaded, the cache of examples.
         NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save failed. memory.OutOfMemory: it says what
             took the memory.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from oneloop.machine import internals
 from oneloop.training.optimizers import state_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def of(module: nn.Module, kept: Kept, precision: str = "bf16", optimizer: str = 
     adapters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     copied = stored_narrow(module, precision) if precision in ("float8", "int8") else ()
     narrow = [module.get_submodule(name).weight for name in copied]
-    activations = kept.with_copies({p.untyped_storage()._cdata: 2 * p.numel() for p in narrow})
+    activations = kept.with_copies({internals.storage_id(p.untyped_storage()): 2 * p.numel() for p in narrow})
     numbers = sum(p.numel() for p in adapters.values())
     state = sum(state_bytes(optimizer, tuple(p.shape), "lora_B" in name) for name, p in adapters.items())
     return Footprint(weight_bytes(module, precision), 4 * numbers, state, 4 * numbers * ema, *activations)
@@ -116,7 +117,7 @@ def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[
     on the meta device nothing is computed but shapes."""
     import torch
 
-    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    weights = {internals.storage_id(p.untyped_storage()) for p in module.parameters()}
     every: dict[int, Any] = {}  # address -> storage, which stays, so that no other one gets its address
     inputs: dict[int, Any] = {}
     inside: list[tuple[dict[int, Any], set[int]]] = []
@@ -126,15 +127,15 @@ def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         into, read = inside[-1] if opened[0] else (inputs, outside)
-        if storage._cdata in weights:
-            read.add(storage._cdata)
+        if internals.storage_id(storage) in weights:
+            read.add(internals.storage_id(storage))
         else:
-            every[storage._cdata] = into[storage._cdata] = storage
+            every[internals.storage_id(storage)] = into[internals.storage_id(storage)] = storage
         return x
 
     def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
         given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, (tuple, list)) else (x,))]
-        inputs.update({(s := y.untyped_storage())._cdata: s for y in given if isinstance(y, torch.Tensor)})
+        inputs.update({internals.storage_id(s := y.untyped_storage()): s for y in given if isinstance(y, torch.Tensor)})
         inside.append(({}, set()))
         opened[0] = True
 

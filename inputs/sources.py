@@ -789,7 +789,13 @@ def open_for(task: Task, cfg: Any) -> Source:
     """What a run of this task is trained on."""
     writes = not (cfg.base.check or cfg.base.dry_run) and (cfg.data.cache_dir or cfg.base.output_dir)
     folder = example_cache(cfg) if writes else None
-    return open_source(cfg.data, COLUMNS | dict(task.columns), task.multiple(cfg), getattr(cfg, task_group(cfg)), folder)
+    return open_source(
+        cfg.data,
+        COLUMNS | dict(task.columns),
+        task.multiple(cfg) if cfg.data.buckets else 1,
+        getattr(cfg, task_group(cfg)),
+        folder,
+    )
 
 
 def facts(source: Source) -> Facts:

@@ -115,3 +115,9 @@ def fingerprint(dataset: Any) -> tuple[str, bool]:
     """What the package datasets calls the content of a data set, and whether its rows are a choice among those of its files."""
     with part("datasets", "Dataset._fingerprint"):
         return dataset._fingerprint, dataset._indices is not None
+
+
+def storage_id(storage: Any) -> int:
+    """What tells a tensor's storage from all others while it lives, on the meta device too, where it has no address."""
+    with part("torch", "StorageBase._cdata"):
+        return storage._cdata

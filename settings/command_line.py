@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
@@ -181,8 +182,9 @@ def build(config: type[T], flags: list[str], prog: str = "python loop.py", sourc
         spec = tyro.constructors.PrimitiveConstructorSpec
         return spec(1, "JSON", read, lambda v: isinstance(v, Part), write) if given.type is Part else None
 
+    wide = {} if {"-h", "--help"} & set(flags) else {"COLUMNS": "100000"}  # no line of a complaint is broken in two
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), patched_environment(**wide):
             result, unknown = tyro.cli(config, args=flags, prog=prog, return_unknown_args=True, registry=registry)
     except BadInput as error:
         raise BadInput(f"{source}{error}") from None
@@ -227,6 +229,18 @@ def from_json(kind: type[T], text: str) -> T:
             expected = "one of " + ", ".join(known) if name not in known else " or ".join(t.__name__ for t in fits)
             raise BadInput(f"--data.mixture has {name!r}: {str(value)[:100]!r}; expected {expected}")
     return kind(**given)
+
+
+@contextlib.contextmanager
+def patched_environment(**values: str) -> Iterator[None]:
+    """Environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def setting_names(config: type) -> list[str]:

@@ -219,6 +219,12 @@ def family(s: Settings) -> ModuleType:
     return stable_diffusion if stable_diffusion.kind(s) in stable_diffusion.PIPELINES else transformer
 
 
+def multiple(cfg: Config) -> int:
+    """What the images' sides are multiples of."""
+    check_base(cfg)
+    return family(cfg.lora).multiple(cfg.lora)
+
+
 def check_base(cfg: Config) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
@@ -539,6 +545,6 @@ task = Task(
     encoders=encoders,
     float32=("vae",),
     columns={"caption": Column("text", setting="data.caption_column")},
-    multiple=lambda cfg: family(cfg.lora).multiple(cfg.lora),
+    multiple=multiple,
     remarks=remarks,
 )
