@@ -7,7 +7,7 @@ Rows are JPEGs of 16x16 with a caption, below 1 kB each, in parquet with row gro
 simulated ones are a file of a million rows under a thousand names. Each measurement is a process of its own; the time begins
 after the imports. 'Memory' is what the process has more than after its imports, 32 row groups in memory among it.
 `datasets` streams the same file: `load_dataset(streaming=True)`, shuffled with a buffer of 1,000, `skip(n)`, which is what
-the position of an example alone allows; with `state_dict` it resumes quickly, in another order: its buffer is not saved.
+the position of an example alone allows; with `state_dict` it resumes in another order, since its buffer is not saved.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A shard is a row group of a parquet file, or a WebDataset tar, whose samples are consecutive members of the same name up to the
 first dot; here or behind anything that fsspec opens. Shards that were read are in memory up to a number of bytes, the least
-recently used leave first. In memory for each shard: 28 bytes, for a file its path; nothing for a row.
+recently used leave first. In memory for each shard: 24 bytes, for a file its path; nothing for a row.
 """
 
 from __future__ import annotations
