@@ -288,7 +288,10 @@ def encode_captions(models: Models, captions: list[str], s: Any) -> dict[str, Te
 
 def caption_key(s: Any) -> tuple[Any, ...]:
     """What decides how a caption is encoded beside the encoders."""
-    words = [(tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length) for tokenizer in tokenizers_of(s)]
+    words: list[Any] = []
+    for tokenizer in tokenizers_of(s):
+        tokenizer.backend_tokenizer.no_padding(), tokenizer.backend_tokenizer.no_truncation()  # which the last call left
+        words.append((tokenizer.backend_tokenizer.to_str(), tokenizer.model_max_length))
     return (*words, config(s, "").get("force_zeros_for_empty_prompt"))
 
 

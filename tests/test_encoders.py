@@ -102,7 +102,7 @@ def grids(out):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_bits_and_never_both_in_memory(tmp_path, built, photos, name):
-    """Adapters, EMA, validation and samples equal those of a run with all models side by side; a second start loads none."""
+    """Adapters, EMA, validation and samples as with encoders and transformer side by side; a second start loads no encoder."""
     more = MORE | ({"lora__preservation_weight": 0.5, "lora__preservation_prompt": "a dog"} if name != "sd" else {})
     line = functools.partial(command, tmp_path, built(name), photos, **more)
     first, most, _ = run(tmp_path, line("first", data__example_cache=tmp_path / "cache"))
