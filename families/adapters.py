@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
 from oneloop.families import hub, precision, stable_diffusion
+from oneloop.families.settings import Adapted
 from oneloop.machine import internals
 from oneloop.tasks import Models
 
@@ -72,7 +73,7 @@ def check_pattern(flag: str, entries: tuple[str, ...], limit: Any) -> None:
         raise BadInput(f"--{flag} {entry!r}: expected TARGET=NUMBER, such as to_q=8, with a number of {limit}")
 
 
-def adapt(module: nn.Module, s: Any, targets: tuple[str, ...], silent: Iterable[str] = ()) -> None:
+def adapt(module: nn.Module, s: Adapted, targets: tuple[str, ...], silent: Iterable[str] = ()) -> None:
     """Give a frozen module adapters that train, on the layers that targets mean but the silent ones."""
     import peft
 
@@ -102,7 +103,7 @@ def adapt(module: nn.Module, s: Any, targets: tuple[str, ...], silent: Iterable[
     precision.cast(module, stored)
 
 
-def groups(module: nn.Module, rate: float, s: Any) -> list[dict[str, Any]]:
+def groups(module: nn.Module, rate: float, s: Adapted) -> list[dict[str, Any]]:
     """What trains of a module as an optimizer's groups, one for each learning rate that its layers have."""
     rates, made = by_pattern(s.learning_rate_pattern), {}
     for key, p in module.named_parameters():
@@ -113,7 +114,7 @@ def groups(module: nn.Module, rate: float, s: Any) -> list[dict[str, Any]]:
     return [{"params": params, "lr": own} for own, params in made.items()]
 
 
-def check_targets(s: Any, group: str, part: str) -> None:
+def check_targets(s: Adapted, group: str, part: str) -> None:
     """Refuse targets that are no layer of this part of the checkpoint, before its weights are loaded."""
     import difflib
 
@@ -251,7 +252,7 @@ def has_text(path: str) -> bool:
     return False
 
 
-def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
+def save(models: Models, path: Path, s: Adapted, about: Mapping[str, str]) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, as other programs do. Their ranks and alphas are in the
     file, and so are the texts `about`."""
     import safetensors.torch
@@ -281,7 +282,7 @@ def save(models: Models, path: Path, s: Any, about: Mapping[str, str]) -> None:
         save_file(kohya(weights, alphas, s), path / KOHYA, about | known)
 
 
-def kohya(weights: Mapping[str, Tensor], alphas: Mapping[str, float], s: Any) -> dict[str, Tensor]:
+def kohya(weights: Mapping[str, Tensor], alphas: Mapping[str, float], s: Adapted) -> dict[str, Tensor]:
     """Adapters with an alpha beside each, which is divided by the rank. Those of Stable Diffusion under the names of kohya's
     sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_...; those of transformers under diffusers' own
     names, which ComfyUI knows."""

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from oneloop.configs import BadInput, require
 from oneloop.families import hub, recorded
 from oneloop.families.hub import is_local, read
+from oneloop.families.settings import Pretrained
 from oneloop.tasks import Batch, Models, unwrap
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 # The checkpoint: what it says of itself, and its parts.
 
 
-def config(s: Any, part: str) -> dict[str, Any]:
+def config(s: Pretrained, part: str) -> dict[str, Any]:
     """The config of a part of the checkpoint, or of the autoencoder that stands in for its own."""
     if part == "vae" and (s.pretrained_vae_model_name_or_path and not hub.is_file(s.pretrained_vae_model_name_or_path)):
         return read(s.pretrained_vae_model_name_or_path, None, "config.json")
@@ -44,17 +45,17 @@ def config(s: Any, part: str) -> dict[str, Any]:
     return read(s.pretrained_model_name_or_path, s.revision, files.get(part, f"{part}/config.json"))
 
 
-def kind(s: Any) -> str:
+def kind(s: Pretrained) -> str:
     """The class of the checkpoint's pipeline, by its own word."""
     return config(s, "")["_class_name"]
 
 
-def is_xl(s: Any) -> bool:
+def is_xl(s: Pretrained) -> bool:
     """Whether the checkpoint is an SDXL."""
     return kind(s) == "StableDiffusionXLPipeline"
 
 
-def check_files(s: Any, group: str, known: Collection[str]) -> None:
+def check_files(s: Pretrained, group: str, known: Collection[str]) -> None:
     """Refuse what is not a diffusers model of one of the known pipelines, from its configs alone."""
     check_vae(s, group)
     for setting, own in instead(s).values():
@@ -69,7 +70,7 @@ def check_files(s: Any, group: str, known: Collection[str]) -> None:
             config(s, part) if index.get(part) else None
 
 
-def check(s: Any, group: str, resolution: int) -> None:
+def check(s: Pretrained, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the configs of a checkpoint of Stable Diffusion alone.
 
     Raises:
@@ -84,7 +85,7 @@ MODEL = "a name on the hub, or a folder that save_pretrained wrote, with a model
 VAE = "a folder that AutoencoderKL.save_pretrained wrote, such as the export of the task vae, or its name on the hub"
 
 
-def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
+def _check_parts(s: Pretrained, group: str, flag: str, resolution: int) -> None:
     vae, unet, said = (config(s, part) for part in ("vae", "unet", "scheduler"))
     channels, given = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if channels != given:
@@ -104,7 +105,7 @@ def _check_parts(s: Any, group: str, flag: str, resolution: int) -> None:
         )
 
 
-def check_vae(s: Any, group: str) -> None:
+def check_vae(s: Pretrained, group: str) -> None:
     """Refuse what is no autoencoder, from its config alone."""
     name, flag = s.pretrained_vae_model_name_or_path, f"--{group}.pretrained-vae-model-name-or-path"
     with hub.readable(f"{flag} {name}", "an autoencoder", VAE):
@@ -113,7 +114,7 @@ def check_vae(s: Any, group: str) -> None:
             raise BadInput(f"{flag} {name}: holds a {kind}; expected {VAE}")
 
 
-def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
+def load(s: Pretrained, group: str, parts: tuple[str, ...]) -> Models:
     """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes. Its scheduler and its
     tokenizers are opened too, so that their mistakes come before anything is written.
 
@@ -131,14 +132,14 @@ def load(s: Any, group: str, parts: tuple[str, ...]) -> Models:
     return models
 
 
-def instead(s: Any) -> dict[str, tuple[str, str]]:
+def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     """Part -> (the setting, the name) of what stands in the place of the checkpoint's own."""
     own = {"vae": ("pretrained-vae-model-name-or-path", s.pretrained_vae_model_name_or_path)}
     own |= dict.fromkeys(("unet", "transformer"), ("single-file", s.single_file))
     return {part: (setting, name) for part, (setting, name) in own.items() if name}
 
 
-def pipeline_lines(s: Any) -> str:
+def pipeline_lines(s: Pretrained) -> str:
     """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts."""
     kind, base = config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
     told = {"revision": s.revision, "variant": s.variant}
@@ -153,7 +154,7 @@ def pipeline_lines(s: Any) -> str:
     return f"{lines}from diffusers import {kind}\npipeline = {kind}.from_pretrained({base}{more})\n"
 
 
-def load_parts(s: Any, group: str, parts: tuple[str, ...], **more: Any) -> Models:
+def load_parts(s: Pretrained, group: str, parts: tuple[str, ...], **more: Any) -> Models:
     """Those of the parts that the checkpoint has, frozen; `from_pretrained` gets `more`."""
     import transformers
 
@@ -190,18 +191,18 @@ def tokenizers(name: str, revision: str | None, xl: bool) -> tuple[Any, ...]:
     return tuple(AutoTokenizer.from_pretrained(source, subfolder=part, **where) for part in parts)
 
 
-def tokenizers_of(s: Any) -> tuple[Any, ...]:
+def tokenizers_of(s: Pretrained) -> tuple[Any, ...]:
     """The same, of these settings."""
     return tokenizers(s.pretrained_model_name_or_path, s.revision, is_xl(s))
 
 
-def overrides(s: Any) -> dict[str, Any]:
+def overrides(s: Pretrained) -> dict[str, Any]:
     """What the settings change in the checkpoint's scheduler."""
     told = {"prediction_type": s.prediction_type, "rescale_betas_zero_snr": s.rescale_betas_zero_snr}
     return {key: value for key, value in told.items() if value is not None}
 
 
-def scheduler(s: Any) -> Any:
+def scheduler(s: Pretrained) -> Any:
     """The scheduler to sample with: the checkpoint's own; a DDIM from the last step on where the schedule was rescaled, as Lin
     et al. 2023, Common Diffusion Noise Schedules and Sample Steps are Flawed (arXiv:2305.08891), ask."""
     import diffusers
@@ -222,12 +223,12 @@ def _alphas_cumprod(name: str, revision: str | None, rescale: bool | None, devic
     return DDPMScheduler.from_config(read(name, revision, "scheduler/scheduler_config.json"), **told).alphas_cumprod.to(device)
 
 
-def alphas_cumprod(s: Any, device: Any) -> Tensor:
+def alphas_cumprod(s: Pretrained, device: Any) -> Tensor:
     """alpha-bar of every timestep of the checkpoint's schedule, [T] float32 on the device; 0 at the end of a rescaled one."""
     return _alphas_cumprod(s.pretrained_model_name_or_path, s.revision, s.rescale_betas_zero_snr, device)
 
 
-def prediction_type(s: Any) -> str:
+def prediction_type(s: Pretrained) -> str:
     """What the UNet predicts: what the settings say, or else the checkpoint."""
     return s.prediction_type or config(s, "scheduler").get("prediction_type", "epsilon")
 
@@ -237,7 +238,7 @@ def prediction_type(s: Any) -> str:
 # overflows in float16 (`force_upcast` in its config), and it is called once for each image.
 
 
-def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
+def encode_images(models: Models, x: Tensor, s: Pretrained) -> dict[str, Tensor]:
     """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of the posterior, [B, C, H/f, W/f] each."""
     posterior = models["vae"].encode(x).latent_dist
     return {"latent_mean": posterior.mean, "latent_std": posterior.std}
@@ -260,7 +261,7 @@ def decode(vae: torch.nn.Module, z: Tensor) -> Tensor:
 # Captions to text states.
 
 
-def encode_captions(models: Models, captions: list[str], s: Any) -> dict[str, Tensor]:
+def encode_captions(models: Models, captions: list[str], s: Pretrained) -> dict[str, Tensor]:
     """B captions -> `prompt_embeds` [B, T, C], and for SDXL `pooled_prompt_embeds` [B, P].
 
     Stable Diffusion takes the last hidden states; SDXL the last but one of both encoders, side by side, and the pooled state
@@ -286,7 +287,7 @@ def encode_captions(models: Models, captions: list[str], s: Any) -> dict[str, Te
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
 
-def caption_key(s: Any) -> tuple[Any, ...]:
+def caption_key(s: Pretrained) -> tuple[Any, ...]:
     """What decides how a caption is encoded beside the encoders."""
     words: list[Any] = []
     for tokenizer in tokenizers_of(s):
@@ -295,12 +296,12 @@ def caption_key(s: Any) -> tuple[Any, ...]:
     return (*words, config(s, "").get("force_zeros_for_empty_prompt"))
 
 
-def tag(s: Any) -> str:
+def tag(s: Pretrained) -> str:
     """The family's name as the hub's pages have it."""
     return "stable-diffusion-xl" if is_xl(s) else "stable-diffusion"
 
 
-def architecture(s: Any) -> str:
+def architecture(s: Pretrained) -> str:
     """The family's name in ModelSpec: SD 2 is the one whose text has 1024 channels."""
     if is_xl(s):
         return "stable-diffusion-xl-v1-base"
@@ -309,22 +310,22 @@ def architecture(s: Any) -> str:
     return "stable-diffusion-v2-768-v" if prediction_type(s) == "v_prediction" else "stable-diffusion-v2-512"
 
 
-def trainable(s: Any) -> tuple[str, ...]:
+def trainable(s: Pretrained) -> tuple[str, ...]:
     """Text encoders that can train."""
     return ENCODERS
 
 
-def multiple(s: Any) -> int:
+def multiple(s: Pretrained) -> int:
     """What an image's height and width must be multiples of."""
     return 2 ** (len(config(s, "vae").get("block_out_channels", [0])) - 1)
 
 
-def remarks(models: Models, s: Any) -> Iterator[str]:
+def remarks(models: Models, s: Pretrained) -> Iterator[str]:
     """What there is to say of the checkpoint before it trains: nothing."""
     yield from ()
 
 
-def too_long(captions: list[str], s: Any) -> str | None:
+def too_long(captions: list[str], s: Pretrained) -> str | None:
     """A line about the captions of which the text encoder sees only the beginning."""
     tokenizer = tokenizers_of(s)[0]
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
@@ -354,7 +355,7 @@ def conditions(batch: Batch, xl: bool) -> dict[str, Any]:
 # Samples.
 
 
-def pipeline(models: Models, s: Any) -> Any:
+def pipeline(models: Models, s: Pretrained) -> Any:
     """The diffusers pipeline of these very modules; of text encoders alone, it encodes prompts."""
     import diffusers
 
@@ -378,14 +379,14 @@ def pipeline(models: Models, s: Any) -> Any:
     return made
 
 
-def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
+def arguments(s: Pretrained, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample; what is not asked for is its own."""
     asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
     asked |= {"negative_prompt": s.negative_prompt or None}
     return {"height": height, "width": width, **{key: value for key, value in asked.items() if value is not None}}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+def sample(models: Models, s: Pretrained, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
     """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
     import torch
 
@@ -397,7 +398,7 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], he
     return torch.zeros(len(prompts), 3, height, width)
 
 
-def load_lines(s: Any) -> str:
+def load_lines(s: Pretrained) -> str:
     """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does, and load the adapters of the folder
     `path`; for `str.format`."""
     lines = pipeline_lines(s)

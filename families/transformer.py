@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from oneloop.configs import BadInput, require
 from oneloop.families import adapters, flow, hub, latents, recorded
 from oneloop.families.flow import Family
+from oneloop.families.settings import Pretrained
 from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
 from oneloop.maths import flow as maths
 from oneloop.tasks import Models, unwrap
@@ -31,38 +32,38 @@ TRAINED = "transformer"
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
 
 
-def family(s: Any) -> Family:
+def family(s: Pretrained) -> Family:
     """The family that the checkpoint's model_index.json names."""
     return flow.of(config(s, "")["_class_name"])
 
 
-def distilled(s: Any) -> bool:
+def distilled(s: Pretrained) -> bool:
     """Whether the checkpoint was distilled to few steps, by its own configs."""
     return family(s).distilled(config(s, ""), config(s, TRAINED), config(s, "scheduler"))
 
 
-def tag(s: Any) -> str:
+def tag(s: Pretrained) -> str:
     """The family's name as the hub's pages have it."""
     return config(s, "")["_class_name"].removesuffix("Pipeline").lower()
 
 
-def architecture(s: Any) -> str:
+def architecture(s: Pretrained) -> str:
     """The family's name in ModelSpec: what other trainers write where they write one, else that of its pages."""
     flux = "flux-1-schnell" if distilled(s) else "flux-1-dev"
     return {"flux": flux, "stablediffusion3": "stable-diffusion-3-medium"}.get(tag(s), tag(s))
 
 
-def trainable(s: Any) -> tuple[str, ...]:
+def trainable(s: Pretrained) -> tuple[str, ...]:
     """Text encoders that can train: the CLIPs, where the official script trains them."""
     return ENCODERS[: family(s).clips]
 
 
-def multiple(s: Any) -> int:
+def multiple(s: Pretrained) -> int:
     """What an image's height and width must be multiples of."""
     return family(s).multiple
 
 
-def check(s: Any, group: str, resolution: int) -> None:
+def check(s: Pretrained, group: str, resolution: int) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
     Raises:
@@ -79,7 +80,7 @@ def check(s: Any, group: str, resolution: int) -> None:
             raise BadInput(f"{flag}: has no {name}; expected a folder that save_pretrained of its whole pipeline wrote")
 
 
-def load(s: Any, group: str, precision: str, encoders: bool = True) -> Models:
+def load(s: Pretrained, group: str, precision: str, encoders: bool = True) -> Models:
     """The frozen parts, with the text encoders or without, the transformer mended for training and with an exact
     `enable_gradient_checkpointing`.
 
@@ -115,7 +116,7 @@ def _parts(name: str, revision: str | None, made_of: tuple[tuple[str, str, str],
     }
 
 
-def parts(s: Any) -> dict[str, Any]:
+def parts(s: Pretrained) -> dict[str, Any]:
     """What the checkpoint's pipeline is made of beside modules: tokenizers, scheduler, guiders and its own settings."""
     index = {key: value for key, value in config(s, "").items() if not key.startswith("_")}
     modules = {key: x for key, x in index.items() if isinstance(x, list) and (x[1] is None or isinstance(x[0], str))}
@@ -125,7 +126,7 @@ def parts(s: Any) -> dict[str, Any]:
     return {key: x for key, x in index.items() if key not in modules} | opened
 
 
-def pipeline(models: Models, s: Any, vae: bool = True) -> Any:
+def pipeline(models: Models, s: Pretrained, vae: bool = True) -> Any:
     """The diffusers pipeline of these very modules, with a scheduler of its own; of text encoders alone, it encodes prompts."""
     scheduler = parts(s)["scheduler"]
     modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
@@ -159,17 +160,17 @@ class Wrapped:
 # Images and captions to columns.
 
 
-def encode_images(models: Models, x: Tensor, s: Any) -> dict[str, Tensor]:
+def encode_images(models: Models, x: Tensor, s: Pretrained) -> dict[str, Tensor]:
     """Images [B, 3, H, W] in [-1, 1] -> `latent_mean` and, where the family trains on samples, `latent_std`, [B, C, h, w]."""
     return latents.encode(family(s), models["vae"], x)
 
 
-def encode_captions(models: Models, captions: list[str], s: Any, length: int | None = None) -> dict[str, Tensor]:
+def encode_captions(models: Models, captions: list[str], s: Pretrained, length: int | None = None) -> dict[str, Tensor]:
     """B captions -> the family's columns, [B, T, ...]; T is `length`, else the settings', else the family's."""
     return family(s).text(pipeline(models, s, vae=False), captions, length or s.max_sequence_length or family(s).length)
 
 
-def caption_key(s: Any) -> tuple[Any, ...]:
+def caption_key(s: Pretrained) -> tuple[Any, ...]:
     """What decides how a caption is encoded beside the encoders: tokenizers, length, and diffusers' own `encode_prompt`."""
     import diffusers
 
@@ -185,11 +186,11 @@ def caption_key(s: Any) -> tuple[Any, ...]:
     return (*words, diffusers.__version__, s.max_sequence_length, width, sorted((k, str(v)) for k, v in index.items()))
 
 
-def too_long(captions: list[str], s: Any) -> None:
+def too_long(captions: list[str], s: Pretrained) -> None:
     """Captions longer than the encoder sees are not counted here: templates decide how long they are."""
 
 
-def remarks(models: Models, s: Any) -> Iterator[str]:
+def remarks(models: Models, s: Pretrained) -> Iterator[str]:
     """What there is to say of the checkpoint before it trains."""
     if distilled(s):
         yield (
@@ -204,7 +205,7 @@ def remarks(models: Models, s: Any) -> Iterator[str]:
 # Which layers train.
 
 
-def adapt(models: Models, s: Any, columns: flow.Columns) -> None:
+def adapt(models: Models, s: Pretrained, columns: flow.Columns) -> None:
     """Give the transformer its adapters: those of a file, or on the layers that are asked for, or the family's own; but none to
     layers that would get no gradient: they would learn nothing, and several processes would wait for them. `columns`: those
     of `rehearsed`."""
@@ -218,12 +219,12 @@ def adapt(models: Models, s: Any, columns: flow.Columns) -> None:
         transformer.peft_config["default"].exclude_modules = silent
 
 
-def rehearsed(models: Models, s: Any) -> dict[str, Tensor]:
+def rehearsed(models: Models, s: Pretrained) -> dict[str, Tensor]:
     """A short caption's columns, [1, 32, ...]."""
     return encode_captions(models, ['the word "dog"'], s, length=32)
 
 
-def rehearsal(models: Models, s: Any, columns: flow.Columns) -> Tensor:
+def rehearsal(models: Models, s: Pretrained, columns: flow.Columns) -> Tensor:
     """Something to differentiate that uses the whole transformer, on the CPU in about the time that loading took: the velocity
     of one image of 8 x 8 tokens under a short caption, whose columns are given."""
     import torch
@@ -244,12 +245,12 @@ def rehearsal(models: Models, s: Any, columns: flow.Columns) -> Tensor:
 # The noise level, and samples.
 
 
-def scheme(s: Any) -> str:
+def scheme(s: Pretrained) -> str:
     """The official scripts' weighting_scheme: a density of sigma (logit_normal, mode), or a weight (sigma_sqrt, cosmap)."""
     return s.weighting_scheme or family(s).weighting
 
 
-def noise_level(s: Any, u: Tensor, shape: torch.Size) -> Tensor:
+def noise_level(s: Pretrained, u: Tensor, shape: torch.Size) -> Tensor:
     """Uniform numbers [B] -> sigma [B] of the run's density, shifted as inference shifts it for latents of this shape."""
     own = family(s)
     name = s.density or (scheme(s) if scheme(s) in maths.DENSITIES[:2] else "uniform")
@@ -258,13 +259,13 @@ def noise_level(s: Any, u: Tensor, shape: torch.Size) -> Tensor:
     return maths.shift(maths.density(name, u, s.logit_mean, s.logit_std, s.mode_scale), alpha)
 
 
-def weight(s: Any, sigma: Tensor) -> Tensor:
+def weight(s: Pretrained, sigma: Tensor) -> Tensor:
     """How much an example of this sigma counts, [B]; sigma below 1 / 1000, the last step of a thousand, counts as that."""
     name = scheme(s) if scheme(s) in maths.WEIGHTS else "none"
     return maths.weight(name, sigma.clamp(min=1e-3))
 
 
-def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
+def arguments(s: Pretrained, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample."""
     import diffusers
 
@@ -279,7 +280,7 @@ def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     return {"height": height, "width": width, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}
 
 
-def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
+def sample(models: Models, s: Pretrained, prompts: list[str], generators: list[Any], height: int, width: int) -> Tensor:
     """Images of the prompts, [B, 3, height, width] in [0, 1], a generator each."""
     import torch
 
@@ -295,7 +296,7 @@ def sample(models: Models, s: Any, prompts: list[str], generators: list[Any], he
     return torch.cat(images) if images else torch.zeros(len(prompts), 3, height, width)
 
 
-def load_lines(s: Any) -> str:
+def load_lines(s: Pretrained) -> str:
     """The lines of Python that make `pipeline` of the checkpoint and load the adapters of the folder `path`; for
     `str.format`."""
     return f"{pipeline_lines(s)}{family(s).load_lora}\n"

@@ -4,6 +4,7 @@ Prompts are of unequal length, the image is not square, the time is in the middl
 family defines it. An error planted in any part must be seen.
 """
 
+import ast
 import copy
 import dataclasses
 import functools
@@ -17,10 +18,12 @@ import pytest
 import tiny_families
 import torch
 from safetensors.torch import save_file
+from warm import ROOT
 
 from oneloop.configs import BadInput
-from oneloop.families import adapters, flow, latents
+from oneloop.families import adapters, flow, latents, settings
 from oneloop.maths import flow as maths
+from oneloop.tasks import lora
 
 NAMES = list(tiny_families.FAMILIES)
 PROMPTS = ["a dog", 'a large red circle on the left of the word "go"']
@@ -403,3 +406,14 @@ def test_an_unknown_pipeline_is_refused_with_the_list():
 
 def test_every_family_has_a_tiny_checkpoint():
     assert {name.split()[0] for name in NAMES} == set(flow.FAMILIES)
+
+
+def test_the_settings_that_are_read_are_named():
+    """In one place, with their types, and tasks have them."""
+    read = set()
+    for path in (ROOT / "families").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "s":
+                read.add(node.attr)
+    named = set(settings.Pretrained.__annotations__) | set(settings.Adapted.__annotations__)
+    assert read - named == set() and named <= {field.name for field in dataclasses.fields(lora.Settings)}
