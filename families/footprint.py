@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneloop.families.settings import Pretrained
 from oneloop.machine import internals
 from oneloop.training.optimizers import state_bytes
 

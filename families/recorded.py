@@ -32,7 +32,7 @@ class StandIn:
     def __init__(self, module: nn.Module):
         self.module = module
 
-    def __call__(self, *args: Pretrained, **more: Any) -> Any:
+    def __call__(self, *args: Any, **more: Any) -> Any:
         raise Encoded
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +61,7 @@ def attach(pipeline: Any, prompts: nn.Module | dict[str, Tensor]) -> None:
     """Have the pipeline's calls of `encode_prompt` recorded in a dict, or answered from a module's buffers."""
     encode = pipeline.encode_prompt
 
-    def record(*args: Pretrained, **more: Any) -> Any:
+    def record(*args: Any, **more: Any) -> Any:
         name = _name(pipeline, args, more)  # before the call: a pipeline may write into its arguments
         made = encode(*args, **more)
         tensors: list[Tensor] = []
@@ -70,7 +70,7 @@ def attach(pipeline: Any, prompts: nn.Module | dict[str, Tensor]) -> None:
         prompts[f"{name}_{SPEC}"] = _bytes(spec)
         return made
 
-    def look_up(*args: Pretrained, **more: Any) -> Any:
+    def look_up(*args: Any, **more: Any) -> Any:
         name, known = _name(pipeline, args, more), dict(prompts.named_buffers())
         if f"{name}_{SPEC}" not in known:
             raise LookupError("these prompts were not encoded at the start of the run; the same command encodes them")
