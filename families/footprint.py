@@ -133,7 +133,7 @@ def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[
             every[internals.storage_id(storage)] = into[internals.storage_id(storage)] = storage
         return x
 
-    def begin(block: nn.Module, args: Pretrained, kwargs: Pretrained) -> None:
+    def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
         given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, (tuple, list)) else (x,))]
         inputs.update({internals.storage_id(s := y.untyped_storage()): s for y in given if isinstance(y, torch.Tensor)})
         inside.append(({}, set()))

@@ -35,7 +35,7 @@ def make_models(cfg):
         in_channels=3,
         out_channels=3,
         down_block_types=("DownBlock2D", "DownBlock2D"),
-        mid_block_type=None,
+        mid_block_type="UNetMidBlock2D",
         up_block_types=("UpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16),
         layers_per_block=1,
