@@ -182,8 +182,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         Signals(accelerator) as signals,
     ):
         # The data set, the checkpoint to resume from, and how far there is to go.
-        opened = functools.partial(sources.open_for, task, cfg)
-        source = in_turns(accelerator, opened) if cfg.data.stream else opened()  # what shards say is asked by one, and cached
+        source = in_turns(accelerator, functools.partial(sources.open_for, task, cfg))  # what one asks of a far set is cached
         cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
         saved, manifest = resumed or (None, {"step": 0, "examples": 0, "skipped": 0})

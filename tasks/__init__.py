@@ -178,7 +178,8 @@ class Task(Generic[C]):
     """Yield each loss in the order of the steps. When control comes back after a `yield`, that step has been taken."""
     sample_fn: Callable[[Models, Iterable[Batch], Rng, C], Images]
     """Draw `len(rng)` images of a grid, those of `rng.numbers`, with the EMA in place; `examples` begins with a batch of as
-    many fixed examples. Called for at most a batch of the training at a time, for fewer where the memory does not suffice."""
+    many fixed examples, whose `n` are rows of the data set. Called for at most a batch of the training at a time, for fewer
+    where the memory does not suffice."""
     export_fn: Callable[[Models, Iterable[Batch], Path, C], str]
     """Write a folder that diffusers opens. Returns the lines of Python that load it, for `str.format`, with `{path}` for a
     variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
