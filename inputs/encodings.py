@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 
 from oneloop import configs
+from oneloop.configs import BadInput
 from oneloop.data import Examples, Fixed, digest, to_device
 from oneloop.inputs.cache import Cache, as_marks
+from oneloop.inputs.files import reason
 from oneloop.inputs.sources import content_hash
+from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.placement import place
+from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Encoders, Encoding, Models, Rng, Task
 
 
@@ -103,6 +107,13 @@ def encode_first(
         return None
     try:
         return _encode_first(encoders, own, task, cfg, accelerator, sets, folder, say)
+    except BadInput:
+        raise
+    except Exception as error:  # whatever a pipeline raises: what is wrong with the checkpoint `make_models` finds
+        if is_out_of_memory(error):
+            raise
+        say(f"warning: what samples ask of the encoders cannot be made ahead ({reason(error)}); they stay in memory")
+        return None
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -152,9 +163,7 @@ def _encode_first(
                         made |= encoders.prompts(models(), fixed(len(part), first=first), part, cfg)
         yield 0, made
 
-    if accelerator.is_main_process and len(cache.missing(marks)):
-        cache.fill(marks, [0], 1, make)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: cache.fill(marks, cache.missing(marks).tolist(), 1, make))
     cache.fill(marks, cache.refresh().missing(marks).tolist(), 1, make)  # main's disk is not seen from here
     return {name: x[0] for name, x in cache.refresh().read(marks).items()}
 
