@@ -186,7 +186,7 @@ class Examples(torch.utils.data.Dataset):
 
     def _cut(self, name: str, entries: Tensor, corner: Tensor, flip: Tensor) -> Tensor:
         """The crops at these corners, mirrored where `flip`, [B, C, H, W] uint8."""
-        size = tuple(self.images.about(name, "target")[entries[0]].tolist())
+        size = tuple(self.images.about(name, "target")[entries[:1]].tolist()[0])
         pixels = self.images.pixels and self.images.pixels[name]
         if isinstance(pixels, Tensor) and pixels.shape[-2:] == size:
             return mirrored(pixels[entries], flip)

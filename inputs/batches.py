@@ -99,7 +99,7 @@ class Collation:
 
 def mirrored(images: Tensor, flip: Tensor) -> Tensor:
     """Images [B, C, H, W], mirrored where `flip` [B]."""
-    return torch.where(flip[:, None, None, None], images.flip(-1), images) if flip.any() else images
+    return torch.where(flip[:, None, None, None], images.flip(-1), images)
 
 
 def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS, mask_minimum: float = 0.0) -> Batch:

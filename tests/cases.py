@@ -437,17 +437,17 @@ def resumed(stop: int, folder: Path) -> None:
             os.rename(file, everything)
 
     def patch() -> None:
-        from oneloop import data
+        from oneloop.inputs import store
 
         spy(folder / "seen")()
-        pixels = data.pixels
+        fit = store.fit
 
         def counted(*args: Any) -> torch.Tensor:
             with open(decoded, "a") as file:
                 file.write("1\n")
-            return pixels(*args)
+            return fit(*args)
 
-        data.pixels = counted
+        store.fit = counted
 
     shutil.copytree(whole / f"checkpoint-{stop}", out / f"checkpoint-{stop}")
     (out / "metrics.jsonl").write_text("".join((whole / "metrics.jsonl").read_text().splitlines(keepends=True)[:stop]))

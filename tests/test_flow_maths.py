@@ -86,7 +86,9 @@ def test_the_loss_is_the_official_scripts(name):
     loss = torch.mean(error.reshape(target.shape[0], -1), 1).mean()
     sigma = sigmas.flatten()
     torch.testing.assert_close(flow.interpolate(model_input, noise, sigma), noisy_model_input, rtol=0, atol=1e-5)
-    ours = (flow.weight(name, sigma) * diffusion.mse(model_pred, flow.velocity(model_input, noise))).mean()
+    ours = (
+        flow.weight(name, sigma) * diffusion.square_error(model_pred, flow.velocity(model_input, noise)).flatten(1).mean(1)
+    ).mean()
     torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5)
 
 
