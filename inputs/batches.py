@@ -121,9 +121,10 @@ def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS
 def stream(examples: Any, size: int, first: int, stride: int, workers: int) -> Generator[Batch]:
     """The endless stream of one process: `examples[numbers]` of `size` numbers from `first` on, then so many every `stride`.
     Close it: no signal ends its loader workers, and a process that waits for them at its exit would wait forever."""
+    numbers = (range(n, n + size) for n in itertools.count(first, stride))
     loader = torch.utils.data.DataLoader(
         Readable(examples),
-        sampler=(range(n, n + size) for n in itertools.count(first, stride)),
+        sampler=numbers,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,
