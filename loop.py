@@ -156,8 +156,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     settings ask for a check or an estimate alone.
 
     Raises:
-        BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written but, where
-            encoders are dropped before the model is loaded, the cache of examples.
+        BadInput: the settings do not fit the data, the model or the run in the output folder; nothing was written.
         NonFinite: a loss or gradient was not finite. checkpoint.StorageError: a save failed. memory.OutOfMemory: it says what
             took the memory.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
@@ -197,12 +196,12 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             report.say(f"{out}: already done, {manifest['step']} of {total} steps; {longer}")
 
         # The images, decoded and checked; and what frozen encoders make of them, which are gone before the large models come.
+        encoders = task.encoders(cfg)
         opened = functools.cache(lambda: open_examples(accelerator, cfg, source, manifest, report.say))
-        constants = encodings.encode_first(task, cfg, accelerator, opened, report.say)
+        constants = encodings.encode_first(encoders, task, cfg, accelerator, opened, report.say)
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
-        encoders = task.encoders(cfg)
         facts = {"task": name} | identity(learner.models, encoders)
         refuse_changes(manifest, {"task": name}, altered(manifest, learner.models, encoders) if resumed else ())
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)

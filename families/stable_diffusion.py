@@ -116,20 +116,30 @@ def check_vae(s: Pretrained, group: str) -> None:
 
 def load(s: Pretrained, group: str, parts: tuple[str, ...]) -> Models:
     """Those of the parts that the checkpoint has, frozen, as its model_index.json names their classes. Its scheduler and its
-    tokenizers are opened too, so that their mistakes come before anything is written.
+    tokenizers are opened first, so that their mistakes come before what takes long.
 
     Raises:
         BadInput: something of it cannot be loaded.
     """
+    check_small(s, group)
+    return load_parts(s, group, parts)
+
+
+def check_small(s: Pretrained, group: str) -> None:
+    """Refuse a scheduler or tokenizers that cannot be opened or used."""
     flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
     with hub.readable(flag, "a diffusers model", MODEL):
         made = scheduler(s)
         if not hasattr(made, "add_noise") or not alphas_cumprod(s, "cpu").isfinite().all():
             raise ValueError(f"its scheduler is a {type(made).__name__} without a schedule of noise")
-    models = load_parts(s, group, parts)
-    with hub.readable(flag, "a diffusers model", MODEL):
         tokenizers_of(s)
-    return models
+
+
+def check_weights(s: Pretrained, group: str, parts: tuple[str, ...]) -> None:
+    """Refuse parts that `load_parts` would, without reading their weights: made on the meta device, which asks headers alone.
+    Single files are left to it."""
+    files = {part for part, (_, own) in instead(s).items() if hub.is_file(own)}
+    load_parts(s, group, tuple(part for part in parts if part not in files), device_map="meta")
 
 
 def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
@@ -173,7 +183,7 @@ def load_parts(s: Pretrained, group: str, parts: tuple[str, ...], **more: Any) -
         if own and hub.is_file(own):
             models[part] = hub.load_file(kind, own, what, config=name, **where, **more)
         elif own:
-            models[part] = hub.load("diffusers", "AutoencoderKL", own, what)
+            models[part] = hub.load("diffusers", "AutoencoderKL", own, what, **more)
         else:
             models[part] = hub.load(library, kind, name, what, variant=s.variant, **where, **more)
         models[part].requires_grad_(False)

@@ -80,6 +80,12 @@ def check(s: Pretrained, group: str, resolution: int) -> None:
             raise BadInput(f"{flag}: has no {name}; expected a folder that save_pretrained of its whole pipeline wrote")
 
 
+def check_small(s: Pretrained, group: str) -> None:
+    """Refuse a scheduler or tokenizers that cannot be opened."""
+    with hub.readable(f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}", "a diffusers model", MODEL):
+        parts(s)
+
+
 def load(s: Pretrained, group: str, precision: str, encoders: bool = True) -> Models:
     """The frozen parts, with the text encoders or without, the transformer mended for training and with an exact
     `enable_gradient_checkpointing`.
@@ -89,8 +95,7 @@ def load(s: Pretrained, group: str, precision: str, encoders: bool = True) -> Mo
     import torch
 
     narrow = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
-    with hub.readable(f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}", "a diffusers model", MODEL):
-        parts(s)  # before what takes long
+    check_small(s, group)
     models = load_parts(s, group, ("vae", *(ENCODERS if encoders else ()))) | load_parts(s, group, (TRAINED,), **narrow)
     transformer, vae = models[TRAINED], models["vae"]
     family(s).prepare(transformer)

@@ -83,13 +83,14 @@ def encode_once(
 
 
 def encode_first(
+    encoders: Encoders | None,
     task: Task,
     cfg: Any,
     accelerator: Any,
     opened: Callable[[], tuple[Examples, Examples | None]],
     say: Callable[[str], None],
 ) -> dict[str, Tensor] | None:
-    """What the task's `encoders` make of constants and prompts. What they make of all examples, and of those held out, is in
+    """What the task's encoders make of constants and prompts. What they make of all examples, and of those held out, is in
     the cache, from which the stream and the validation read it. They are loaded where something of this is missing, and are
     gone when this returns.
 
@@ -98,7 +99,7 @@ def encode_first(
     Raises:
         BadInput: the encoders cannot be loaded, or the folder cannot be written.
     """
-    encoders, folder = task.encoders(cfg), configs.example_cache(cfg)
+    folder = configs.example_cache(cfg)
     if encoders is None or folder is None:
         return None
     own = {name: e for name, e in task.encodings.items() if set(e.models) <= set(encoders.models)}

@@ -258,11 +258,10 @@ def encoders(cfg: Config) -> Encoders | None:
     s = cfg.lora
     check_base(cfg)
     adapters.check_targets(s, "lora", family(s).TRAINED)
-    flag = f"--lora.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-    with hub.readable(flag, "a diffusers model", stable_diffusion.MODEL):
-        transformer.parts(s) if family(s) is transformer else stable_diffusion.tokenizers_of(s)
     if s.train_text_encoder:
         return None
+    family(s).check_small(s, "lora")
+    stable_diffusion.check_weights(s, "lora", ("vae", *family(s).ENCODERS, family(s).TRAINED))
     return Encoders(
         models=transformer.ENCODERS,
         load=lambda cfg: stable_diffusion.load_parts(cfg.lora, "lora", family(cfg.lora).ENCODERS),

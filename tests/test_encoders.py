@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora_families import CAPTIONS, command, config
-from warm import cli, cli_many, digest, distance, fork, metrics
+from warm import cli, cli_many, digest, fork, metrics
 
 from oneloop import loop
 from oneloop.families import hub
@@ -61,6 +61,8 @@ def watched(line, stay):
 
     def seen(part, module):
         nonlocal most
+        if next(module.parameters()).is_meta:  # a look at headers
+            return module
         gc.collect()
         loaded.append(part)
         kind = "encoder" if part.startswith("text_encoder") else "large" if part in ("unet", "transformer") else None
@@ -134,13 +136,13 @@ def test_altered_encoders_are_noticed(tmp_path, built, photos):
 
 
 def test_two_processes_share_the_work_and_a_stopped_run_resumes(tmp_path, built, photos):
-    """As one process, to rounding, and in the same bits as a run that did not stop; what one start encoded the others read."""
+    """The same bits as one process and as a run that did not stop; what was encoded by one start is read by the others."""
     line = functools.partial(command, tmp_path, built("sd"), photos, **MORE | {"data__example_cache": tmp_path / "cache"})
-    for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1, base__validation_steps=0)):
+    for result in cli_many(tmp_path, 2, *line("two", base__validation_steps=0)):
         assert result.code == 0 and "no samples" not in result.err, result.err
-    shared = {"data__train_batch_size": 1, "base__gradient_accumulation_steps": 2, "base__validation_steps": 0}
+    shared = {"base__gradient_accumulation_steps": 2, "base__validation_steps": 0}
     loaded, _, _ = run(tmp_path, line("one", **shared))
-    assert "text_encoder" not in loaded and distance(tmp_path / "one", tmp_path / "two") < 1e-6
+    assert "text_encoder" not in loaded and digest(tmp_path / "one") == digest(tmp_path / "two")
     run(tmp_path, line("resumed", base__max_train_steps=1, **shared))
     run(tmp_path, line("resumed", **shared))
     assert digest(tmp_path / "resumed") == digest(tmp_path / "one")

@@ -324,11 +324,6 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, built, photos):
 # Encode once.
 
 
-def written(folder):
-    """The names of what is in a folder, if it is there; without the lock of the run."""
-    return {path.name for path in folder.iterdir()} - {".oneloop"} if folder.exists() else set()
-
-
 def marks_in(folder):
     """Values in the shards of the folders that are called so."""
     return sum(len(load_file(path)["marks"]) for path in folder.parent.glob(f"{folder.name}/*.safetensors"))
@@ -612,7 +607,7 @@ def test_bad_input(tmp_path, built, photos, change, says):
     result = cli(tmp_path, *command(tmp_path, model, pictures, **change), patch=early)
     assert result.code == 2 and says in result.err, (result.code, result.err)
     assert result.err.strip().splitlines()[-1].startswith("error: ")
-    assert "example-cache" in says or written(tmp_path / "out") <= {"examples"}
+    assert "example-cache" in says or not (tmp_path / "out").exists()
 
 
 def broken(folder, how):
@@ -673,4 +668,4 @@ def test_a_broken_checkpoint_is_a_line(tmp_path, built, photos, how, says):
     assert result.code == 2 and says in line and line.startswith(f"error: --lora.pretrained-model-name-or-path {model}"), (
         result.err
     )
-    assert len(line) < 1000 and written(tmp_path / "out") <= {"examples"} and not (tmp_path / "imported").exists()
+    assert len(line) < 1000 and not (tmp_path / "out").exists() and not (tmp_path / "imported").exists()
