@@ -28,6 +28,7 @@ NAMES = list(flow.FAMILIES)
 CAPTIONS = ["a dog", 'a large red circle on the left of the word "go"', "a small white dog"]
 SIDE = 32
 SLOW = ("HunyuanImagePipeline", "HiDreamImagePipeline")  # they take all text of the pipeline, or many experts
+LONGER = ("ZImagePipeline", "FluxPipeline", "QwenImagePipeline")  # of which more steps are seen, and a lower loss
 SCHEMES = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
 diffusers.utils.logging.set_verbosity_error()
 
@@ -197,8 +198,9 @@ def test_adapters_learn_an_image(built, photos, name):
         before = loss(fixed).item()
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=2e-2, weight_decay=0.0)
-    for step in range(8 if name in SLOW else 16):
-        loss(Rng.of(1, range(4 * step, 4 * step + 4))).backward()
+    steps, size, share = (30, 8, 0.8) if name in LONGER else (8 if name in SLOW else 16, 4, 0.9)
+    for step in range(steps):
+        loss(Rng.of(1, range(size * step, size * step + size))).backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
@@ -206,7 +208,7 @@ def test_adapters_learn_an_image(built, photos, name):
         for layer in filter(lambda m: isinstance(m, BaseTunerLayer), net.modules()):
             layer.enable_adapters(False)
         off = loss(fixed).item()
-    assert off == pytest.approx(before, rel=1e-5) and on < 0.9 * off, (before, on, off)
+    assert off == pytest.approx(before, rel=1e-5) and on < share * off, (before, on, off)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
