@@ -49,6 +49,8 @@ class Values:
     """What tells each from all others."""
     make: Callable[[int], tuple[Any, ...]]
     """Its number -> the value of each column."""
+    sizes: Callable[[int], Any] | None = None
+    """Its number -> the sizes of its images; None: all are of one size."""
 
 
 class Examples(torch.utils.data.Dataset):
@@ -200,6 +202,8 @@ class Examples(torch.utils.data.Dataset):
         for column in columns:
             if column in self.images.kinds:
                 mark = self.images.about(column, "mark")[entry].numpy().tobytes()
+                if self.images.kinds[column].kind == "mask":
+                    mark = digest(mark + repr(self.cfg.mask_minimum).encode())
                 marks.append(digest(mark + b"mirrored") if flip else mark)
             else:
                 value = text if column == "caption" else self.source.more[column][int(self.rows[entry])]
@@ -243,7 +247,11 @@ class Examples(torch.utils.data.Dataset):
             )
             return tuple(x.flip(-1) if flip and isinstance(x, Tensor) else x for x in made)
 
-        return Values(as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))]), make)
+        def sizes(i: int) -> list[list[int]]:
+            return [self.images.about(column, "target")[which(i)[0]].tolist() for column in images]
+
+        marks = as_marks([self._mark(columns, *which(i)) for i in range(int(starts[-1]))])
+        return Values(marks, make, sizes if len(self.plan.buckets) > 1 else None)
 
     def substitute(self, name: str, columns: tuple[str, ...], read: Reader, nbytes: int) -> None:
         """From now on the stream has what `read` gives of these columns from so many bytes on disk: where with those of other

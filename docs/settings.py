@@ -23,10 +23,10 @@ from oneloop.settings.ranges import Range, hints, nested
 
 
 def explained(kind: type) -> dict[str, str]:
-    """Field of a dataclass -> the string under it."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
+    """Field of a dataclass -> the string under it, there or where it is inherited from."""
+    bodies = [ast.parse(inspect.getsource(base)).body[0].body for base in reversed(kind.__mro__[:-1])]
     strings = {}
-    for field, below in itertools.pairwise(body):
+    for field, below in itertools.chain(*map(itertools.pairwise, bodies)):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
             strings[field.target.id] = " ".join(below.value.value.split())
     return strings

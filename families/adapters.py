@@ -1,7 +1,5 @@
 """Low-rank adapters on the UNet or transformer of a latent diffusion model and on its text encoders: added, and written in the
-forms that others read. Plain functions; `s` is a task's settings: rank, alpha, dropout, target_modules, use_dora, use_rslora,
-use_lokr, lokr_factor, rank_pattern, alpha_pattern, learning_rate_pattern, base_precision,
-kohya.
+forms that others read. Plain functions; `s` are a task's settings (settings.py).
 
 Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv:2106.09685).
 """
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
 from oneloop.families import hub, precision, stable_diffusion
-from oneloop.families.settings import Adapted
+from oneloop.families.settings import Adapters
 from oneloop.machine import internals
 from oneloop.tasks import Models
 
@@ -73,7 +71,7 @@ def check_pattern(flag: str, entries: tuple[str, ...], limit: Any) -> None:
         raise BadInput(f"--{flag} {entry!r}: expected TARGET=NUMBER, such as to_q=8, with a number of {limit}")
 
 
-def adapt(module: nn.Module, s: Adapted, targets: tuple[str, ...], silent: Iterable[str] = ()) -> None:
+def adapt(module: nn.Module, s: Adapters, targets: tuple[str, ...], silent: Iterable[str] = ()) -> None:
     """Give a frozen module adapters that train, on the layers that targets mean but the silent ones."""
     import peft
 
@@ -103,7 +101,7 @@ def adapt(module: nn.Module, s: Adapted, targets: tuple[str, ...], silent: Itera
     precision.cast(module, stored)
 
 
-def groups(module: nn.Module, rate: float, s: Adapted) -> list[dict[str, Any]]:
+def groups(module: nn.Module, rate: float, s: Adapters) -> list[dict[str, Any]]:
     """What trains of a module as an optimizer's groups, one for each learning rate that its layers have."""
     rates, made = by_pattern(s.learning_rate_pattern), {}
     for key, p in module.named_parameters():
@@ -114,7 +112,7 @@ def groups(module: nn.Module, rate: float, s: Adapted) -> list[dict[str, Any]]:
     return [{"params": params, "lr": own} for own, params in made.items()]
 
 
-def check_targets(s: Adapted, group: str, part: str) -> None:
+def check_targets(s: Adapters, group: str, part: str) -> None:
     """Refuse targets that are no layer of this part of the checkpoint, before its weights are loaded."""
     import difflib
 
@@ -209,13 +207,17 @@ def drop(module: nn.Module, names: Iterable[str]) -> None:
 def merge(module: nn.Module, strength: float = 1.0) -> None:
     """Add what the adapters do, times a strength, to the weights of the module, which has no adapters afterwards.
 
+    The strength multiplies the difference of the weights: what DoRA does is no multiple of its scale.
+
     Raises:
         ValueError: the sum is not finite.
     """
     layers = tuned(module)
-    with scaled(module, {"default": strength}):
-        for layer in layers.values():
-            layer.merge(safe_merge=True, adapter_names=["default"])
+    for layer in layers.values():
+        weight = layer.get_base_layer().weight
+        before = weight.detach().clone()
+        layer.merge(safe_merge=True, adapter_names=["default"])
+        weight.data = before.lerp_(weight.detach(), strength)
     drop(module, layers)
 
 
@@ -252,7 +254,7 @@ def has_text(path: str) -> bool:
     return False
 
 
-def save(models: Models, path: Path, s: Adapted, about: Mapping[str, str]) -> None:
+def save(models: Models, path: Path, s: Adapters, about: Mapping[str, str]) -> None:
     """The adapters as `load_lora_weights` reads them, and, where asked, as other programs do. Their ranks and alphas are in the
     file, and so are the texts `about`."""
     import safetensors.torch
@@ -282,7 +284,7 @@ def save(models: Models, path: Path, s: Adapted, about: Mapping[str, str]) -> No
         save_file(kohya(weights, alphas, s), path / KOHYA, about | known)
 
 
-def kohya(weights: Mapping[str, Tensor], alphas: Mapping[str, float], s: Adapted) -> dict[str, Tensor]:
+def kohya(weights: Mapping[str, Tensor], alphas: Mapping[str, float], s: Adapters) -> dict[str, Tensor]:
     """Adapters with an alpha beside each, which is divided by the rank. Those of Stable Diffusion under the names of kohya's
     sd-scripts: lora_unet_..., and lora_te_..., SDXL's lora_te1_... and lora_te2_...; those of transformers under diffusers' own
     names, which ComfyUI knows."""

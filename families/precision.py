@@ -15,22 +15,21 @@ diffusers' casting then knows the adapters and leaves them, while adapters that 
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families.settings import Pretrained
+from oneloop.families.settings import Adapters, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-Precision = Literal["auto", "bf16", "float8", "int8", "nf4"]
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Precision -> the package that it needs, of the extra `quantized`."""
 APART = ("use_dora", "use_lokr", "init_lora", "preservation_weight")
 """Settings that read the base's own weights or layers, and were not tried with quantized ones."""
 
 
-def check(s: Pretrained, group: str, base: Any) -> None:
+def check(s: Adapters, group: str, base: Any) -> None:
     """Refuse a precision that the run or the adapters do not fit, or whose package is not installed.
 
     Raises:
@@ -98,7 +97,7 @@ def cast(module: nn.Module, precision: Precision) -> None:
         module.enable_layerwise_casting(**types, skip_modules_classes=convolutions)
 
 
-def remark(s: Pretrained, base: Any) -> str | None:
+def remark(s: Adapters, base: Any) -> str | None:
     """What there is to say where the memory that is saved comes back in the backward pass."""
     if s.base_precision in ("float8", "int8") and not base.gradient_checkpointing:
         return (

@@ -72,10 +72,10 @@ def read_file(path: str, flag: str) -> list[str]:
         BadInput: it cannot be read, or has none.
     """
     try:
-        lines = Path(path).expanduser().read_text("utf-8-sig").splitlines()
+        lines = map(str.strip, Path(path).expanduser().read_text("utf-8-sig").split("\n"))
     except (OSError, ValueError) as error:
         raise BadInput(f"{flag} {path} cannot be read: {error}; expected a text file, a prompt in each line") from None
-    entries = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise BadInput(f"{flag} {path} has no prompt; expected one in each line")
     return entries
@@ -83,11 +83,14 @@ def read_file(path: str, flag: str) -> list[str]:
 
 def _values(entry: str) -> dict[str, Any]:
     """The keys of an entry and their values, which are numbers where they should be."""
-    if entry.startswith("{"):
+    if entry.startswith("{") and entry.endswith("}"):
         try:
-            given = json.loads(entry)
-        except ValueError as error:
-            raise BadInput(f"no JSON: {error}") from None
+            pairs = json.loads(entry, object_pairs_hook=list)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"no JSON, which a text in braces is read as: {error}") from None
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise BadInput("a key is given more than once")
     else:
         prompt, *options = re.split(r"\s--(?=[a-z])", entry)
         given = {"prompt": prompt.strip()}

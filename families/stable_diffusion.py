@@ -1,10 +1,5 @@
-"""What tasks on a pretrained latent diffusion model share: its parts, images and captions on the way in, images on the
-way out. Plain functions; `s` is a task's settings, of which they read the names below.
-
-    pretrained_model_name_or_path, revision, variant    which checkpoint
-    pretrained_vae_model_name_or_path                   an autoencoder in the place of its own
-    single_file                                         a file with weights in the place of its UNet's or transformer's
-    prediction_type, rescale_betas_zero_snr             what to do otherwise than it says
+"""A checkpoint of Stable Diffusion or SDXL as a task uses it: its parts, images and captions on the way in, images on the way
+out. Plain functions; `s` are a task's settings (settings.py).
 
 Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models (arXiv:2112.10752); Podell et al. 2023, SDXL
 (arXiv:2307.01952).

@@ -1,11 +1,5 @@
 """A checkpoint of a family of flow.py as a task uses it: what is refused, its parts, captions on the way in, images on the way
-out. The counterpart of stable_diffusion.py, with its names; `s` is a task's settings, of which both read
-
-    pretrained_model_name_or_path, revision, variant, pretrained_vae_model_name_or_path      which checkpoint
-    target_modules                                                                           which layers get adapters
-    negative_prompt, guidance_scale, num_inference_steps                                     how samples are drawn
-
-and these functions density, weighting_scheme, logit_mean, logit_std, mode_scale, flow_shift and max_sequence_length.
+out. The counterpart of stable_diffusion.py, with its names; `s` are a task's settings (settings.py).
 """
 
 from __future__ import annotations
@@ -19,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from oneloop.configs import BadInput, require
 from oneloop.families import adapters, flow, hub, latents, recorded
 from oneloop.families.flow import Family
-from oneloop.families.settings import Pretrained
+from oneloop.families.settings import Adapters, Pretrained
 from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
 from oneloop.maths import flow as maths
 from oneloop.tasks import Models, unwrap
@@ -202,7 +196,8 @@ def remarks(models: Models, s: Pretrained) -> Iterator[str]:
             f"warning: {s.pretrained_model_name_or_path} is distilled to few steps, and training unlearns that: prefer to "
             f"train its base and to load the adapters into this one"
         )
-    if names := sorted(models[TRAINED].peft_config["default"].exclude_modules or ()):
+    adapted = getattr(models[TRAINED], "peft_config", {}).get("default")
+    if names := sorted((adapted and adapted.exclude_modules) or ()):
         yield f"no adapters for {', '.join(names)}: no gradient reaches {'it' if len(names) == 1 else 'them'}"
 
 
@@ -210,7 +205,7 @@ def remarks(models: Models, s: Pretrained) -> Iterator[str]:
 # Which layers train.
 
 
-def adapt(models: Models, s: Pretrained, columns: flow.Columns) -> None:
+def adapt(models: Models, s: Adapters, columns: flow.Columns) -> None:
     """Give the transformer its adapters: those of a file, or on the layers that are asked for, or the family's own; but none to
     layers that would get no gradient: they would learn nothing, and several processes would wait for them. `columns`: those
     of `rehearsed`."""

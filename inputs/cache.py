@@ -35,6 +35,7 @@ SHARD_ROWS, SHARD_BYTES = 1024, 64 * 2**20
 NAME = r"[0-9a-f]{32}\.safetensors"
 WRITING = rf"\.{NAME}\.writing"
 MARKS, DAY = "marks", 86_400
+ANEW = "the same command encodes its values anew"
 
 Marks = np.ndarray
 """Names of values, [n, 16] uint8: hashes of all that decides them."""
@@ -103,14 +104,19 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(path.stat().st_size for path in self.shards)
+        """Bytes of all shards that there are: another run may have removed a damaged one."""
+        total = 0
+        for path in self.shards:
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
+        return total
 
     def read(self, marks: Marks) -> dict[str, Tensor]:
         """The columns of these values, stacked, [B, ...] each.
 
         Raises:
-            BadInput: a shard is not what was written. It is removed: the next start encodes its values anew.
+            BadInput: a shard is not what was written, and is removed; or it cannot be read. The next start encodes what is
+                not there anew.
         """
         rows: list[dict[str, Tensor]] = []
         for shard, row in self.find(marks).tolist():
@@ -119,11 +125,12 @@ class Cache:
                 file = self._open.get(shard) or self._opened(shard)
                 names = [name for name in file.keys() if name != MARKS]  # noqa: SIM118
                 rows.append({name: file.get_slice(name)[row : row + 1] for name in names})
-            except (OSError, SafetensorError, ValueError) as error:
-                path = self.shards[shard]
-                erase(path)
-                anew = "it was removed, and the same command encodes its values anew"
-                raise BadInput(f"--data.example-cache: {path} is not what was written ({error}); {anew}") from None
+            except OSError as error:  # gone, or a disk that fails: no reason to remove it
+                raise BadInput(f"--data.example-cache: {self.shards[shard]} cannot be read: {error}; {ANEW}") from None
+            except (SafetensorError, ValueError) as error:
+                erase(self.shards[shard])
+                what = f"{self.shards[shard]} is not what was written ({error}) and was removed"
+                raise BadInput(f"--data.example-cache: {what}; {ANEW}") from None
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def _opened(self, shard: int) -> Any:
@@ -143,6 +150,8 @@ class Cache:
     ) -> None:
         """Write the values of marks[i] for the i of `todo`; `make` gives of at most `size` of them (i, its columns).
 
+        A shard has columns of one shape, and ends where another shape comes: `todo` has those of one shape in a row.
+
         Raises:
             BadInput: the folder cannot be written.
         """
@@ -150,20 +159,20 @@ class Cache:
             with contextlib.suppress(OSError):
                 if re.fullmatch(WRITING, left.name) and time.time() - left.stat().st_mtime > DAY:
                     erase(left)
-        todo, pending = list(todo), {}  # shapes -> (marks, columns) of the shard to come
+        todo, names, rows, shape = list(todo), [], [], None
         for start in range(0, len(todo), size):
             for i, columns in make(todo[start : start + size]):
                 columns = {name: x.detach().cpu() for name, x in columns.items()}
-                own = pending.setdefault(tuple((name, x.shape, x.dtype) for name, x in sorted(columns.items())), ([], []))
-                own[0].append(marks[i])
-                own[1].append(columns)
-                taken = len(own[1]) * sum(x.nbytes for x in columns.values())
-                if len(own[1]) >= SHARD_ROWS or taken >= SHARD_BYTES:
-                    self._write(*own)
-                    own[0].clear(), own[1].clear()
-        for own in pending.values():
-            if own[0]:
-                self._write(*own)
+                own = [(name, x.shape, x.dtype) for name, x in sorted(columns.items())]
+                taken = len(rows) * sum(x.nbytes for x in columns.values())
+                if rows and (own != shape or len(rows) >= SHARD_ROWS or taken >= SHARD_BYTES):
+                    self._write(names, rows)
+                    names, rows = [], []
+                shape = own
+                names.append(marks[i])
+                rows.append(columns)
+        if rows:
+            self._write(names, rows)
 
     def _write(self, marks: list[np.ndarray], rows: list[dict[str, Tensor]]) -> None:
         """One shard, there whole or not at all."""

@@ -199,15 +199,16 @@ def _fill(
             batch = {
                 k: torch.stack(xs) if isinstance(xs[0], Tensor) else list(xs) for k, xs in zip(columns, several, strict=True)
             }
-            batch = to_device(batch, accelerator.device, examples.source.columns)
+            batch = to_device(batch, accelerator.device, examples.source.columns, cfg.data.mask_minimum)
             encoded = _encode(encoding, models(), list(batch.values()), cfg)
             yield from ((i, {key: x[at] for key, x in encoded.items()}) for at, i in enumerate(group))
 
+    alike = lambda some: sorted(some.tolist(), key=values.sizes) if values.sizes else some.tolist()  # noqa: E731
     accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-    cache.fill(values.marks, missing[accelerator.process_index :: accelerator.num_processes].tolist(), size, make)
+    cache.fill(values.marks, alike(missing[accelerator.process_index :: accelerator.num_processes]), size, make)
     accelerator.wait_for_everyone()
     elsewhere = cache.refresh().missing(values.marks)  # what others wrote to a disk that is not seen from here
-    cache.fill(values.marks, elsewhere.tolist(), size, make)
+    cache.fill(values.marks, alike(elsewhere), size, make)
     accelerator.wait_for_everyone()
     examples.substitute(name, columns, cache.read, cache.refresh().nbytes)
 

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import re
 import shutil
 import weakref
@@ -18,7 +19,7 @@ from test_lora_families import CAPTIONS, command, config
 from warm import cli, cli_many, digest, fork, metrics
 
 from oneloop import loop
-from oneloop.families import hub
+from oneloop.families import hub, text_to_image
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 
@@ -125,14 +126,18 @@ def test_altered_encoders_are_noticed(tmp_path, built, photos):
     """Under the same file names, of the same size: their captions and prompts are encoded anew."""
     model = shutil.copytree(built("sd"), tmp_path / "model")
     cfg = config(model)
-    before = lora.encoder_files(cfg)
-    assert lora.encoder_files(cfg) == before == lora.encoder_files(config(built("sd")))  # copied with its dates
+    before = text_to_image.encoder_files(cfg)
+    assert (
+        text_to_image.encoder_files(cfg) == before == text_to_image.encoder_files(config(built("sd")))
+    )  # copied with its dates
     (path,) = (model / "text_encoder").glob("*.safetensors")
     weights = load_file(path)
     size, key = path.stat().st_size, next(name for name in weights if name.endswith("fc1.weight"))
     save_file(weights | {key: weights[key] + 0.5}, path, {"format": "pt"})
-    assert path.stat().st_size == size and lora.encoder_files(cfg) != before
-    assert lora.encoder_files(config(built("sd"), variant="fp16")) != before
+    assert path.stat().st_size == size and text_to_image.encoder_files(cfg) != before
+    os.utime(path, ns=(1, (built("sd") / "text_encoder" / path.name).stat().st_mtime_ns))  # as archives and copies leave it
+    assert text_to_image.encoder_files(cfg) != before
+    assert text_to_image.encoder_files(config(built("sd"), variant="fp16")) != before
 
 
 def test_two_processes_share_the_work_and_a_stopped_run_resumes(tmp_path, built, photos):
@@ -159,11 +164,11 @@ def test_prompts_that_were_not_encoded_are_no_others(built):
     encoders = {"text_encoder": lora.make_models(cfg)["text_encoder"]}
     rng = Rng.of(0, range(2), "samples")
     with torch.no_grad():
-        made = lora.encode_prompts(encoders, [{"caption": CAPTIONS[:2]}], rng, cfg)
+        made = text_to_image.encode_prompts(encoders, [{"caption": CAPTIONS[:2]}], rng, cfg)
         models = lora.make_models(cfg, made)
         assert "text_encoder" not in models
-        ours = lora.sample_fn(models, [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
-        theirs = lora.sample_fn(lora.make_models(cfg), [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
+        ours = text_to_image.sample_fn(models, [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
+        theirs = text_to_image.sample_fn(lora.make_models(cfg), [{"caption": CAPTIONS[:2]}], rng, cfg)["samples"]
         assert torch.equal(ours, theirs)
         for captions, keys, other in (
             (CAPTIONS[1:], rng, cfg),
@@ -171,4 +176,4 @@ def test_prompts_that_were_not_encoded_are_no_others(built):
             (CAPTIONS[:2], rng, config(built("sd"), guidance_scale=0.0)),
         ):
             with pytest.raises(LookupError, match="were not encoded at the start"):
-                lora.sample_fn(models, [{"caption": captions}], keys, other)
+                text_to_image.sample_fn(models, [{"caption": captions}], keys, other)

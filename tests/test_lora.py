@@ -22,7 +22,7 @@ from warm import SHARED, cli, cli_many, digest, distance, flags, fork, metrics, 
 
 from oneloop import data, loop
 from oneloop.configs import BadInput, Base, Data
-from oneloop.families import adapters, stable_diffusion
+from oneloop.families import adapters, stable_diffusion, text_to_image
 from oneloop.inputs import encodings, shapes, sources
 from oneloop.maths import diffusion
 from oneloop.settings import command_line
@@ -127,7 +127,7 @@ def test_loss_is_the_official_formula(built, photos, kind, settings):
     texts = CAPTIONS + CAPTIONS[:2]
     batch = {"original_size": original, "crop_top_left": corner, "target_size": torch.full((size, 2), 32)}
     with torch.no_grad():
-        batch |= lora.encode_images(models, pixels, cfg) | lora.encode_captions(models, texts, cfg)
+        batch |= text_to_image.encode_images(models, pixels, cfg) | text_to_image.encode_captions(models, texts, cfg)
         (ours,) = [loss.value for loss in lora.loss_fn(models, batch, rng, cfg)]
 
         # train_text_to_image_lora(_sdxl).py, with their names.
@@ -187,7 +187,7 @@ def test_an_absent_caption_is_what_the_pipeline_makes_of_it(built, photos):
     for kind in ("sd", "sdxl"):
         cfg = config(built[kind], photos)
         with torch.no_grad():
-            ours = lora.encode_captions(lora.make_models(cfg), ["a dog", ""], cfg)
+            ours = text_to_image.encode_captions(lora.make_models(cfg), ["a dog", ""], cfg)
         pipe = DiffusionPipeline.from_pretrained(built[kind])
         theirs = pipe.encode_prompt("a dog", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
         assert torch.allclose(ours["prompt_embeds"], torch.cat(theirs[:2]), atol=1e-6)

@@ -17,7 +17,7 @@ from warm import cli_many, digest, distance, flags, fork, metrics
 
 from oneloop import data, loop
 from oneloop.configs import BadInput, Base, Data
-from oneloop.families import flow, hub, latents, transformer
+from oneloop.families import flow, hub, latents, text_to_image, transformer
 from oneloop.inputs import encodings, sources
 from oneloop.maths import flow as maths
 from oneloop.settings import command_line
@@ -113,7 +113,7 @@ def encoded(models, cfg, captions=CAPTIONS[:2]):
     """A batch of two encoded examples."""
     x = Rng.of(0, range(len(captions))).uniform("x", 3, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
-        columns = lora.encode_images(models, x, cfg) | lora.encode_captions(models, captions, cfg)
+        columns = text_to_image.encode_images(models, x, cfg) | text_to_image.encode_captions(models, captions, cfg)
         return columns | {"target_size": torch.full((len(captions), 2), SIDE)}
 
 
@@ -156,23 +156,23 @@ def test_a_shift_and_a_length_of_ones_own(built):
     assert transformer.scheme(config(built("ZImagePipeline")).lora) == "none"
     torch.testing.assert_close(transformer.noise_level(s, u, (2, 4, 8, 8)), maths.shift(maths.logit_normal(u), 2.0))
     models = lora.make_models(cfg)
-    assert lora.encode_captions(models, ["a dog"], cfg)["prompt_embeds"].shape[1] == 77 + 40
+    assert text_to_image.encode_captions(models, ["a dog"], cfg)["prompt_embeds"].shape[1] == 77 + 40
     assert transformer.arguments(s, SIDE, SIDE)["max_sequence_length"] == 40
 
 
 def test_validation_spreads_the_noise_levels(moved):
     """The only draw of the noise level is the one that validation stratifies: every quarter of the ranks has its own."""
     cfg, models = moved("ZImagePipeline")
-    seen, own = [], lora.transformer.noise_level
+    seen, own = [], transformer.noise_level
     rng = Rng.of(0, range(8))
     stratified = validation.Stratified(rng.keys, ranks=torch.arange(8.0), count=8)
     batch = {k: x[:1].expand(8, *x.shape[1:]) for k, x in encoded(models, cfg).items()}
     try:
-        lora.transformer.noise_level = lambda *args: seen.append(own(*args)) or seen[-1]
+        transformer.noise_level = lambda *args: seen.append(own(*args)) or seen[-1]
         with torch.no_grad():
             next(lora.loss_fn(models, batch, stratified, cfg))
     finally:
-        lora.transformer.noise_level = own
+        transformer.noise_level = own
     assert "timestep" in stratified.drawn and torch.equal(seen[0], seen[0].sort().values)
 
 
@@ -315,7 +315,7 @@ def test_the_export_draws_the_samples_of_the_run(tmp_path, built, moved, name):
     exec("\n".join(lines[:-1]), scope)
     fresh, rng = scope["pipeline"], Rng.of(0, range(1), "samples")
     with torch.no_grad():
-        ours = lora.sample_fn(models, examples, rng, cfg)["samples"]
+        ours = text_to_image.sample_fn(models, examples, rng, cfg)["samples"]
         loaded = transformer.sample(fresh.components, s, CAPTIONS[1:2], rng.generators("sample"), SIDE, SIDE)
         bare = diffusers.DiffusionPipeline.from_pretrained(built(name)).components
         without = transformer.sample(bare, s, CAPTIONS[1:2], rng.generators("sample"), SIDE, SIDE)
@@ -347,7 +347,7 @@ def test_prompts_go_by_the_number_of_the_sample(built, monkeypatch):
     blank = lambda models, s, prompts, *rest: seen.append(prompts) or torch.zeros(2, 3, SIDE, SIDE)  # noqa: E731
     monkeypatch.setattr(transformer, "sample", blank)
     for part in (slice(0, 2), slice(2, 4)):
-        lora.sample_fn({}, [], Rng.of(0, range(4), "samples")[part], cfg)
+        text_to_image.sample_fn({}, [], Rng.of(0, range(4), "samples")[part], cfg)
     assert seen == [["a", "b"], ["c", "a"]]
 
 
@@ -401,7 +401,7 @@ def test_the_key_of_a_caption_follows_tokenizer_length_and_template(tmp_path, bu
     cfg = config(shutil.copytree(built("ZImagePipeline"), tmp_path / "own"))  # whose tokenizer nothing has used yet
     key = transformer.caption_key(cfg.lora)
     models = lora.make_models(cfg)
-    lora.encode_captions(models, CAPTIONS, cfg)  # which leaves padding and truncation set in the tokenizer
+    text_to_image.encode_captions(models, CAPTIONS, cfg)  # which leaves padding and truncation set in the tokenizer
     assert transformer.caption_key(cfg.lora) == key
     assert transformer.caption_key(config(tmp_path / "own", max_sequence_length=64).lora) != key
     other = shutil.copytree(built("ZImagePipeline"), tmp_path / "other")

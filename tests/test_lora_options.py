@@ -22,7 +22,7 @@ from warm import ROOT, SHARED, cli, cli_many, distance, flags, shown
 
 from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.families import adapters, flow, prompts, transformer
+from oneloop.families import adapters, flow, objective, prompts, text_to_image, transformer
 from oneloop.maths import flow as maths
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
@@ -71,7 +71,9 @@ def exported(models, cfg, folder):
 
 def drawn(models, cfg, count=1, examples=CAPTIONS):
     with torch.no_grad():
-        return lora.sample_fn(models, [{"caption": examples[:count]}], Rng.of(0, range(count), "samples"), cfg)["samples"]
+        return text_to_image.sample_fn(models, [{"caption": examples[:count]}], Rng.of(0, range(count), "samples"), cfg)[
+            "samples"
+        ]
 
 
 def metadata(folder):
@@ -142,6 +144,11 @@ def test_ranks_alphas_and_learning_rates_follow_patterns(built, tmp_path):
         ("ZImagePipeline", {"use_lokr": True, "dropout": 0.1}, "--lora.use-lokr with --lora.dropout: they do not go together"),
         ("ZImagePipeline", {"init_lora": "x", "alpha": 3.0}, "--lora.init-lora with --lora.alpha"),
         ("ZImagePipeline", {"init_lora": "nowhere"}, "--lora.init-lora nowhere: cannot be loaded into a ZImagePipeline"),
+        (
+            "sd",
+            {"use_dora": True, "validation_prompts": ("a --strength 0.5",)},
+            "--lora.use-dora with a sample at strength 0.5",
+        ),
         ("SanaPipeline", {"kohya": True}, "no names known here for a SanaPipeline"),
         ("sd", {"density": "mode"}, "--lora.density is 'mode': a StableDiffusionPipeline has no use for it"),
     ],
@@ -270,7 +277,7 @@ def test_clip_text_encoders_train_with_the_transformer(built, photos, tmp_path, 
         loaded = transformer.sample(fresh.components, cfg.lora, CAPTIONS[:1], generators(), SIDE, SIDE)
         torch.testing.assert_close(loaded, drawn(models, cfg), rtol=0, atol=1e-4)
         part = transformer.sample(
-            fresh.components | {"text_encoder": lora.load(cfg.lora, "no")["text_encoder"]},
+            fresh.components | {"text_encoder": text_to_image.load(cfg, "no")["text_encoder"]},
             cfg.lora,
             CAPTIONS[:1],
             generators(),
@@ -302,7 +309,7 @@ def test_preservation_holds_to_the_base(built, name, recompute):
         "target_size": torch.full((2, 2), 32),
     }
     rng = Rng.of(0, range(2))
-    net = lora.family(cfg.lora).TRAINED
+    net = text_to_image.family(cfg.lora).TRAINED
     if recompute:
         fresh[net].train().enable_gradient_checkpointing()
     kept, main = lora.loss_fn(fresh, batch, rng, cfg)
@@ -316,10 +323,10 @@ def test_preservation_holds_to_the_base(built, name, recompute):
     grads = [p.grad.abs().sum() for p in models[net].parameters() if p.requires_grad and p.grad is not None]
     assert kept.logs["preservation"] * 0.5 == kept.value.detach() and kept.value > 1e-6 and sum(grads) > 0
     with torch.no_grad():  # by hand: the main loss with the base's answer to the prompt as its target
-        said = batch | lora.encode_captions(models, ["a dog", "a dog"], cfg)
+        said = batch | text_to_image.encode_captions(models, ["a dog", "a dog"], cfg)
         bare = lora.make_models(replace(cfg, lora=replace(cfg.lora, preservation_weight=0.0)))[net].eval()
-        objective = lora.diffusion_loss if name == "sdxl" else lora.flow_loss
-        by_hand = objective(models, said, rng, cfg, bare).mean()
+        loss = objective.diffusion_loss if name == "sdxl" else objective.flow_loss
+        by_hand = loss(models, said, rng, cfg, bare).mean()
     assert kept.logs["preservation"].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -381,8 +388,10 @@ def test_entries_of_sample_prompts(tmp_path):
     )
     assert told[0] == prompts.Prompt("a dog -- not", "a cat", seed=3, strength=0.5)
     assert told[1] == prompts.Prompt("x", width=64) and told[2] == prompts.Prompt("plain")
-    (tmp_path / "p.txt").write_text("# mine\n\n a dog --steps 2 \nb\n")
-    assert prompts.read_file(str(tmp_path / "p.txt"), "--f") == ["a dog --steps 2", "b"]
+    (tmp_path / "p.txt").write_text("# mine\n\n a dog --steps 2 \n  # no\nb\u2028c\x0bd\n{red|blue} car\n", "utf-8")
+    entries = prompts.read_file(str(tmp_path / "p.txt"), "--f")
+    assert entries == ["a dog --steps 2", "b\u2028c\x0bd", "{red|blue} car"]
+    assert prompts.read(entries[2:], "--f") == [prompts.Prompt("{red|blue} car")]
     for text in ("", "# only\n"):
         (tmp_path / "p.txt").write_text(text)
         with pytest.raises(BadInput, match="has no prompt; expected one in each line"):
@@ -405,7 +414,9 @@ def test_entries_of_sample_prompts(tmp_path):
         ('{"prompt": null}', "--f, entry 2: --prompt is None; expected text"),
         ('{"prompt": "a", "seed": true}', "--f, entry 2: --seed is True; expected a number"),
         ('{"seed": 1}', "--f, entry 2: has no prompt"),
-        ("{a dog", "--f, entry 2: no JSON"),
+        ("{a dog}", "--f, entry 2: no JSON, which a text in braces is read as"),
+        ('{"prompt": "a", "prompt": "b"}', "--f, entry 2: a key is given more than once"),
+        ('{"prompt": ' + "[" * 99_999 + "}", "--f, entry 2: no JSON"),
     ],
 )
 def test_a_bad_entry_is_a_line_with_its_number_and_key(entry, says):
@@ -421,7 +432,7 @@ def test_a_settings_file_may_hold_objects(tmp_path, built):
         f"lora:\n  pretrained_model_name_or_path: {model}\n  validation_prompts:\n  - a\n  - prompt: b\n    seed: 7\n"
     )
     cfg = command_line.parse([str(file), "--data.resolution", "32"])[1]
-    assert lora.asked(cfg.lora) == [prompts.Prompt("a"), prompts.Prompt("b", seed=7)]
+    assert text_to_image.asked(cfg) == [prompts.Prompt("a"), prompts.Prompt("b", seed=7)]
     assert (
         command_line.parse(["lora", *command_line.as_flags(configs.to_dict(cfg), lora.Config)])[1] == cfg
     )  # as run.json has it
@@ -446,7 +457,7 @@ def test_prompts_have_settings_of_their_own(built, name):
     models = made(cfg, std=0.1)
     images = drawn(models, cfg, 5)
     assert images.shape == (5, 3, 32, 48) and (images[[0, 1, 2, 4], :, :, 32:] == 1).all() and (images[3, :, :, 32:] < 1).any()
-    own = lora.family(cfg.lora)
+    own = text_to_image.family(cfg.lora)
     seeded = [torch.Generator().manual_seed(5)]
     bare = lora.make_models(replace(cfg, lora=replace(cfg.lora, validation_prompts=())))
     with torch.no_grad():
@@ -501,7 +512,7 @@ def test_a_finished_lora_is_merged_into_its_base_and_into_a_file_that_is_a_base(
         done = cli(tmp_path, "merge", "out", "--to", to, "--dtype", "float32")
         assert done.code == 0 and "checkpoint-2 at strength 1 merged into" in done.out, done.err
     cfg = config(built(name))
-    own = lora.family(cfg.lora)
+    own = text_to_image.family(cfg.lora)
     fresh = lambda folder: diffusers.DiffusionPipeline.from_pretrained(folder)  # noqa: E731
     rng = Rng.of(0, range(1), "samples")
     draw = lambda parts, s=cfg.lora: own.sample(parts, s, CAPTIONS[:1], rng.generators("sample"), SIDE, SIDE)  # noqa: E731
@@ -518,8 +529,12 @@ def test_a_finished_lora_is_merged_into_its_base_and_into_a_file_that_is_a_base(
         exec(own.load_lines(single.lora).format(path="path"), scope)
         torch.testing.assert_close(draw(scope["pipeline"].components), wanted, rtol=0, atol=1e-4)
     assert (bare - wanted).abs().max() > 1e-3
-    taken = cli(tmp_path, "merge", "out", "--to", "whole")
-    assert taken.code == 2 and "--to is 'whole'; expected a name that is not taken" in taken.err
+    for to in ("whole", "part.safetensors"):
+        taken = cli(tmp_path, "merge", "out", "--to", to)
+        assert taken.code == 2 and f"--to is '{to}'; expected a name that is not taken" in taken.err
+    assert cli(tmp_path, "merge", "out", "--to", "none", "--dtype", "float32", "--strength", "0").code == 0
+    with torch.no_grad():
+        torch.testing.assert_close(draw(fresh(tmp_path / "none").components), bare, rtol=0, atol=1e-4)
 
 
 def test_single_files(built, tmp_path):

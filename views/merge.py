@@ -37,7 +37,7 @@ class Settings:
         if not Path(self.folder).expanduser().is_dir():
             raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
         to = Path(self.to).expanduser()
-        require(not (to.exists() and not self.to.endswith(".safetensors")), "to", self.to, "a name that is not taken")
+        require(not to.exists(), "to", self.to, "a name that is not taken")
         check_writable(to)
 
 

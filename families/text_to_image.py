@@ -1,0 +1,249 @@
+"""What every task on a pretrained text-to-image model does alike: its checkpoint, captions and images on the way in, samples.
+
+Which family a checkpoint is of, its own files say: stable_diffusion.py has the functions for Stable Diffusion and SDXL,
+transformer.py those for every family of flow.py, under the same names. `s` are a task's settings (settings.py); what a `Task`
+calls takes the whole `cfg`, whose group `s` is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from oneloop import configs
+from oneloop.configs import BadInput, require
+from oneloop.families import adapters, flow, hub, prompts, stable_diffusion, transformer
+from oneloop.families.prompts import Prompt
+from oneloop.families.settings import DIFFUSION, FLOW, TEXT, Pretrained, check_apart, flag
+from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Rng
+from oneloop.training import optimizers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COLUMNS = {"caption": Column("text", setting="data.caption_column")}
+
+
+def settings(cfg: Any) -> Pretrained:
+    """The group of the task."""
+    return getattr(cfg, configs.task_group(cfg))
+
+
+def family(s: Pretrained) -> ModuleType:
+    """The functions for the checkpoint's family, the same names in both modules: stable_diffusion or transformer."""
+    return stable_diffusion if stable_diffusion.kind(s) in stable_diffusion.PIPELINES else transformer
+
+
+def multiple(cfg: Any) -> int:
+    """What the images' sides are multiples of."""
+    check_base(cfg)
+    return family(settings(cfg)).multiple(settings(cfg))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint.
+
+
+def check(cfg: Any) -> None:
+    """Refuse settings that do not fit each other or a checkpoint on this machine; one on the hub is looked up by `check_base`.
+
+    Raises:
+        BadInput: with the flag to change.
+    """
+    s, group = settings(cfg), configs.task_group(cfg)
+    optimizers.check(s, group, cfg.base)
+    check_apart(s, group, {"prompts_file": ("validation_prompts",)})
+    if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
+        check_base(cfg)
+    given, several, name = cfg.base.num_samples, len(asked(cfg)), "prompts_file" if s.prompts_file else "validation_prompts"
+    require(given >= several, "base.num_samples", given, f"at least {several}, one for each of {flag(group, name)}")
+
+
+def check_base(cfg: Any) -> None:
+    """Refuse what cannot work, from the checkpoint's configs alone.
+
+    Raises:
+        BadInput: it is no diffusers model, or one of another kind, or the settings do not fit it.
+    """
+    s, group = settings(cfg), configs.task_group(cfg)
+    stable_diffusion.check_files(s, group, (*stable_diffusion.PIPELINES, *flow.FAMILIES))
+    for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
+        if (value := getattr(s, name)) != getattr(type(s), name):
+            kind = stable_diffusion.kind(s)
+            raise BadInput(f"{flag(group, name)} is {value!r}: a {kind} has no use for it; leave it out")
+    family(s).check(s, group, cfg.data.resolution)
+    asked(cfg, family(s).multiple(s))
+
+
+def check_parts(cfg: Any) -> None:
+    """Refuse parts that cannot be loaded, from headers alone."""
+    s, group = settings(cfg), configs.task_group(cfg)
+    family(s).check_small(s, group)
+    stable_diffusion.check_weights(s, group, ("vae", *family(s).ENCODERS, family(s).TRAINED))
+
+
+def load(cfg: Any, precision: str, encoders: bool = True) -> Models:
+    """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16."""
+    s, group = settings(cfg), configs.task_group(cfg)
+    if family(s) is transformer:
+        return transformer.load(s, group, precision, encoders)
+    return stable_diffusion.load(s, group, ("vae", *(stable_diffusion.ENCODERS if encoders else ()), "unet"))
+
+
+def text_layers(s: Pretrained, name: str) -> range:
+    """Numbers of the layers of a text encoder that can learn: SDXL reads the last but one state of its first encoder."""
+    unread = stable_diffusion.is_xl(s) and name == "text_encoder"
+    return range(stable_diffusion.config(s, name)["num_hidden_layers"] - unread)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text encoders that are gone before the large model comes.
+
+
+def encoders(cfg: Any, constants: Callable[..., dict[str, Tensor]] | None = None, key: Any = None) -> Encoders:
+    """The text encoders, for a run that does not train them. `constants` gives what else they make of settings, which `key`
+    tells from others."""
+    return Encoders(
+        models=transformer.ENCODERS,
+        load=lambda cfg: stable_diffusion.load_parts(settings(cfg), configs.task_group(cfg), family(settings(cfg)).ENCODERS),
+        files=encoder_files,
+        constants=constants or encode_constants,
+        prompts=encode_prompts,
+        key=lambda cfg: (
+            *(caption_key(cfg), version("diffusers"), version("transformers")),
+            *(asked(cfg), settings(cfg).negative_prompt, settings(cfg).guidance_scale, settings(cfg).num_inference_steps),
+            *(cfg.data.resolution, key),
+        ),
+    )
+
+
+def encoder_files(cfg: Any) -> list[Any]:
+    """What tells the text encoders' weights from others."""
+    s = settings(cfg)
+    parts = [part for part in family(s).ENCODERS if part in stable_diffusion.config(s, "")]
+    return [s.variant, *((part, hub.stamp(s.pretrained_model_name_or_path, s.revision, part)) for part in parts)]
+
+
+def encode_constants(models: Models, cfg: Any) -> dict[str, Tensor]:
+    """A caption to find layers without gradient with, under `rehearsal/`."""
+    s = settings(cfg)
+    made = transformer.rehearsed(models, s) if family(s) is transformer else {}
+    return {f"rehearsal/{key}": x for key, x in made.items()}
+
+
+def encode_prompts(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> dict[str, Tensor]:
+    """The prompts of samples, under `prompts/`: what their pipelines ask of the text encoders."""
+    made: dict[str, Tensor] = {}
+    sample_fn(models | {"prompts": made}, examples, rng, cfg)
+    return {f"prompts/{key}": x for key, x in made.items()}
+
+
+def under(name: str, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The constants with this name before the slash."""
+    return {key.partition("/")[2]: x for key, x in constants.items() if key.startswith(f"{name}/")}
+
+
+def held(columns: Mapping[str, Tensor]) -> Any:
+    """A module that holds tensors beside the models, and moves with them; not in checkpoints."""
+    import torch
+
+    module = torch.nn.Module()
+    for key, x in columns.items():
+        module.register_buffer(key, x, persistent=False)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and captions to columns.
+
+
+def encode_images(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Images [B, 3, H, W] in [-1, 1] -> the family's columns of latents."""
+    return family(settings(cfg)).encode_images(models, x, settings(cfg))
+
+
+def encode_captions(models: Models, captions: list[str], cfg: Any) -> dict[str, Tensor]:
+    """B captions -> the family's columns of text states."""
+    return family(settings(cfg)).encode_captions(models, captions, settings(cfg))
+
+
+def caption_key(cfg: Any) -> Any:
+    """What decides how a caption is encoded beside the encoders."""
+    return family(settings(cfg)).caption_key(settings(cfg))
+
+
+ENCODINGS = {
+    "pixel_values": Encoding(fn=encode_images, models=("vae",), key=lambda cfg: stable_diffusion.kind(settings(cfg))),
+    "caption": Encoding(
+        fn=encode_captions,
+        models=transformer.ENCODERS,
+        key=caption_key,
+        remark=lambda captions, cfg: family(settings(cfg)).too_long(captions, settings(cfg)),
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples, and what is said.
+
+
+def asked(cfg: Any, multiple: int = 1) -> list[Prompt]:
+    """The sample prompts that the settings give, whose sizes must be multiples of `multiple`."""
+    s = settings(cfg)
+    name = flag(configs.task_group(cfg), "prompts_file" if s.prompts_file else "validation_prompts")
+    return prompts.read(prompts.read_file(s.prompts_file, name) if s.prompts_file else s.validation_prompts, name, multiple)
+
+
+def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> Images:
+    """The prompts of the settings in turn, or of the first captions; images of several sizes on white, in the largest."""
+    import torch
+
+    s, side = settings(cfg), cfg.data.resolution
+    own, entries = family(s), asked(cfg)
+    wanted = [entries[i % len(entries)] for i in rng.numbers] if entries else map(Prompt, next(iter(examples))["caption"])
+    sizes = [(entry.height or side, entry.width or side) for entry in entries] or [(side, side)]
+    canvas = torch.ones(len(rng), 3, *map(max, zip(*sizes, strict=True)))  # [B, 3, H, W]
+    alike = lambda pair: replace(pair[0], prompt="", seed=None)  # noqa: E731
+    first = 0
+    for how, pairs in itertools.groupby(zip(wanted, rng.generators("sample"), strict=True), alike):
+        some, generators = zip(*pairs, strict=True)
+        for entry, generator in zip(some, generators, strict=True):
+            generator.manual_seed(entry.seed) if entry.seed is not None else None
+        told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        drawn = replace(s, **{key: value for key, value in told.items() if value is not None})
+        height, width = how.height or side, how.width or side
+        with contextlib.ExitStack() as stack:
+            for name in (own.TRAINED, *own.ENCODERS):
+                if name in models:
+                    stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))
+            images = own.sample(models, drawn, [entry.prompt for entry in some], [*generators], height, width)
+        canvas[first : first + len(some), :, :height, :width] = images.cpu()
+        first += len(some)
+    return {"samples": canvas}  # in [0, 1]
+
+
+def call_line(examples: Iterable[Batch], cfg: Any) -> str:
+    """The line of Python that draws a first sample with `pipeline`; for `str.format`."""
+    s, side = settings(cfg), cfg.data.resolution
+    prompt = next((entry.prompt for entry in asked(cfg)), None) or next(iter(examples))["caption"][0]
+    how = "".join(f", {key}={value!r}" for key, value in family(s).arguments(s, side, side).items())
+    how = "prompt=" + stable_diffusion.quoted(prompt) + how.replace("{", "{{").replace("}", "}}")
+    return f'pipeline({how}).images[0].save("sample.png")'
+
+
+def remarks(models: Models, cfg: Any) -> Iterator[str]:
+    """What there is to say of the checkpoint before it trains."""
+    yield from family(settings(cfg)).remarks(models, settings(cfg))
+
+
+def card(cfg: Any, *tags: str) -> dict[str, Any]:
+    """What the hub's page of the result needs. `base_model` is a name on the hub; for a folder there is none."""
+    s, trigger = settings(cfg), cfg.data.trigger
+    base = hub.card(s.pretrained_model_name_or_path, s.revision)
+    prompt = {"instance_prompt": trigger} if trigger else {}
+    return base | {"pipeline_tag": "text-to-image", "tags": [*tags, family(s).tag(s)]} | prompt
