@@ -17,6 +17,7 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SIZES = {"small": 0.28, "large": 0.4}  # the radius, as a fraction of the image's side
+REACH = 0.06  # how far the centre lies from the middle at most, as a fraction of the side, in x and in y
 SHAPES = {  # name -> signed distance from (x, y), in radii and y downwards, to the outline; negative inside
     "circle": lambda x, y: np.hypot(x, y) - 1,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.88,
@@ -29,17 +30,22 @@ def describe_shape(index: int) -> tuple[str, str, str, str, float, float]:
     rng = np.random.Generator(np.random.Philox(key=hash64("shapes", index)))
     shape, size = list(SHAPES)[rng.integers(len(SHAPES))], list(SIZES)[rng.integers(len(SIZES))]
     front, back = rng.choice(list(COLOURS), 2, replace=False)
-    return shape, size, front, back, *0.5 + rng.uniform(-0.06, 0.06, 2)
+    return shape, size, front, back, *0.5 + rng.uniform(-REACH, REACH, 2)
 
 
 def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
     """Image [H, W, 3] uint8, caption and label of the embedded example `index`."""
     shape, size, front, back, x0, y0 = describe_shape(index)
-    radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
-    distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
-    cover = np.clip(0.5 - distance * resolution, 0, 1)[..., None]  # the share of each pixel inside the outline
+    cover = cover_shape(shape, size, x0, y0, resolution)[..., None]
     picture = cover * np.array(COLOURS[front]) + (1 - cover) * np.array(COLOURS[back])
     return picture.round().astype(np.uint8), caption_shape(shape, size, front, back), list(SHAPES).index(shape)
+
+
+def cover_shape(shape: str, size: str, x0: float, y0: float, resolution: int) -> np.ndarray:
+    """The share of each pixel inside the outline of a shape centred at (x0, y0), [H, W] in [0, 1]."""
+    radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
+    distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
+    return np.clip(0.5 - distance * resolution, 0, 1)
 
 
 @functools.cache

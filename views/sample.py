@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,21 +84,33 @@ def main(settings: Settings) -> None:
     Raises:
         BadInput: the folder holds no run, or no valid checkpoint, or what the task samples from is not there.
     """
-    from oneloop import checkpoint, data
-    from oneloop.machine import placement
-    from oneloop.machine.accelerator import make_accelerator
-    from oneloop.tasks import Rng
-    from oneloop.training.ema import following
+    from oneloop import checkpoint
     from oneloop.views import console
 
     saved, facts, task, cfg = opened(settings.folder, settings.task)
     seed = cfg.base.seed if settings.seed is None else settings.seed
     num = settings.num or cfg.base.num_samples
-    out = saved.parent
-    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), logger=("none",), push_to_hub=False, compile=False))
     name = f"{facts['step']}-seed-{seed}-num-{num}.png"
-    to = Path(settings.to).expanduser() if settings.to else out / "samples" / "drawn" / name
+    to = Path(settings.to).expanduser() if settings.to else saved.parent / "samples" / "drawn" / name
     check_writable(to)
+    images = drawer(saved, task, cfg, seed, num)(range(num))
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        paths = console.save_grids(images, to.with_suffix(""))
+    except OSError as error:
+        raise checkpoint.StorageError(f"writing {to} failed: {error.strerror or error}") from None
+    print(f"{num} images of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
+
+
+def drawer(saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Callable[[range], Any]:
+    """What a checkpoint draws: some of the numbers 0 to `num` - 1 of `seed` -> these images, as `Task.sample_fn` has them."""
+    from oneloop import checkpoint, data
+    from oneloop.machine import placement
+    from oneloop.machine.accelerator import make_accelerator
+    from oneloop.tasks import Rng
+    from oneloop.training.ema import following
+
+    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(saved.parent), logger=("none",), push_to_hub=False, compile=False))
     accelerator = make_accelerator(cfg.base, saved)
     models = placement.make_models(task, cfg, accelerator)
     weights = placement.trained(models)
@@ -109,17 +121,14 @@ def main(settings: Settings) -> None:
         accelerator.prepare(module)  # called as in the run: in its precision
     checkpoint.attach(accelerator, training, ema | followers)
     checkpoint.load(accelerator, saved)
-
     unopened = Unopened(task, cfg)
-    shown = lambda first, count: data.Fixed(unopened, count, accelerator.device, num, first, True)  # noqa: E731
-    rng = Rng.of(seed, range(num), "samples", accelerator.device)
-    images = placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        paths = console.save_grids(images, to.with_suffix(""))
-    except OSError as error:
-        raise checkpoint.StorageError(f"writing {to} failed: {error.strerror or error}") from None
-    print(f"{num} images of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
+
+    def draw(numbers: range) -> Any:
+        shown = lambda first, count: data.Fixed(unopened, count, accelerator.device, num, numbers[0] + first, True)  # noqa: E731
+        rng = Rng.of(seed, numbers, "samples", accelerator.device)
+        return placement.draw(task, models, weights, ema, shown, rng, accelerator, cfg)
+
+    return draw
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""One judgement: samples beside the images that were held out and those of the training, before every judge there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from oneloop import data
+from oneloop.configs import BadInput, Data, example_cache
+from oneloop.evaluation import drawings, features, measures, models
+from oneloop.inputs import sources
+
+MOST = 10_000
+"""Images of each set of the data that are looked at, spread evenly over it."""
+SHOWN = 12
+"""Samples that are shown above the training images nearest to them."""
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What samples are compared with, [N, 3, H, W] uint8 each; labels [N], or None where there are none."""
+
+    held_out: Tensor
+    held_out_labels: Tensor | None
+    trained: Tensor
+    trained_labels: Tensor | None
+    about: str
+    """What was held out, in a line."""
+    drawings: bool
+    """Whether all of them are embedded shapes."""
+
+
+def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int) -> Sets:
+    """The images of a run's training, and those to compare with: `given`, a folder or the name of a data set with this split;
+    or what the run held out; or, of the embedded shapes, drawings that are none of its own.
+
+    Raises:
+        BadInput: there is nothing to compare with, or less than the distances take.
+    """
+    source = sources.open_for(task, cfg)
+    own = cfg.data.dataset_name == "shapes" and not (cfg.data.train_data_dir or cfg.data.stream or cfg.data.parts())
+    alone = replace(cfg.data, validation_split=None, validation_data_dir=None, max_train_samples=None, mixture=())
+    alone = replace(alone, class_data_dir=None, stream=None)
+    if given is not None:
+        is_folder = Path(given).expanduser().is_dir() and not any(Path(given).expanduser().rglob("*.parquet"))
+        named = {"train_data_dir": given} if is_folder else {"train_data_dir": None, "dataset_name": given, "split": split}
+        other, about = open_other(task, cfg, replace(alone, **named)), given if is_folder else f"{given}, {split}"
+    elif source.held_out is not None:
+        other, about = source.held_out, f"{source.held_out.size} images that the run held out"
+    elif own:
+        count = max(num, 1000)
+        other = open_other(task, cfg, replace(alone, num_shapes=cfg.data.num_shapes + count))
+        other = sources.select(other, list(range(cfg.data.num_shapes, cfg.data.num_shapes + count)))
+        about = f"{count} drawings that the run did not have"
+    else:
+        raise BadInput(
+            "the run held out no images (--data.validation-split); --data names a folder or a data set to compare with"
+        )
+    (held_out, labels), (trained, known) = images(other, cfg), images(source, cfg)
+    for what, found in ((about, held_out), ("the training set", trained)):
+        if len(found) < measures.LEAST:
+            raise BadInput(f"{what} has {len(found)} images; expected at least {measures.LEAST}")
+    return Sets(held_out, labels, trained, known, about, own and given is None)
+
+
+def open_other(task: Any, cfg: Any, other: Data) -> Any:
+    """Another data set, opened as this run would."""
+    return sources.open_for(task, replace(cfg, data=other))
+
+
+def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None]:
+    """At most MOST images of a source, spread evenly over it and of its most frequent size, and their labels."""
+    examples = data.opened(source, cfg.data, cfg.base.seed, example_cache(cfg), say=lambda text: None)
+    batches = list(examples.fixed(256, min(MOST, examples.size), alike=True))
+    labels = torch.cat([batch["label"] for batch in batches]) if "label" in batches[0] else None
+    return torch.cat([batch["pixel_values"] for batch in batches]), labels
+
+
+def judges(sets: Sets, named: tuple[str, ...], folder: Path) -> list[features.Features]:
+    """What makes features: the models that are named, and a classifier of the training's labels, where there are any."""
+    found = [models.open_model(name) for name in named]
+    if sets.trained_labels is not None and sets.trained_labels.unique().numel() > 1:
+        known = sets.held_out_labels is not None
+        held_out = (sets.held_out, sets.held_out_labels) if known else None
+        found.append(features.train_classifier(sets.trained, sets.trained_labels, held_out, folder))
+    return found
+
+
+def spread(images: Tensor, count: int) -> Tensor:
+    """So many of the images, or all where there are fewer, spread evenly over them."""
+    count = min(count, len(images))
+    return images[torch.arange(count) * len(images) // count]
+
+
+def judge(samples: Tensor, sets: Sets, judges: list[features.Features]) -> dict[str, Any]:
+    """Everything that is measured of samples [N, 3, H, W] uint8: under `features` what each judge says of them, and of as many
+    training images in their place (the floor); under `drawings` what the exact reader says; under `copies` the share of samples
+    that are nearer to a training image than 95 % of the held-out images are."""
+    floor = spread(sets.trained, len(samples))
+    result: dict[str, Any] = {"held out": sets.about, "features": {}}
+    for one in judges:
+        reference = one(sets.held_out)
+        scored = {"samples": measures.compare(one(samples), reference), "floor": measures.compare(one(floor), reference)}
+        result["features"][one.name.partition(" ")[0]] = {"about": one.name} | scored
+    near = measures.nearest(spread(sets.held_out, 1000), sets.trained)[0].quantile(0.05)
+    copied = measures.nearest(samples, sets.trained)[0] < near
+    result["copies"] = measures.share(copied) | {"held out": 0.05, "nearer than": float(near)}
+    if sets.drawings:
+        result["drawings"] = drawings.judge(samples, sets.held_out)
+    return result
+
+
+def told(result: dict[str, Any]) -> Iterator[str]:
+    """The result in lines for a console."""
+    as_text = lambda e: f"{e['value']:.4g}" + (f" ({e['low']:.4g} to {e['high']:.4g})" if "low" in e else "")  # noqa: E731
+    yield f"compared with {result['held out']}"
+    for kind in result["features"].values():
+        yield f"{kind['about']}:"
+        for name, value in kind["samples"].items():
+            yield f"    {name} {as_text(value)}; floor {as_text(kind['floor'][name])}"
+    for name, value in result.get("drawings", {}).get("samples", {}).items():
+        yield f"{name} {as_text(value)}; held-out drawings {as_text(result['drawings']['held out'][name])}"
+    yield f"copies of training images {as_text(result['copies'])}; held-out images {result['copies']['held out']:.4g}"
+
+
+def save_neighbours(samples: Tensor, sets: Sets, path: Path) -> None:
+    """A PNG of the first samples above the training images nearest to them, pixel by pixel."""
+    first = samples[:SHOWN]
+    beside = sets.trained[measures.nearest(first, sets.trained)[1]]
+    large = torch.cat([first, beside]).repeat_interleave(scale := max(1, math.ceil(64 / first.shape[-1])), -1)
+    grid = make_grid(large.repeat_interleave(scale, -2).float() / 255, nrow=len(first), padding=4, pad_value=1.0)
+    save_image(grid, staged := path.with_name(f"{path.stem}.writing.png"))
+    staged.rename(path)

@@ -1,0 +1,91 @@
+"""How far two sets of images are apart, from their features: Frechet distance, KID, precision and recall, with intervals.
+
+The formulas are torch-fidelity's own functions, called on given features; here they get intervals. An interval is the value
+plus and minus 1.96 standard errors of the grouped jackknife (Efron and Tibshirani 1993, An Introduction to the Bootstrap,
+chapter 11): each group of both sets is left out once. It says how much the value moves with the draw of images, and nothing of
+the Frechet distance's bias, which falls with their number: compare values of equal numbers, and with the floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from oneloop.configs import BadInput
+
+GROUPS = 20
+"""Parts of the jackknife; a quarter of them where features have more than 256 dimensions, whose Frechet distance takes time."""
+NEIGHBOURS = 3
+"""k of precision and recall."""
+LEAST = 32
+"""Images that a comparison takes at least."""
+Measures = dict[str, float]
+Estimate = dict[str, float]
+"""`value`, and `low` and `high`, the ends of its 95 % interval."""
+
+
+def measure(samples: Tensor, reference: Tensor) -> Measures:
+    """The distances of two sets of features, [N, D] and [M, D].
+
+    frechet: Heusel et al. 2017 (arXiv:1706.08500), eq. 6. kid: the unbiased squared MMD with the kernel (x.y / D + 1)^3 of
+    Binkowski et al. 2018 (arXiv:1801.01401), over subsets of 1,000 where there are more. precision, recall: Kynkaanniemi et al.
+    2019 (arXiv:1904.06991), with 3 neighbours.
+
+    Raises:
+        BadInput: torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity import metric_fid, metric_kid, metric_prc
+    except ImportError:
+        raise BadInput('distances are torch-fidelity\'s, which is not installed: pip install "oneloop[evaluate]"') from None
+    x, y = samples.double(), reference.double()
+    statistics = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
+    frechet = metric_fid.fid_statistics_to_metric(*statistics, False)[metric_fid.KEY_METRIC_FID]
+    size = min(1000, len(x), len(y))
+    subsets = 1 if size == max(len(x), len(y)) else 20
+    kid = metric_kid.kid_features_to_metric(x, y, kid_subsets=subsets, kid_subset_size=size, verbose=False)
+    precision, recall = metric_prc.calculate_precision_recall_part(x, y, NEIGHBOURS)
+    return {"frechet": frechet, "kid": kid[metric_kid.KEY_METRIC_KID_MEAN], "precision": precision, "recall": recall}
+
+
+def compare(samples: Tensor, reference: Tensor) -> dict[str, Estimate]:
+    """`measure` with intervals; the sets must be in no order, as draws by key and rows spread over a set are."""
+    return jackknife(measure, samples, reference, GROUPS if samples.shape[1] <= 256 else GROUPS // 4)
+
+
+def jackknife(of: Callable[[Tensor, Tensor], Mapping[str, float]], x: Tensor, y: Tensor, groups: int) -> dict[str, Estimate]:
+    """The value of each measure of two sets, [N, ...] and [M, ...], and the interval of the grouped jackknife."""
+    every = lambda z, g: z[torch.arange(len(z)) % groups != g]  # noqa: E731
+    whole, parts = of(x, y), [of(every(x, g), every(y, g)) for g in range(groups)]
+    made = {}
+    for name, value in whole.items():
+        left = np.array([part[name] for part in parts])
+        error = math.sqrt((groups - 1) * left.var())
+        least, most = (0.0, 1.0) if name in ("precision", "recall") else (-math.inf, math.inf)
+        ends = {"low": max(least, value - 1.96 * error), "high": min(most, value + 1.96 * error)}
+        made[name] = {"value": value} | ends
+    return made
+
+
+def share(holds: Tensor | np.ndarray) -> Estimate:
+    """The share of what holds, [N] bool, with Wilson's interval (1927), which is no point at 0 or 1."""
+    n, z = len(holds), 1.96
+    p = float(np.mean(np.asarray(holds, dtype=float)))
+    middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {
+        "value": p,
+        "low": max(0.0, (middle - reach) / (1 + z * z / n)),
+        "high": min(1.0, (middle + reach) / (1 + z * z / n)),
+    }
+
+
+def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each of x, [N, ...], the distance to the nearest of y, [M, ...], as the root of the mean square difference, [N], and
+    which that is, [N]."""
+    a, b = x.flatten(1).float(), y.flatten(1).float()
+    found = [torch.cdist(part, b).min(1) for part in a.split(256)]
+    return torch.cat([part.values for part in found]) / math.sqrt(a.shape[1]), torch.cat([part.indices for part in found])

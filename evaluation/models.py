@@ -1,0 +1,101 @@
+"""Features of models that others trained: torch-fidelity's Inception, and models of torchvision, transformers and diffusers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oneloop.configs import BadInput, one_line
+from oneloop.evaluation.features import Features, scaled
+
+
+def open_model(name: str) -> Features:
+    """The features of a model: `inception`, a name that torchvision lists, or a folder or name of transformers or diffusers.
+
+    Raises:
+        BadInput: there is no such model, its weights cannot be loaded, or it makes no features of images.
+    """
+    import torchvision
+
+    try:
+        if name == "inception":
+            return Features("inception of torch-fidelity, 2048 dimensions", inception())
+        if name in torchvision.models.list_models(torchvision.models):
+            return Features(f"{name} of torchvision", of_torchvision(name))
+        config = Path(name).expanduser() / "config.json"
+        diffuses = "_class_name" in json.loads(config.read_text("utf-8")) if config.is_file() else False
+        made = of_diffusers(name) if diffuses else of_transformers(name)
+        return Features(f"{name} of {'diffusers' if diffuses else 'transformers'}", made)
+    except BadInput:
+        raise
+    except Exception as error:  # each library has its own for weights that it cannot fetch or read
+        reason = one_line(f"{type(error).__name__}: {error}", 300)
+        raise BadInput(f"--model {name} cannot be loaded: {reason}") from None
+
+
+def inception() -> Callable[[Tensor], Tensor]:
+    """The InceptionV3 of the usual Frechet distance, [B, 2048]; torch-fidelity fetches its weights once."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    return lambda images: model(images)[0]
+
+
+def of_torchvision(name: str) -> Callable[[Tensor], Tensor]:
+    """What the last linear layer of a classifier is given, of images prepared as its weights ask."""
+    import torchvision
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    model, prepare = torchvision.models.get_model(name, weights=weights).eval(), weights.transforms()
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    if not last:
+        raise BadInput(f"--model {name}: expected a classifier with a linear layer at its end")
+    seen: list[Tensor] = []
+    last[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+
+    def features(images: Tensor) -> Tensor:
+        model(prepare(images))
+        return seen.pop()
+
+    return features
+
+
+def of_transformers(name: str) -> Callable[[Tensor], Tensor]:
+    """Image embeddings of CLIP and its kin, or else the pooled output, or else the mean over the tokens."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    model, processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
+    call = getattr(model, "get_image_features", model)
+
+    def features(images: Tensor) -> Tensor:
+        made = call(processor(list(images), return_tensors="pt")["pixel_values"])
+        return made if isinstance(made, Tensor) else pooled(made)
+
+    return features
+
+
+def pooled(output: Any) -> Tensor:
+    """One vector for each image, [B, D], of what a transformers model returns."""
+    vector = getattr(output, "pooler_output", None)
+    return output.last_hidden_state.flatten(2).mean(1) if vector is None else vector.flatten(1)
+
+
+def of_diffusers(name: str) -> Callable[[Tensor], Tensor]:
+    """The latents of an autoencoder, averaged over a grid of 4x4, [B, 16 C]."""
+    from diffusers import AutoModel
+
+    model = AutoModel.from_pretrained(name).eval()
+    if not hasattr(model, "encode"):
+        raise BadInput(f"--model {name} is a {type(model).__name__}; of diffusers, expected an autoencoder")
+
+    def features(images: Tensor) -> Tensor:
+        encoded = model.encode(scaled(images))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        return F.adaptive_avg_pool2d(latents, 4)
+
+    return features

@@ -1,0 +1,207 @@
+"""`python loop.py evaluate`: what is measured of samples, and that it is measured rightly."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from test_settings import refused
+from warm import cli, tiny
+
+from oneloop.evaluation import drawings, features, judge, measures, models
+from oneloop.inputs.shapes import describe_shape, draw_shape
+
+
+def drawn(numbers, side=16):
+    """Embedded examples as images [N, 3, H, H] uint8."""
+    return torch.stack([torch.from_numpy(draw_shape(n, side)[0]).permute(2, 0, 1) for n in numbers])
+
+
+@pytest.fixture(scope="module")
+def clouds():
+    """Two sets of features, [300, 12] and [260, 12], that overlap."""
+    rng = np.random.default_rng(1)
+    mix = rng.normal(size=(12, 12)) / 3
+    return torch.tensor(rng.normal(size=(300, 12)) @ mix), torch.tensor(0.3 + rng.normal(size=(260, 12)))
+
+
+def test_distances_are_their_formulas(clouds):
+    """Written here a second time, another way, to 1e-6; and they are torch-fidelity's."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    x, y = (z.numpy() for z in clouds)
+    a, b = np.cov(x.T), np.cov(y.T)
+    values, vectors = np.linalg.eigh(a)
+    root = vectors * np.sqrt(values) @ vectors.T
+    frechet = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvalsh(root @ b @ root)).sum()
+    kernel = lambda u, v: (u @ v.T / 12 + 1) ** 3  # noqa: E731
+    u, v = x[:260], y
+    off = lambda k: (k.sum() - np.trace(k)) / (260 * 259)  # noqa: E731
+    kid = off(kernel(u, u)) + off(kernel(v, v)) - 2 * kernel(u, v).mean()
+    apart = lambda u, v: np.sqrt(((u[:, None] - v[None]) ** 2).sum(-1))  # noqa: E731
+    reach = lambda u: np.sort(apart(u, u), 1)[:, 3]  # noqa: E731
+    within = lambda u, v: (apart(u, v) <= reach(v)).any(1).mean()  # noqa: E731
+    found = measures.measure(torch.tensor(u), torch.tensor(v))
+    own = fid_statistics_to_metric(*(fid_features_to_statistics(z) for z in clouds), False)
+    whole = measures.measure(*clouds)
+    assert whole["frechet"] == pytest.approx(frechet, abs=1e-6)
+    assert whole["frechet"] == pytest.approx(own["frechet_inception_distance"], abs=1e-6)
+    assert found["kid"] == pytest.approx(kid, abs=1e-6)
+    assert whole["precision"] == pytest.approx(within(x, y), abs=1e-6) and 0.1 < whole["precision"] < 1
+    assert whole["recall"] == pytest.approx(within(y, x), abs=1e-6) and 0 < whole["recall"] < whole["precision"]
+
+
+def test_intervals():
+    """The jackknife of a mean is its standard error; Wilson's interval is no point at 0; sets of one law are not told apart."""
+    x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
+    one = measures.jackknife(lambda a, b: {"mean": float(a.mean())}, x, x, 400)["mean"]
+    assert one["high"] - one["value"] == pytest.approx(1.96 * float(x.std()) / 20, rel=1e-6)
+    none = measures.share(torch.zeros(256, dtype=torch.bool))
+    assert none["value"] == none["low"] == 0 and none["high"] == pytest.approx(1.96**2 / (256 + 1.96**2))
+    a, b, c = torch.randn(3, 200, 6, generator=torch.Generator().manual_seed(2)).double()
+    same, other = measures.compare(a, b)["kid"], measures.compare(a, c + 0.5)["kid"]
+    assert same["low"] < 0 < same["high"] < other["low"] < other["value"] < other["high"]
+
+
+def test_the_reader_reads():
+    """Every drawing as what it was drawn, in two sizes; plain, noisy and blurred images as what they are."""
+    for side in (16, 32):
+        reading = drawings.read(drawn(range(500, 600), side))
+        assert [drawings.KINDS[k] for k in reading.kind.tolist()] == [describe_shape(n)[:4] for n in range(500, 600)]
+        assert reading.named.all() and not reading.blank.any() and reading.distance.median() < 4
+    plain = torch.tensor([drawings.COLOURS[name] for name in ("red", "black", "white")], dtype=torch.uint8)
+    noise = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    blank = drawings.read(plain[:, :, None, None].expand(-1, -1, 16, 16))
+    assert blank.blank.all() and not blank.named.any()
+    assert not drawings.read(noise).named.any()
+    half = (drawn(range(40)).float() + drawn(range(40, 80)).float()) / 2
+    assert drawings.read(half.to(torch.uint8)).named.float().mean() < 0.2
+    judged = drawings.judge(drawn(range(300, 400)), drawn(range(400, 500)))
+    covered = judged["samples"]["coverage"]
+    assert covered["expected low"] <= covered["value"] <= covered["expected high"] < 100 / 180
+    assert covered["value"] == len({describe_shape(n)[:4] for n in range(300, 400)}) / 180
+
+
+def sets(count=200):
+    """Embedded shapes, with labels."""
+    labels = lambda rows: torch.tensor([draw_shape(n, 16)[2] for n in rows])  # noqa: E731
+    held_out, trained = range(count, 2 * count), range(count)
+    return judge.Sets(drawn(held_out), labels(held_out), drawn(trained), labels(trained), "drawings", True)
+
+
+def test_copies_and_floor(monkeypatch, tmp_path):
+    """Training images are copies, fresh drawings as often as those held out; the classifier is the same each time, and kept."""
+    monkeypatch.setattr(features, "STEPS", 12)
+    these = sets()
+    judges = judge.judges(these, (), tmp_path)
+    (kept,) = tmp_path.iterdir()
+    before = kept.stat().st_mtime_ns
+    again = judge.judges(these, (), tmp_path)
+    fresh = judge.judges(these, (), tmp_path / "other")
+    assert kept.stat().st_mtime_ns == before and judges[0].name == again[0].name == fresh[0].name
+    assert torch.equal(judges[0](these.held_out), again[0](these.held_out))
+    assert torch.equal(judges[0](these.held_out), fresh[0](these.held_out))
+    copied = judge.judge(these.trained, these, judges)
+    assert (
+        copied["copies"]["value"] == 1
+        and copied["features"]["classifier"]["samples"] == copied["features"]["classifier"]["floor"]
+    )
+    unseen = judge.judge(drawn(range(400, 600)), these, judges)
+    assert unseen["copies"]["low"] < 0.05 < unseen["copies"]["high"] < 0.15
+    assert json.dumps(unseen) and any("copies of training images" in line for line in judge.told(unseen))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that held out a tenth of 400 shapes, judged."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {"data__num_shapes": 400, "data__resolution": 16, "data__validation_split": 0.1}
+    result = cli(folder, *tiny(folder, **settings))
+    assert result.code == 0, result.err
+    result = cli(folder, "evaluate", "out", "--num", "70", patch=quick)
+    assert result.code == 0, result.err
+    return folder, result
+
+
+def quick():
+    """A classifier of a few steps."""
+    features.STEPS = 4
+
+
+def test_a_run_is_judged(run):
+    """What it writes; drawn once, by key; a part that was lost is drawn again, the rest is kept."""
+    folder, result = run
+    path = folder / "out" / "evaluation" / "6.json"
+    found = json.loads(path.read_text())
+    assert found["step"] == 6 and found["num"] == 70 and found["held out"] == "40 images that the run held out"
+    assert found["drawings"]["samples"]["named"]["value"] < 0.5 < found["drawings"]["held out"]["named"]["value"]
+    assert (
+        found["features"]["classifier"]["samples"]["frechet"]["value"]
+        > found["features"]["classifier"]["floor"]["frechet"]["value"]
+    )
+    assert "drew 70 of 70 images" in result.err and str(path.name) in result.out
+    first, second = sorted(folder.glob("out/evaluation/6-*/*.npy"))
+    kept, images = first.stat().st_mtime_ns, np.load(second)
+    second.unlink()
+    again = cli(folder, "evaluate", "out", "--num", "70", patch=quick)
+    assert again.code == 0 and "drew 64" not in again.err and first.stat().st_mtime_ns == kept, again.err
+    assert np.array_equal(np.load(second), images) and json.loads(path.read_text()) == found
+    grid = cli(folder, "sample", "out", "--num", "2", "--to", "two.png")
+    assert grid.code == 0 and np.load(first).shape == (64, 3, 16, 16)
+
+
+def test_another_set(run, tmp_path):
+    """A folder of images in the place of what was held out; sizes and numbers that do not fit are refused."""
+    folder, _ = run
+    from torchvision.utils import save_image
+
+    (tmp_path / "images").mkdir()
+    for n, image in enumerate(drawn(range(700, 740))):
+        save_image(image / 255, tmp_path / "images" / f"{n}.png")
+    done = cli(folder, "evaluate", "out", "--num", "70", "--data", tmp_path / "images", patch=quick)
+    assert done.code == 0 and f"compared with {tmp_path / 'images'}" in done.out, done.err
+    for n in range(20):
+        (tmp_path / "images" / f"{n}.png").unlink()
+    refused(cli(folder, "evaluate", "out", "--data", tmp_path / "images", patch=quick), "has 20 images; expected at least 32")
+
+
+def test_models_by_folder(tmp_path):
+    """An autoencoder of diffusers and a vision model of transformers, each of one vector for an image, whatever the batch."""
+    from diffusers import AutoencoderKL
+    from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
+    from warm import VAE
+
+    AutoencoderKL(**{k: v for k, v in VAE.items() if k != "_class_name"}).save_pretrained(tmp_path / "vae")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(tmp_path / "dino")
+    ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(tmp_path / "dino")
+    images = drawn(range(70), 32)
+    for name, size in (("vae", 32), ("dino", 16)):
+        made = models.open_model(str(tmp_path / name))(images)
+        assert made.shape == (70, size) and torch.allclose(
+            made[64:], models.open_model(str(tmp_path / name))(images[64:]), atol=1e-5
+        )
+        assert made.std(0).min() > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nowhere"], ["nowhere: there is no such folder; expected a run's output folder"]),
+        (["."], [".: holds neither run.json nor a checkpoint; expected"]),
+        ([".", "--num", "31"], ["--num is 31; expected at least 32"]),
+        ([".", "--mdoel", "x"], ["--mdoel is not a setting", "did you mean --model?"]),
+    ],
+)
+def test_mistakes(tmp_path, argv, words):
+    refused(cli(tmp_path, "evaluate", *argv), *words)
+
+
+def test_a_model_that_is_not_there(run):
+    folder, _ = run
+    env = {"HF_HUB_OFFLINE": "1", "TORCH_HOME": str(folder / "none")}
+    refused(cli(folder, "evaluate", "out", "--model", "no-such/model", env=env), "--model no-such/model cannot be loaded")
+    shutil.copytree(folder / "out" / "checkpoint-6", folder / "alone")
+    done = cli(folder, "evaluate", "alone", "--num", "32", env=env, patch=quick)
+    assert done.code == 0, done.err

@@ -1,0 +1,118 @@
+"""Judge what a run draws against images that it was not trained on.
+
+    python loop.py evaluate runs/ddpm --num 1000
+    python loop.py evaluate runs/ddpm/checkpoint-500
+
+It draws images by key, with the EMA, keeps them in evaluation/ of the output folder, and compares them with the images that the
+run held out, or with --data: in features of a classifier that it trains itself where there are labels, in features of --model,
+and, of the embedded shapes, exactly. The floor is what as many training images score in the place of the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional
+
+from oneloop.configs import BadInput, Name, Range, Seed, check
+from oneloop.views.sample import drawer, opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 64
+"""Images that are drawn, and kept, at a time."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Judge what a run draws against images that it was not trained on."""
+
+    folder: Positional[Name]
+    """The output folder of a run, whose last checkpoint draws, or one checkpoint-N in it."""
+    num: Annotated[int, Range(32, 65_536)] = 256
+    """Images that are drawn. Distances depend on the number: compare those of equal numbers."""
+    seed: Seed | None = None
+    """Which images. None: the run's own seed."""
+    data: Name | None = None
+    """What to compare with: a folder of images, or a data set by name. None: what the run held out, or, where it trained on
+    the embedded shapes and held out none, drawings of numbers that it did not have."""
+    split: Name = "test"
+    """Split of the data set that --data names."""
+    model: tuple[Name, ...] = ()
+    """Models whose features are compared: `inception`, the name of a torchvision model, or the folder or name of a model of
+    transformers or diffusers."""
+    task: Name | None = None
+    """The task that drew, where it is not one of oneloop's: its import path, as of `sample`."""
+
+    def __post_init__(self):
+        check(self)
+        if not Path(self.folder).expanduser().is_dir():
+            raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
+
+
+def main(settings: Settings) -> None:
+    """Draw, compare, write the results, and say them.
+
+    Raises:
+        BadInput: the folder holds no run, there is nothing to compare with, or a model cannot be loaded. StorageError: the
+            results could not be written.
+    """
+    from oneloop import checkpoint
+    from oneloop.evaluation import judge
+    from oneloop.machine import files
+    from oneloop.views import page
+
+    saved, facts, task, cfg = opened(settings.folder, settings.task)
+    out, seed = saved.parent, cfg.base.seed if settings.seed is None else settings.seed
+    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), check=False, dry_run=False))
+    folder, step = out / "evaluation", facts["step"]
+    kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num)
+        judges = judge.judges(sets, settings.model, folder)
+        samples = drawn(kept, saved, task, cfg, seed, settings.num)
+        if samples.shape[1:] != sets.held_out.shape[1:]:
+            sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
+            raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
+        result = {"step": step, "seed": seed, "num": settings.num} | judge.judge(samples, sets, judges)
+        judge.save_neighbours(samples, sets, folder / f"{step}.png")
+        files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
+        if (out / "run.json").is_file():
+            page.write(out)
+    except OSError as error:
+        raise checkpoint.StorageError(f"writing {error.filename or folder} failed: {error.strerror or error}") from None
+    print("\n".join(judge.told(result)))
+    print(f"{settings.num} images of step {step}, seed {seed}, judged: {folder / f'{step}.json'}")
+
+
+def drawn(folder: Path, saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Tensor:
+    """The images 0 to `num` - 1 of a checkpoint and a seed, [num, 3, H, W] uint8: those that the folder has from there.
+
+    Raises:
+        BadInput: the task's samples are something else, such as reconstructions.
+    """
+    import numpy as np
+    import torch
+
+    parts, draw = [], None
+    for first in range(0, num, CHUNK):
+        numbers = range(first, min(first + CHUNK, num))
+        path = folder / f"{numbers[0]:06}-{numbers[-1]:06}.npy"
+        if not path.is_file():
+            draw = draw or drawer(saved, task, cfg, seed, num)
+            images = draw(numbers)
+            if "samples" not in images:
+                raise BadInput(f"{saved}: its task draws {', '.join(images)}; expected samples, which alone can be judged")
+            made = images["samples"].float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+            with open(staged := path.with_suffix(".writing"), "wb") as file:
+                np.save(file, made)
+            staged.rename(path)
+            print(f"drew {numbers[-1] + 1} of {num} images", file=sys.stderr)
+        parts.append(torch.from_numpy(np.load(path)))
+    return torch.cat(parts)
