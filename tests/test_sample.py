@@ -105,5 +105,5 @@ def test_mistakes(tmp_path, argv, words):
 
 def test_it_is_listed(tmp_path):
     listed = cli(tmp_path)
-    assert listed.code == 0 and "    sample    Draw images from a run's output folder" in listed.out
+    assert listed.code == 0 and "    sample     Draw images from a run's output folder" in listed.out
     assert "--seed" in cli(tmp_path, "sample", "--help").out
