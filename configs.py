@@ -116,6 +116,7 @@ class Part:
 
     train_data_dir: Folder | None = None
     dataset_name: Name | None = None
+    stream: Name | None = None
     dataset_config_name: Name | None = None
     split: Name | None = None
     image_column: Name | None = None
@@ -139,8 +140,8 @@ class Part:
         alone = self.share is None or self.repeats == 1
         require(alone, "data.mixture", {"repeats": self.repeats, "share": self.share}, "repeats or a share, above 0")
         require(self.share != 0, "data.mixture", {"share": self.share}, "a share above 0")
-        named = self.train_data_dir is not None or self.dataset_name is not None
-        require(named, "data.mixture", asdict(self), "the train_data_dir or dataset_name of a source")
+        named = [self.train_data_dir, self.dataset_name, self.stream]
+        require(any(named), "data.mixture", asdict(self), "the train_data_dir, dataset_name or stream of a source")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Data:
     validation_split: Live[Name | None] = None
     """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1:
     that share of the rows, rounded, one of every ten by a hash of its number. Where rows are appended, all of those held out
-    but the last stay. None: nothing."""
+    but the last stay. Of a stream: rows of few shards, in a keyed order. None: nothing."""
     train_data_dir: Live[Folder | None] = None
     """Folder of images, instead of dataset_name, in every format that PIL reads, and HEIC with pillow-heif: captions from
     metadata.jsonl, metadata.csv or a .txt beside each image, labels from subfolders. Hidden files are left out."""
@@ -176,10 +177,10 @@ class Data:
     validation_data_dir: Live[Folder | None] = None
     """Folder of images to measure the loss on, in place of validation_split."""
     max_train_samples: Live[Count | None] = None
-    """Train on as many images, spread evenly over the set. None: all."""
+    """Train on as many images, spread evenly over the set; of a stream, on those of few shards. None: all."""
     mixture: Live[tuple[Part, ...]] = ()
-    """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3}.
-    Also the other settings that say where images are, trigger, share (of the run's examples) and loss_weight."""
+    """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3},
+    or a stream beside a stream. Also the other settings that say where images are, trigger, share (of the run's examples) and loss_weight."""
     class_data_dir: Live[Folder | None] = None
     """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
     class_prompt: Live[Words | None] = None
@@ -269,8 +270,8 @@ class Data:
             require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
         share = sum(part.share or 0 for part in self.parts())
         require(share < 1, "data.mixture", share, "shares below 1 altogether; the rest is that of the other sources")
-        alone = ("train_data_dir", "mixture", "class_data_dir", "validation_split", "max_train_samples", "buckets")
-        for name in (*alone, "more_resolutions", "conditioning_data_dir", "mask_data_dir") if self.stream is not None else ():
+        alone = ("train_data_dir", "more_resolutions", "conditioning_data_dir", "mask_data_dir")
+        for name in alone if self.stream is not None else ():
             value = getattr(self, name)
             require(not value, f"data.{name}", value, "nothing beside --data.stream, whose images have not been seen")
         mask = [self.mask_column, self.mask_data_dir, self.mask_from_alpha or None]

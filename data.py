@@ -23,8 +23,8 @@ from torch import Tensor
 from oneloop.configs import BadInput, Data
 from oneloop.inputs import store
 from oneloop.inputs.batches import Collation, mirrored, stream, to_device
-from oneloop.inputs.cache import Marks, as_marks
-from oneloop.inputs.captions import fill
+from oneloop.inputs.cache import Reader, Values, as_marks, digest
+from oneloop.inputs.captions import possible
 from oneloop.inputs.files import LISTED, listed, reason, shown
 from oneloop.inputs.plan import Bucket, Plan
 from oneloop.inputs.sources import Source, select
@@ -36,21 +36,6 @@ RESIDENT = 0.1
 """Share of a GPU's memory that the decoded set may take, so that only the corners of the crops travel in a step."""
 CHUNK = 1024
 """Examples that are planned at a time."""
-
-Reader = Callable[[Marks], dict[str, Tensor]]
-"""The marks of B values -> what was made of them, [B, ...] each."""
-
-
-@dataclass(frozen=True)
-class Values:
-    """Everything that a run may ask an encoding for."""
-
-    marks: Marks
-    """What tells each from all others."""
-    make: Callable[[int], tuple[Any, ...]]
-    """Its number -> the value of each column."""
-    sizes: Callable[[int], Any] | None = None
-    """Its number -> the sizes of its images; None: all are of one size."""
 
 
 class Examples(torch.utils.data.Dataset):
@@ -214,11 +199,8 @@ class Examples(torch.utils.data.Dataset):
         """Every caption that the run may ask for; None where they cannot be listed, since tags are drawn, or there are none."""
         if self.source.captions is None or self.cfg.shuffle_tags or self.cfg.tag_dropout:
             return None
-        return list(dict.fromkeys(text for row in range(self.size) for text in self._texts_of(row)))
-
-    def _texts_of(self, row: int) -> list[str]:
-        templates, captions = self.cfg.caption_templates or ("{}",), self.source.captions[row] or [""]
-        return [fill(form, text) for text in captions for form in templates] + [""] * bool(self.cfg.caption_dropout)
+        own = self.collation.captions
+        return list(dict.fromkeys(text for row in range(self.size) for text in possible(self.source.captions[row], own)))
 
     def values(self, columns: tuple[str, ...]) -> Values | None:
         """Everything that the run may ask an encoding of these columns for; None where that cannot be listed: images that are
@@ -231,7 +213,11 @@ class Examples(torch.utils.data.Dataset):
         if columns == ("caption",):
             return Values(as_marks([digest(repr(text).encode()) for text in captions]), lambda i: (captions[i],))
         flips, every = (2 if self.cfg.random_flip and images else 1), range(len(self.images))
-        several = [list(dict.fromkeys(self._texts_of(row))) for row in self.rows.tolist()] if captions else [[""]] * len(every)
+        several = (
+            [possible(self.source.captions[row], self.collation.captions) for row in self.rows.tolist()]
+            if captions
+            else [[""]] * len(every)
+        )
         starts = np.cumsum([0, *(flips * len(texts) for texts in several)])
 
         def which(i: int) -> tuple[int, bool, str]:
@@ -297,11 +283,6 @@ class Examples(torch.utils.data.Dataset):
         return stream(self, self.cfg.train_batch_size, first, stride, workers)
 
 
-def digest(content: bytes) -> bytes:
-    """16 bytes that tell it from all others."""
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
 def _grouped(share: Tensor, images: Decoded) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """(source, sizes) -> the entries that have them, [n] int64, as often as resolutions give them this size."""
     anchors = [name for name, column in images.kinds.items() if column.like is None]
@@ -347,7 +328,7 @@ def opened(
 ) -> Examples | Streamed:
     """The examples of a source, with the images that are cached in the folder, or decoded here, or streamed from its shards;
     the rest as of Examples and Streamed."""
-    if source.shards is not None:
+    if source.streams:
         return Streamed(source, cfg, seed, report, block, say)
     path = cache and store.path_of(cache, source, cfg)
     images = path and store.load(path, cfg)

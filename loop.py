@@ -46,7 +46,7 @@ from torch import Tensor
 
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
-from oneloop.inputs import encodings, sources, store
+from oneloop.inputs import encodings, listing, sources, store
 from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.files import flaws
@@ -188,6 +188,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if resumed:
             refuse_changes(manifest, {"task": name}, configs.changes(manifest["settings"], cfg))
         total = length(cfg, source.pass_length(), manifest, accelerator.num_processes)
+        source = replace(source, asked=listing.asked(cfg, accelerator.num_processes, total, manifest))
         factor_at = schedule(cfg.base, total)
         complete = manifest["step"] >= total
         finished = not on_main(accelerator, lambda: owed(out, cfg, manifest, complete))

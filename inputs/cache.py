@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,11 +41,30 @@ ANEW = "the same command encodes its values anew"
 
 Marks = np.ndarray
 """Names of values, [n, 16] uint8: hashes of all that decides them."""
+Reader = Callable[[Marks], dict[str, Tensor]]
+"""The marks of B values -> what was made of them, [B, ...] each."""
+
+
+def digest(content: bytes) -> bytes:
+    """16 bytes that tell it from all others."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def as_marks(digests: Sequence[bytes]) -> Marks:
     """Digests of 16 bytes as one array."""
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Everything that a run may ask an encoding for."""
+
+    marks: Marks
+    """What tells each from all others."""
+    make: Callable[[int], tuple[Any, ...]]
+    """Its number -> the value of each column."""
+    sizes: Callable[[int], Any] | None = None
+    """Its number -> the sizes of its images; None: all are of one size."""
 
 
 @dataclass
@@ -147,13 +168,15 @@ class Cache:
         todo: Iterable[int],
         size: int,
         make: Callable[[Sequence[int]], Iterator[tuple[int, dict[str, Tensor]]]],
+        count: int = 0,
     ) -> None:
-        """Write the values of marks[i] for the i of `todo`; `make` gives of at most `size` of them (i, its columns).
+        """Write the values of marks[i] for the i of `todo`; `make` gives of at most `size` of them (i, its columns). `count`:
+        how many are written by all processes, for which there must be space.
 
         A shard has columns of one shape, and ends where another shape comes: `todo` has those of one shape in a row.
 
         Raises:
-            BadInput: the folder cannot be written.
+            BadInput: the folder cannot be written, or its disk is too small for all of them.
         """
         for left in self.folder.glob(".*.writing"):  # by a writer that was killed
             with contextlib.suppress(OSError):
@@ -163,6 +186,8 @@ class Cache:
         for start in range(0, len(todo), size):
             for i, columns in make(todo[start : start + size]):
                 columns = {name: x.detach().cpu() for name, x in columns.items()}
+                if i == todo[0]:
+                    self._check_space(max(count, len(todo)), sum(x.nbytes for x in columns.values()))
                 own = [(name, x.shape, x.dtype) for name, x in sorted(columns.items())]
                 taken = len(rows) * sum(x.nbytes for x in columns.values())
                 if rows and (own != shape or len(rows) >= SHARD_ROWS or taken >= SHARD_BYTES):
@@ -173,6 +198,14 @@ class Cache:
                 rows.append(columns)
         if rows:
             self._write(names, rows)
+
+    def _check_space(self, count: int, each: int) -> None:
+        """Before the first of `count` values is written, `each` bytes large as the first is."""
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        needed, free = count * each / 2**30, shutil.disk_usage(place).free / 2**30
+        if needed > free:
+            sizes = f"{count:,} encodings take {needed:,.1f} GiB, and {free:,.1f} GiB are free in {place}"
+            raise BadInput(f"--data.example-cache: {sizes}; another folder, or `no`: they are made anew in every step")
 
     def _write(self, marks: list[np.ndarray], rows: list[dict[str, Tensor]]) -> None:
         """One shard, there whole or not at all."""

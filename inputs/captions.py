@@ -65,6 +65,12 @@ def fill(template: str, text: str) -> str:
     return template.replace("{}", text)
 
 
+def possible(texts: Sequence[str], cfg: Captions) -> list[str]:
+    """What `caption` may make of these texts, each once, where no tags are drawn."""
+    made = [fill(form, text) for text in texts or [""] for form in cfg.templates or ("{}",)]
+    return list(dict.fromkeys([*made, *[""] * bool(cfg.caption_dropout)]))
+
+
 def caption(texts: Sequence[str], cfg: Captions, u: Mapping[str, float]) -> str:
     """The text of one example: one of its captions, tags dropped, then shuffled, put into a template, or empty.
 

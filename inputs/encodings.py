@@ -18,8 +18,8 @@ from torch import Tensor
 
 from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.data import Examples, Fixed, digest, to_device
-from oneloop.inputs.cache import Cache, as_marks
+from oneloop.data import Examples, Fixed, to_device
+from oneloop.inputs.cache import Cache, as_marks, digest
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import content_hash
 from oneloop.machine.memory import is_out_of_memory
@@ -36,8 +36,8 @@ def reads(name: str, encoding: Encoding) -> tuple[str, ...]:
 def remarks(examples: Examples, encodings: Mapping[str, Encoding], cfg: Any) -> Iterator[str]:
     """What the encodings have to say of the captions they will be given."""
     for name, encoding in encodings.items():
-        if encoding.remark is not None and "caption" in reads(name, encoding):
-            yield from filter(None, [encoding.remark(sorted(examples.texts() or ()), cfg)])
+        if encoding.remark is not None and "caption" in reads(name, encoding) and (texts := examples.texts()):
+            yield from filter(None, [encoding.remark(sorted(texts), cfg)])
 
 
 def encode(encodings: Mapping[str, Encoding], models: Models, batch: Batch, cfg: Any) -> Batch:
@@ -205,7 +205,8 @@ def _fill(
 
     alike = lambda some: sorted(some.tolist(), key=values.sizes) if values.sizes else some.tolist()  # noqa: E731
     accelerator.wait_for_everyone()  # all have looked before one writes, so that all share the same list
-    cache.fill(values.marks, alike(missing[accelerator.process_index :: accelerator.num_processes]), size, make)
+    mine = alike(missing[accelerator.process_index :: accelerator.num_processes])
+    cache.fill(values.marks, mine, size, make, len(missing))
     accelerator.wait_for_everyone()
     elsewhere = cache.refresh().missing(values.marks)  # what others wrote to a disk that is not seen from here
     cache.fill(values.marks, alike(elsewhere), size, make)

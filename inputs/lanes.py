@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from oneloop.configs import BadInput
+from oneloop.inputs.plan import deal
 from oneloop.inputs.shuffle import mix, permute
 from oneloop.tasks import hash64
 
@@ -79,11 +80,16 @@ class Lanes:
 
     def examples(self, position: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Shard and row of the shard, [n] int64 each, of these positions in the source's endless stream, in any order."""
-        position = np.asarray(position, np.int64)
-        block, within = np.divmod(position, self.block)
-        turn, lane = np.divmod(block, self.lanes)
-        epoch, r = np.divmod(turn * self.block + within, np.diff(self._cuts)[lane])
-        shard, row = np.empty_like(position), np.empty_like(position)
+        return self.at(*turns(position, self.lanes, self.block))
+
+    def length(self, lane: int) -> int:
+        """Rows of a lane."""
+        return int(self._cuts[lane + 1] - self._cuts[lane])
+
+    def at(self, lane: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same of these numbers in the endless streams of lanes, [n] each."""
+        epoch, r = np.divmod(number, np.diff(self._cuts)[lane])
+        shard, row = np.empty_like(r), np.empty_like(r)
         for g, e in sorted(set(zip(lane.tolist(), epoch.tolist(), strict=True))):
             mine = (lane == g) & (epoch == e)
             shards, first, ends = self._order(g, e)
@@ -94,3 +100,66 @@ class Lanes:
             piece = np.searchsorted(ends, x, "right")
             shard[mine], row[mine] = shards[piece], first[piece] + x - np.append(0, ends)[piece]
         return shard, row
+
+
+@dataclass(frozen=True)
+class Free:
+    """The order of a source whose rows are read one by one, wherever they are: every lane goes through all of them, in a keyed
+    order of its own in each pass."""
+
+    size: int
+    lanes: int
+    block: int
+    seed: int
+
+    def length(self, lane: int) -> float:
+        """A lane's part of the rows, as if they had been cut."""
+        return self.size / self.lanes
+
+    def at(self, lane: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As Lanes.at; all is one shard."""
+        epoch, r = np.divmod(number, self.size)
+        keys = np.array([hash64(self.seed, "lanes", g) for g in range(self.lanes)], np.uint64)[lane]
+        return np.zeros_like(r), permute(mix(keys, epoch.astype(np.uint64)), self.size, r)
+
+
+def turns(position: Sequence[int] | np.ndarray, lanes: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The lane of these positions, and their numbers in its stream, [n] int64 each."""
+    blocks, within = np.divmod(np.asarray(position, np.int64), block)
+    turn, lane = np.divmod(blocks, lanes)
+    return lane, turn * block + within
+
+
+def positions(lane: int, number: np.ndarray, lanes: int, block: int) -> np.ndarray:
+    """The inverse of `turns`, of numbers of one lane."""
+    turn, within = np.divmod(number, block)
+    return (turn * lanes + lane) * block + within
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """The order of several streamed sources, cut into the same lanes: in each lane they are dealt as `plan.deal` deals, by
+    their repeats times their rows there. So a process that reads its own lanes alone does so of every source; of one source the
+    order is that of `Lanes`. Of a lane's examples a source has its share to within the bound of inputs/plan.py."""
+
+    parts: tuple[Lanes | Free, ...]
+    repeats: tuple[float, ...]
+    """How often a pass of the run has each row of each."""
+
+    def examples(self, position: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, shard, and row of the shard, [n] int64 each, of these positions of the run, in any order."""
+        first = self.parts[0]
+        lane, number = turns(position, first.lanes, first.block)
+        part, shard, row = np.zeros_like(lane), np.empty_like(lane), np.empty_like(lane)
+        for g in set(lane.tolist()) if len(self.parts) > 1 else ():
+            part[lane == g], number[lane == g] = deal(*self._lane(g), number[lane == g])
+        for i, lanes in enumerate(self.parts):
+            mine = part == i
+            shard[mine], row[mine] = lanes.at(lane[mine], number[mine])
+        return part, shard, row
+
+    def _lane(self, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and weights of the sources in a lane, [B] each."""
+        keys = [hash64(part.seed, "deal", i, lane) for i, part in enumerate(self.parts)]
+        weights = [part.length(lane) * times for part, times in zip(self.parts, self.repeats, strict=True)]
+        return np.array(keys, np.uint64), np.array(weights, np.float64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import bisect
 import contextlib
+import copy
 import hashlib
 import io
 import itertools
@@ -26,7 +27,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ import numpy as np
 
 from oneloop.configs import BadInput
 from oneloop.inputs.files import listed, reason, shown
+from oneloop.inputs.shuffle import permute
 from oneloop.machine.files import erase
+from oneloop.tasks import hash64
 
 ENDINGS = (".parquet", ".tar")
 INDEXES = ("index.json", "shardindex.json", "sizes.json")
@@ -401,7 +404,7 @@ def _keep(path: Path, made: Sequence[Opened]) -> None:
 
 
 class Shards:
-    """The shards of several files, and their rows, numbered through."""
+    """The shards of several files, and their rows, numbered through: all of them, or those of a `part`."""
 
     def __init__(self, files: Sequence[Opened], columns: Sequence[str] = ()):
         self.paths, self.columns = [file.path for file in files], tuple(columns)
@@ -411,7 +414,9 @@ class Shards:
         self.first = np.cumsum([0, *counts])[:-1]  # [F], the first shard of each file
         self.rows = np.fromiter(itertools.chain.from_iterable(file.rows for file in files), np.int64)  # [S]
         self.bytes = np.fromiter(itertools.chain.from_iterable(file.bytes for file in files), np.int64)  # [S]
-        self.ends = self.rows.cumsum()  # [S]
+        self.own = self.rows  # [S], those of this part
+        self.split: dict[int, int] = {}  # shard that is in several parts -> its first row here, in the keyed order
+        self.ends = self.own.cumsum()  # [S]
         self.fetched = 0
         """Shards that were read."""
         self._open: OrderedDict[int, Any] = OrderedDict()
@@ -419,6 +424,25 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": OrderedDict(), "_footers": OrderedDict()}  # what was read does not travel
+
+    def view(self, columns: Sequence[str] | None = None) -> Shards:
+        """The same shards, of which nothing is in memory yet, in these columns."""
+        made = copy.copy(self)
+        made.columns = self.columns if columns is None else tuple(columns)
+        made._open, made._footers, made.fetched = OrderedDict(), OrderedDict(), 0
+        return made
+
+    def part(self, first: int, end: int) -> Shards:
+        """The rows from `first` to `end` of all, in a keyed order of shards, and of rows inside a shard that is in several
+        parts: so a part is read from as few shards as can be."""
+        order = permute(np.array([hash64("parts")], np.uint64), len(self.rows), np.arange(len(self.rows)))
+        before = np.empty_like(self.rows)  # [S], rows of the shards before
+        before[order] = self.rows[order].cumsum() - self.rows[order]
+        low, high = (np.clip(edge - before, 0, self.rows) for edge in (first, end))
+        made = self.view()
+        made.own, made.ends = high - low, (high - low).cumsum()
+        made.split = {i: int(low[i]) for i in np.flatnonzero((low < high) & (high - low < self.rows)).tolist()}
+        return made
 
     @property
     def local_tars(self) -> bool:
@@ -435,11 +459,15 @@ class Shards:
     def at(self, row: int) -> tuple[int, int]:
         """Shard of a row, and its number there."""
         shard = int(np.searchsorted(self.ends, row, "right"))
-        return shard, row - int(self.ends[shard] - self.rows[shard])
+        own = row - int(self.ends[shard] - self.own[shard])
+        if shard in self.split:
+            key = np.array([hash64("parts", shard)], np.uint64)
+            own = int(permute(key, self.rows[shard], np.array([self.split[shard] + own]))[0])
+        return shard, own
 
-    def row(self, shard: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """The inverse of `at`, of arrays."""
-        return self.ends[shard] - self.rows[shard] + row
+    def row(self, shard: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """The rows that are the own-th of this part in a shard, of arrays."""
+        return self.ends[shard] - self.own[shard] + own
 
     def name(self, row: int) -> str:
         """What to call a row in a message; no shard is read for it."""
@@ -453,6 +481,8 @@ class Shards:
         check = hashlib.blake2b(repr([posixpath.basename(path) for path in self.paths]).encode(), digest_size=16)
         for numbers in (self.size, self.first, self.rows):
             check.update(numbers.astype("<i8").tobytes())
+        if self.own is not self.rows:
+            check.update(self.own.astype("<i8").tobytes())
         return check.hexdigest()
 
     def need(self, shards: Iterable[int], budget: float) -> None:
@@ -580,11 +610,72 @@ class Column:
     def __len__(self) -> int:
         return len(self.shards)
 
+    def alone(self) -> Column:
+        """The same, with no other column read beside it."""
+        return replace(self, shards=self.shards.view([self.column]))
+
+    def need(self, rows: Iterable[int], budget: float) -> None:
+        """Have the shards of these rows in memory, as Shards.need has them."""
+        self.shards.need((self.shards.at(row)[0] for row in rows), budget)
+
     def __getitem__(self, row: int) -> Any:
         try:
             return self.make(self.shards.value(row, self.column))
         except ValueError as error:
             raise BadInput(f"{self.shards.name(row)}: its column {self.column!r} {error}") from None
+
+
+@dataclass(frozen=True)
+class Same:
+    """A column that has one value in every row."""
+
+    count: int
+    one: Any
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Any:
+        return self.one
+
+    def alone(self) -> Same:
+        """As Column.alone."""
+        return self
+
+    def need(self, rows: Iterable[int], budget: float) -> None:
+        """Nothing is read."""
+
+
+@dataclass(frozen=True)
+class Chained:
+    """The columns of several sources, one after the other."""
+
+    parts: tuple[Any, ...]
+    numbers: tuple[Sequence[int] | None, ...] = ()
+    """Of labels: for each source what its own numbers are called here."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, row: int) -> Any:
+        for i, part in enumerate(self.parts):
+            if row < len(part):
+                return part[row] if not self.numbers else self.numbers[i][part[row]]
+            row -= len(part)
+        raise IndexError(row)
+
+    def alone(self) -> Chained:
+        """As Column.alone."""
+        return replace(self, parts=tuple(part.alone() if hasattr(part, "alone") else part for part in self.parts))
+
+    def need(self, rows: Iterable[int], budget: float) -> None:
+        """As Column.need."""
+        rows, start = list(rows), 0
+        for part in self.parts:
+            own = [row - start for row in rows if start <= row < start + len(part)]
+            if own and hasattr(part, "need"):
+                part.need(own, budget)
+            start += len(part)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,12 @@ class Source:
     """Further columns of texts (of each row a list) and labels."""
     shares: tuple[Share, ...] = ()
     """The sources of a mixture, in the order of rows; none: it is not mixed."""
-    shards: shards.Shards | None = None
-    """Where all of it is read from while training (inputs/streaming.py); captions and labels are then looked up by row."""
+    streams: tuple[shards.Shards | None, ...] = ()
+    """Where all of it is read from while training (inputs/streaming.py): of each source of a mixture its shards, or None for
+    one whose rows are read one by one. Captions and labels are then looked up by row."""
+
+    asked: tuple[range, ...] = ()
+    """Numbers of the examples that a run will ask for, where they are known."""
 
     def read(self, row: int) -> tuple[Image.Image, bytes]:
         """The image of a row, and the bytes that identify it."""
@@ -149,7 +153,7 @@ def select(source: Source, rows: Sequence[int]) -> Source:
     images = {name: Selected(images, rows) for name, images in source.images.items()}
     more = {name: [values[row] for row in rows.tolist()] for name, values in source.more.items()}
     part = replace(source, size=len(rows), images=images, captions=captions, labels=labels, more=more)
-    return replace(part, shares=shares, held_out=None, shards=None)
+    return replace(part, shares=shares, held_out=None, streams=())
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ class Joined:
 
 
 def join(sources: Sequence[Source], shares: Sequence[Share]) -> Source:
-    """Sources one after the other, with what `shares` says of each. Classes of the same name are one.
+    """Sources one after the other, with what `shares` says of each. Classes of the same name are one. Where the first is
+    streamed all are.
 
     Raises:
         BadInput: a column that one of them has and another lacks.
@@ -193,17 +198,22 @@ def join(sources: Sequence[Source], shares: Sequence[Share]) -> Source:
             )
     images = {name: Joined(tuple(source.images[name] for source in sources), ends) for name in columns}
     captions = labels = classes = None
+    streams = tuple(source.streams[0] if source.streams else None for source in sources) if sources[0].streams else ()
+    chained = shards.Chained if streams else lambda parts: list(itertools.chain.from_iterable(parts))
     if any(source.captions is not None for source in sources):
-        captions = [texts for source in sources for texts in (source.captions or [[]] * source.size)]
+        captions = chained(tuple(shards.Same(s.size, []) if s.captions is None else s.captions for s in sources))
     if all(source.labels is not None for source in sources):
         classes = list(dict.fromkeys(name for source in sources for name in source.classes or ()))
         number = {name: i for i, name in enumerate(classes)}
-        labels = [number[source.classes[label]] for source in sources for label in source.labels]
+        renamed = tuple([number[name] for name in source.classes] for source in sources)
+        labels = shards.Chained(tuple(source.labels for source in sources), renamed)
+        labels = labels if streams else [labels[row] for row in range(ends[-1])]
     summary = "; ".join(source.summary for source in sources)
     notes = tuple(note for source in sources for note in source.notes)
-    more = {name: [x for source in sources for x in source.more.get(name, [[]] * source.size)] for name in sources[0].more}
+    empty = lambda source: shards.Same(source.size, [])  # noqa: E731
+    more = {k: chained(tuple(source.more.get(k, empty(source)) for source in sources)) for k in sources[0].more}
     first = replace(sources[0], size=ends[-1], images=images, captions=captions, labels=labels, summary=summary)
-    return replace(first, classes=classes, notes=notes, more=more, shares=tuple(shares))
+    return replace(first, classes=classes, notes=notes, more=more, shares=tuple(shares), streams=streams)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,8 +462,8 @@ def _open_table(cfg: Data, columns: Mapping[str, Column], own: Any, split: str =
 # Shards that are read while training.
 
 
-def _open_stream(cfg: Data, columns: Mapping[str, Column], own: Any, folder: Path | None) -> Source:
-    """The rows of shards, in the columns that settings name, or those that fit."""
+def _open_stream(cfg: Data, columns: Mapping[str, Column], own: Any, folder: Path | None, share: str | None = None) -> Source:
+    """The rows of shards, in the columns that settings name, or those that fit; with a `share` of them in its `held_out`."""
     every, notes = shards.opened(cfg.stream, folder, shards.complain), []
     opened = [file for file in every if sum(file.rows)]
     if not opened:
@@ -493,29 +503,37 @@ def _open_stream(cfg: Data, columns: Mapping[str, Column], own: Any, folder: Pat
                     has = f"of {other[column]}s" if column in other else missing
                     first = f"{opened[0].path} has it of {kinds[column]}s"
                     raise BadInput(f"--data.stream: in {file.path} the column {column!r} is {has}; {first}")
-    there = shards.Shards(opened, tuple(dict.fromkeys(inside.values())))
+    whole = shards.Shards(opened, tuple(dict.fromkeys(inside.values())))
     endings = tuple(name for name in IMAGES if name in files_of_images()) if tar and cfg.image_column is None else ()
-    look = lambda name, make: shards.Column(there, inside[name], make) if name in inside else None  # noqa: E731
-    images = {
-        name: shards.ShardImages(there, inside[name], endings if name == "pixel_values" else ())
-        for name in inside
-        if columns[name].kind in ("image", "mask")
-    }
-    if cfg.mask_from_alpha:
-        images["mask"] = Alpha(images["pixel_values"])
-    labels, texts = look("label", functools.partial(_class, len(classes or ()))), functools.partial(_stream_texts, "")
-    more = {name: look(name, texts if columns[name].kind == "text" else functools.partial(_class, CLASSES)) for name in inside}
-    more = {name: values for name, values in more.items() if name not in images and name not in COLUMNS}
-    captions = look("caption", texts)
-    if cfg.trigger:
-        if "{label}" in cfg.trigger:
-            raise BadInput(f"--data.trigger is {cfg.trigger!r}; expected no {{label}} in it with --data.stream")
-        made = _stream_texts if captions is not None else _only
-        captions = shards.Column(there, inside.get("caption", image), functools.partial(made, cfg.trigger))
-    kind = "tars" if tar else f"parquet files ({len(there.rows):,} row groups)"
-    summary = f"{len(there):,} images in {len(opened):,} {kind} of {cfg.stream}, read while training: image column {image!r}"
+    if cfg.trigger and "{label}" in cfg.trigger:
+        raise BadInput(f"--data.trigger is {cfg.trigger!r}; expected no {{label}} in it with --data.stream")
+    kind = "tars" if tar else f"parquet files ({len(whole.rows):,} row groups)"
+    summary = f"images in {len(opened):,} {kind} of {cfg.stream}, read while training: image column {image!r}"
     summary += f", captions {inside.get('caption')!r}, labels {inside.get('label')!r}"
-    return Source(len(there), images, captions, labels, summary, classes, notes=tuple(notes), more=more, shards=there)
+
+    def made(there: shards.Shards) -> Source:
+        look = lambda name, make: shards.Column(there, inside[name], make) if name in inside else None  # noqa: E731
+        images = {
+            name: shards.ShardImages(there, inside[name], endings if name == "pixel_values" else ())
+            for name in inside
+            if columns[name].kind in ("image", "mask")
+        }
+        if cfg.mask_from_alpha:
+            images["mask"] = Alpha(images["pixel_values"])
+        number = {name: functools.partial(_class, n) for name, n in (("label", len(classes or ())), ("", CLASSES))}
+        of = {name: _texts_of("") if columns[name].kind == "text" else number[""] for name in inside}
+        more = {name: look(name, make) for name, make in of.items() if name not in images and name not in COLUMNS}
+        captions = look("caption", _texts_of(cfg.trigger or ""))
+        if cfg.trigger and captions is None:
+            captions = shards.Same(len(there), [cfg.trigger])
+        labels, said = look("label", number["label"]), f"{len(there):,} {summary}"
+        return Source(len(there), images, captions, labels, said, classes, notes=tuple(notes), more=more, streams=(there,))
+
+    held, end = round(float(share or 0) * len(whole)), len(whole)
+    if cfg.max_train_samples is not None:
+        end = min(held + cfg.max_train_samples, end)
+    source = made(whole.part(held, end) if end - held < len(whole) else whole)
+    return replace(source, held_out=select(made(whole.part(0, held)), range(held))) if share else source
 
 
 def files_of_images() -> set[str]:
@@ -551,16 +569,16 @@ def _schema_kinds(file: shards.Opened) -> dict[str, str]:
     return kinds
 
 
+def _texts_of(trigger: str) -> Callable[[Any], list[str]]:
+    return functools.partial(_stream_texts, trigger)
+
+
 def _stream_texts(trigger: str, value: Any) -> list[str]:
     """A row's captions, behind the trigger."""
     if isinstance(value, bytes):
         value = value.decode("utf-8-sig").strip()
     texts = _texts([value])[0]
     return [f"{trigger} {text}".strip() for text in texts or [""]] if trigger else texts
-
-
-def _only(text: str, value: Any) -> list[str]:
-    return [text]
 
 
 def _class(count: int, value: Any) -> int:
@@ -747,15 +765,20 @@ def open_source(
     """
     what, columns = kind_of(cfg), dict(columns)
     table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns)  # noqa: E731
+    given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
+    streamed = lambda cfg, share=None: described(  # noqa: E731
+        _open_stream(cfg, columns, own, folder, share), replace(cfg, trigger=None), columns
+    )
     if what == "a stream of shards":
-        source = described(_open_stream(cfg, columns, own, folder), replace(cfg, trigger=None), columns)
+        source = streamed(cfg, share and given)
     else:
         source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
-    given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
     if cfg.validation_data_dir is not None:
         if given is not None:
             raise BadInput(f"--data.validation-data-dir and --data.validation-split {given!r} are given; expected one of them")
         held_out = table(replace(cfg, train_data_dir=cfg.validation_data_dir, stream=None))
+    elif share is not None and source.streams:
+        held_out = source.held_out
     elif share is not None:
         out = held_out_rows(source.size, given)
         held_out, source = select(source, out), select(source, sorted(set(range(source.size)) - set(out)))
@@ -764,11 +787,16 @@ def open_source(
             there = "which is trained on" if given == cfg.split else "and these images have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
         held_out = table(cfg, "validation_split")
-    source = thinned(source, cfg)
+    source = source if source.streams else thinned(source, cfg)
     if parts := cfg.parts():
         settings = [part_of(cfg, part) for part in parts]
-        sources = [source, *(thinned(table(own_cfg), own_cfg) for own_cfg in settings)]
+        more = [thinned(table(own_cfg), own_cfg) if own_cfg.stream is None else streamed(own_cfg) for own_cfg in settings]
+        sources = [source, *more]
         source = join(sources, shares([source.size for source in sources], parts))
+    alone = [name for name in source.images if columns[name].like is None and name != "pixel_values"]
+    if source.streams and cfg.buckets and alone:
+        own = f"expected no --data.stream with images of a size of their own ({', '.join(alone)})"
+        raise BadInput(f"--data.buckets is {cfg.buckets}; {own}")
     source = replace(source, columns=columns, sizes=sizes(cfg, multiple))
     if held_out is not None:
         where = f"--data.validation-{'split' if given else 'data-dir'} is {given or cfg.validation_data_dir!r}"
@@ -836,8 +864,12 @@ def part_of(cfg: Data, part: Part) -> Data:
     """The settings of one more source."""
     given = {f.name: getattr(part, f.name) for f in fields(part) if f.name not in ("repeats", "share", "loss_weight")}
     given = {name: value for name, value in given.items() if value is not None}
-    if "dataset_name" in given and "train_data_dir" not in given:
-        given["train_data_dir"] = None
+    if places := given.keys() & {"dataset_name", "train_data_dir", "stream"}:
+        given = {"train_data_dir": None, "stream": None} | given
+        if "stream" in places and cfg.stream is None:
+            raise BadInput(
+                f"--data.mixture has the stream {part.stream!r}; expected --data.stream to name the first source too"
+            )
     alone = {"mixture": (), "class_data_dir": None, "class_prompt": None, "validation_split": None, "validation_data_dir": None}
     return replace(cfg, **alone | given)
 

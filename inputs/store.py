@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from oneloop.configs import Data
+from oneloop.configs import BadInput, Data
 from oneloop.inputs.buckets import targets
 from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
@@ -162,6 +162,18 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
                 values |= {named(name, k): v for k, v in (("size", whole[name]), ("target", size), ("room", room))}
         entries.append((values, pixels))
     return _Row(entries, mode, changes)
+
+
+def upright(source: Source, row: int) -> Size | None:
+    """Height and width of a row's image, by its header; None where it cannot be read."""
+    try:
+        image = source.read(row)[0]
+        turned = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
+    except (MemoryError, BadInput):
+        raise
+    except Exception:  # whatever a decoder throws at a broken file: who reads it all says so
+        return None
+    return image.size if turned else image.size[::-1]
 
 
 def coloured(image: Image.Image, column: Column, say: Callable[[str], Any] = lambda change: None) -> Image.Image:

@@ -328,7 +328,7 @@ def test_a_mixture_from_a_settings_file(tmp_path):
         ('{"train_data_dir": 3}', "'train_data_dir': '3'; expected str"),
         ('{"train_data_dir": "x", "repeats": -1}', "expected more than 0"),
         ('{"train_data_dir": "x", "repeats": 2, "share": 0.5}', "repeats or a share"),
-        ('{"repeats": 2}', "the train_data_dir or dataset_name"),
+        ('{"repeats": 2}', "the train_data_dir, dataset_name or stream"),
         ('{"train_data_dir": "x", "share": 1}', "below 1"),
         ('{"train_data_dir": "nowhere"}', "there is no such folder"),
     ],

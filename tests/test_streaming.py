@@ -141,20 +141,22 @@ def test_shards_in_memory_are_few(places):
     examples = streamed(places["parquet"], stream_memory=0.0)
     for first in range(0, ROWS, 4):
         examples[range(first, first + 4)]
-        assert len(examples.shards._open) <= 4  # a batch of one lane, from one window or the two that it begins and ends in
+        assert (
+            len(examples.source.streams[0]._open) <= 4
+        )  # a batch of one lane, from one window or the two that it begins and ends in
     roomy = streamed(places["parquet"])
     for first in range(0, ROWS, 4):
         roomy[range(first, first + 4)]
-    assert roomy.shards.fetched == 12 < examples.shards.fetched
-    before = roomy.shards.fetched
+    assert roomy.source.streams[0].fetched == 12 < examples.source.streams[0].fetched
+    before = roomy.source.streams[0].fetched
     roomy[range(ROWS)]
-    assert roomy.shards.fetched == before
+    assert roomy.source.streams[0].fetched == before
 
 
 def test_fixed_examples_come_from_few_shards(places):
     examples = streamed(places["parquet"])
     made = list(examples.fixed(4, 10))
-    assert [len(batch["n"]) for batch in made] == [4, 4, 2] and examples.shards.fetched <= 2
+    assert [len(batch["n"]) for batch in made] == [4, 4, 2] and examples.source.streams[0].fetched <= 2
     rows = [row for batch in made for row in batch["index"].tolist()]
     assert len(set(rows)) == 10 and [r for b in streamed(places["parquet"], 5).fixed(3, 10, 6) for r in b["index"]] == rows[6:]
     assert sum(len(batch["n"]) for batch in examples.fixed(7)) == ROWS
@@ -243,7 +245,7 @@ def test_parquet_over_http_is_opened_by_footers_alone(tmp_path, server):
     batch = examples[range(8)]
     assert {k: v for k, v in batch.items() if k != "key"}.keys() == here[range(8)].keys() - {"key"}
     assert all(torch.equal(x, batch[name]) for name, x in here[range(8)].items() if torch.is_tensor(x))
-    read = examples.shards.fetched
+    read = examples.source.streams[0].fetched
     files = len({path for _, path, _ in there.requests})
     assert len(there.requests) == read + files  # and a footer for each of their files
 
@@ -260,7 +262,7 @@ def test_tars_over_http(tmp_path, server):
         there.requests.clear()
         here = streamed(folder)[range(16)]
         assert all(torch.equal(x, examples[range(16)][name]) for name, x in here.items() if torch.is_tensor(x))
-        assert len(there.requests) == examples.shards.fetched == 4
+        assert len(there.requests) == examples.source.streams[0].fetched == 4
 
 
 def test_a_request_that_fails_is_tried_again(tmp_path, server, monkeypatch):
@@ -281,8 +283,8 @@ def test_a_request_that_fails_is_tried_again(tmp_path, server, monkeypatch):
 
 @pytest.mark.parametrize("kind", MAKE)
 def test_broken_images_are_replaced_by_rule(tmp_path, kind):
-    """By another row of the shard, the same for every batch; logged and counted; or the run ends."""
-    broken, said, rows = {2, 3, 4, 17, 19}, [], 10 if kind == "tar" else 5
+    """By another row of its group, the same for every batch; logged and counted; or the run ends."""
+    broken, said = {2, 3, 4, 17, 19}, []
     folder = MAKE[kind](tmp_path / "set", broken=broken)
     with pytest.raises(
         BadInput, match=r"the image of example \d+ cannot be read: row \d+ of \S+ \(not an image that PIL reads"
@@ -291,6 +293,7 @@ def test_broken_images_are_replaced_by_rule(tmp_path, kind):
             streamed(folder)[range(first, first + 4)]
     plain = streamed(MAKE[kind](tmp_path / "whole"))
     examples = streamed(folder, skip_broken=True, report=tmp_path / "broken.txt", say=said.append)
+    examples.group = 8  # of a lane of 30 rows
     replaced, others = 0, {row: set() for row in broken}
     for first in range(0, 2 * ROWS, 4):
         numbers = range(first, first + 4)
@@ -299,7 +302,7 @@ def test_broken_images_are_replaced_by_rule(tmp_path, kind):
         assert "replaced" not in batch
         for i, n in enumerate(numbers):
             was, now = int(before["index"][i]), int(batch["index"][i])
-            assert now == was or (was in broken and now not in broken and now // rows == was // rows)
+            assert now == was or (was in broken and now not in broken and now in examples.rows(group(n)))
             assert batch["caption"][i] == f"image {now}"
             replaced += now != was
             others.get(was, set()).add(now)
@@ -309,6 +312,11 @@ def test_broken_images_are_replaced_by_rule(tmp_path, kind):
     assert max(map(len, others.values())) > 1  # keyed by n, not by the row
     assert replaced == examples.replaced == len(lines) > 4 and said[0].startswith("warning: example ")
     assert "(1 images replaced; all are in" in said[0] and len(said) < 20
+
+
+def group(n):
+    """The places of 2 blocks of 4 in the lane of example n, of 2 lanes."""
+    return [m for m in range(n // 16 * 16, n // 16 * 16 + 16) if m // 4 % 2 == n // 4 % 2]
 
 
 def _one(batch, i):
@@ -368,7 +376,7 @@ def test_shards_that_change_while_it_trains(tmp_path):
 
 
 def test_what_does_not_go_with_a_stream():
-    for name, value in {"train_data_dir": "x", "buckets": True, "validation_split": "0.1", "max_train_samples": 3}.items():
+    for name, value in {"train_data_dir": "x", "more_resolutions": (4,), "mask_data_dir": "x"}.items():
         with pytest.raises(BadInput, match=f"--data.{name.replace('_', '-')} is .*--data.stream"):
             settings("x", **{name: value})
 

@@ -282,7 +282,7 @@ def remarks(accelerator: Accelerator, examples: data.Examples, out: Path) -> lis
 
 
 def _remarks(examples: data.Examples, out: Path) -> list[str]:
-    if examples.source.shards is not None:  # read while training
+    if examples.source.streams:  # read while training
         said = (sources.unused(examples.cfg), *(f"left out or changed: {note}" for note in examples.source.notes))
         return [f"warning: {text}" for text in said if text]
     report, path = _read(out), out / "check.json"
@@ -321,7 +321,7 @@ def check(task: Task, cfg: Any) -> None:
         if part is None:
             continue
         summary = part.summary
-        if part.shards is not None:
+        if part.streams:
             part = streaming.sample(part)
             summary += f"; {part.size:,} of them follow"
         with tqdm(total=part.size, desc=title, unit="image", disable=None) as bar:

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
-from oneloop.inputs import sources
+from oneloop.inputs import sources, streaming
 from oneloop.machine.memory import peak_host
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Models, Task
@@ -127,6 +127,11 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
     update = cfg.data.train_batch_size * here.num_processes * base.gradient_accumulation_steps
     total = base.max_train_steps or math.ceil(round(base.num_epochs * source.pass_length() / update, 6))
     steps, rows = min(total, STEPS), min(source.size, max(STEPS * update, 256))
+    more = source.size / rows
+    if source.streams:  # of which captions may be encoded, in groups
+        unit = streaming.GROUP * cfg.data.stream_lanes
+        grown, now = (min(-(-n * update // unit) * unit, source.size) for n in (total, steps))
+        more = grown / now
     folder = Path(base.output_dir or f"runs/{configs.task_group(cfg)}").expanduser().absolute()
     folder = next(parent for parent in folder.parents if parent.exists())
 
@@ -145,15 +150,15 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
                 print(said, file=sys.stderr)
             short, watch = shortened(cfg, out, steps, rows), Watch(total, steps)
             grows = 0
-            if source.shards is None:  # else nothing is read at the start
+            if not source.streams:  # else nothing is read at the start
                 examples = watch.timed("read", data.Examples)(sources.open_for(task, short), short.data, base.seed)
-                grows, examples = (source.size / rows - 1) * examples.images.nbytes(short.data), None
+                grows, examples = (more - 1) * examples.images.nbytes(short.data), None
             with contextlib.redirect_stderr(io.StringIO()):
                 watch.timed("run", run)(watch.over(task), short)
             if here.is_main_process:
                 room = cfg.data.memory_budget * 2**30  # for decoded images
                 host = peak_host() + (grows / 2**30 if grows < room else 0)
-                print(drawn_out(cfg, watch, out, 1 if source.shards else source.size / rows, host))
+                print(drawn_out(cfg, watch, out, more, host))
         finally:
             stack.close()
             if here.is_main_process:
