@@ -179,8 +179,9 @@ class Data:
     max_train_samples: Live[Count | None] = None
     """Train on as many images, spread evenly over the set; of a stream, on those of few shards. None: all."""
     mixture: Live[tuple[Part, ...]] = ()
-    """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3},
-    or a stream beside a stream. Also the other settings that say where images are, trigger, share (of the run's examples) and loss_weight."""
+    """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3}.
+    Also the other settings that say where images are, a stream beside a stream, trigger, share (of the run's examples) and
+    loss_weight."""
     class_data_dir: Live[Folder | None] = None
     """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
     class_prompt: Live[Words | None] = None

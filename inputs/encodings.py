@@ -23,7 +23,7 @@ from oneloop.inputs.cache import Cache, as_marks, digest
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import content_hash
 from oneloop.machine.memory import is_out_of_memory
-from oneloop.machine.placement import place
+from oneloop.machine.placement import batches, halves, place
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Encoders, Encoding, Models, Rng, Task
 
@@ -146,22 +146,23 @@ def _encode_first(
     for held_out in sets[1:]:
         held_out.measured = True
 
-    # What samples ask for, a part of the grid at a time, as `placement.draw` has it, and in the halves that it falls back to.
+    # What samples ask for, in all the parts of the grid that `placement.draw` may draw at a time.
     num, size = cfg.base.num_samples, min(cfg.data.train_batch_size, cfg.base.num_samples)
     rng = Rng.of(cfg.base.seed, range(num), "samples", accelerator.device)
     fixed = functools.partial(Fixed, sets[0], device=accelerator.device, count=num, alike=True)
     texts = [batch.get("caption") for batch in fixed(size)]
     cache = Cache(folder / f"constants-{content_hash(files)[:16]}").refresh()
-    marks = as_marks([digest(repr((encoders.key(cfg), num, size, texts)).encode())])
+    marks = as_marks([digest(repr((encoders.key(cfg), num, size, "halves", texts)).encode())])
 
     def make(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         with torch.no_grad():
-            made = dict(encoders.constants(models(), cfg))
-            for count in itertools.takewhile(bool, (size >> i for i in itertools.count())):
-                for first in range(0, num, count):
-                    part = rng[first : first + count]
-                    with accelerator.autocast():
-                        made |= encoders.prompts(models(), fixed(len(part), first=first), part, cfg)
+            made, todo = dict(encoders.constants(models(), cfg)), batches(num, size)
+            while todo:
+                part = todo.pop()
+                todo += halves(part)
+                with accelerator.autocast():
+                    some = rng[part.start : part.stop]
+                    made |= encoders.prompts(models(), fixed(len(part), first=part.start), some, cfg)
         yield 0, made
 
     on_main(accelerator, lambda: cache.fill(marks, cache.missing(marks).tolist(), 1, make))

@@ -197,6 +197,17 @@ def same_buffers(models: Models) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def batches(num: int, size: int) -> list[range]:
+    """The parts of a grid of `num` samples that are drawn together, at most `size` each."""
+    return [range(i, min(i + size, num)) for i in range(0, num, size)]
+
+
+def halves(part: range) -> list[range]:
+    """What a part is drawn in where the memory does not suffice for it: nothing smaller than one sample."""
+    middle = len(part) // 2
+    return [part[:middle], part[middle:]] if middle else []
+
+
 def draw(
     task: Task,
     models: Models,
@@ -212,17 +223,20 @@ def draw(
 
     They are drawn a batch of the training at a time, and half as many at once after the memory did not suffice.
     """
-    size, first, parts = min(cfg.data.train_batch_size, len(rng)), 0, []
-    while first < len(rng):
-        some = rng[first : first + size]
+    todo, most, parts = batches(len(rng), cfg.data.train_batch_size), len(rng), []
+    while todo:
+        part = todo.pop(0)
+        if len(part) > most:
+            todo = [*halves(part), *todo]
+            continue
         try:
             with at_rest(models, weights, ema), accelerator.autocast():
-                parts.append(task.sample_fn(models, shown(first, len(some)), some, cfg))
-            first += len(some)
+                some = rng[part.start : part.stop]
+                parts.append(task.sample_fn(models, shown(part.start, len(part)), some, cfg))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or size == 1:
+            if not is_out_of_memory(error) or len(part) == 1:
                 raise
-            size //= 2
+            todo, most = [part, *todo], len(part) - 1
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

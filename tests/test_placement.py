@@ -1,13 +1,17 @@
-"""Which models are those of a checkpoint's manifest: what the earlier run knew of them decides."""
+"""Which models are those of a checkpoint's manifest: what the earlier run knew of them decides; samples that do not fit."""
 
+import contextlib
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from warm import UNET
 
-from oneloop.machine.placement import altered, describe, identity
+from oneloop.machine.placement import altered, batches, describe, draw, halves, identity
+from oneloop.tasks import Rng
 
 
 class Newer(UNet2DModel):
@@ -49,3 +53,40 @@ def test_manifests_of_earlier_versions_are_valid():
     models = made()
     assert altered({"models": {"unet": describe(models["unet"])}}, models) == []
     assert altered({"models": {"unet": describe(models["unet"])}}, made(act_fn="gelu")) != []
+
+
+@pytest.mark.parametrize("num", [1, 3, 7, 10, 13])
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_samples_that_do_not_fit_are_drawn_in_parts_that_were_encoded(num, size):
+    """Whatever fits at a time, from all samples to one; each sample once, in order."""
+    encoded, todo = set(), batches(num, size)
+    while todo:
+        encoded.add(part := todo.pop())
+        todo += halves(part)
+    rng = Rng.of(0, range(num), "samples")
+    for most in range(1, num + 1):
+        drawn = []
+
+        def sample(models, shown, some, cfg, most=most, drawn=drawn):
+            assert shown == (some.numbers[0], len(some))
+            if len(some) > most:
+                raise RuntimeError("CUDA out of memory")
+            drawn.append(range(some.numbers[0], some.numbers[-1] + 1))
+            return {"samples": torch.tensor(some.numbers)}
+
+        task, cfg = SimpleNamespace(sample_fn=sample), SimpleNamespace(data=SimpleNamespace(train_batch_size=size))
+        nothing = SimpleNamespace(autocast=contextlib.nullcontext)
+        images = draw(task, {}, {}, {}, lambda first, count: (first, count), rng, nothing, cfg)
+        assert images["samples"].tolist() == list(range(num)) and set(drawn) <= encoded
+        assert max(map(len, drawn)) <= most
+    with pytest.raises(RuntimeError, match="out of memory"):
+        draw(
+            SimpleNamespace(sample_fn=lambda *_: (_ for _ in ()).throw(RuntimeError("CUDA out of memory"))),
+            {},
+            {},
+            {},
+            lambda *_: None,
+            rng,
+            nothing,
+            cfg,
+        )
