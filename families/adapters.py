@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families import hub, precision, stable_diffusion
+from oneloop.families import precision, stable_diffusion
 from oneloop.families.settings import Adapters
 from oneloop.machine import internals
 from oneloop.tasks import Models
@@ -116,18 +116,12 @@ def check_targets(s: Adapters, group: str, part: str) -> None:
     """Refuse targets that are no layer of this part of the checkpoint, before its weights are loaded."""
     import difflib
 
-    import diffusers
-    import torch
-
     patterns = ("rank_pattern", "alpha_pattern", "learning_rate_pattern")
     given = {name: tuple(by_pattern(getattr(s, name))) for name in patterns}
     given["target_modules"] = () if s.target_modules in (None, ALL) else s.target_modules
     if not any(given.values()) or (s.train_text_encoder and not given["target_modules"]):
         return
-    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}: its {part}"
-    kind = stable_diffusion.config(s, "")[part][1]
-    with torch.device("meta"), hub.readable(flag, f"a {kind}", "one that diffusers can make"):
-        module = getattr(diffusers, kind).from_config(stable_diffusion.config(s, part))
+    module = stable_diffusion.skeleton(s, group, part)
     for name, target in ((name, target) for name, targets in given.items() for target in targets):
         if not layers(module, (target,)):
             what = f"--{group}.{name.replace('_', '-')}: {target!r}"
@@ -139,8 +133,8 @@ def check_targets(s: Adapters, group: str, part: str) -> None:
             raise BadInput(f"{what} is the end of no layer's name; the nearest is {close[0]!r}")
 
 
-def silent(module: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> list[str]:
-    """Those of a module's layers whose output does not move the loss: no gradient reaches them, or all of it is zero.
+def silent(module: nn.Module, names: list[str], loss: Callable[[], Tensor], zero: bool = True) -> list[str]:
+    """Those of a module's layers whose output does not move the loss: no gradient reaches them, or, with `zero`, all of it is.
 
     A zero that asks for its gradient is added to each output, so that no weight needs one.
     """
@@ -161,9 +155,9 @@ def silent(module: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> l
     finally:
         for listener in listeners:
             listener.remove()
-    every = [zero for several in zeros.values() for zero in several]
+    every = [x for several in zeros.values() for x in several]
     grads = dict(zip(map(id, every), torch.autograd.grad(value, every, allow_unused=True), strict=True))
-    reached = lambda zero: grads[id(zero)] is not None and bool(grads[id(zero)].any())  # noqa: E731
+    reached = lambda x: grads[id(x)] is not None and (not zero or bool(grads[id(x)].any()))  # noqa: E731
     return [name for name, several in zeros.items() if not any(map(reached, several))]
 
 

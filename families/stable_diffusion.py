@@ -137,6 +137,21 @@ def check_weights(s: Pretrained, group: str, parts: tuple[str, ...]) -> None:
     load_parts(s, group, tuple(part for part in parts if part not in files), device_map="meta")
 
 
+def skeleton(s: Pretrained, group: str, part: str, given: dict[str, Any] | None = None) -> torch.nn.Module:
+    """A UNet or transformer as its config, or the `given` one, has it, without memory of its own.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    import diffusers
+    import torch
+
+    flag = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}: its {part}"
+    made = config(s, "")[part][1]
+    with torch.device("meta"), hub.readable(flag, f"a {made}", "one that diffusers can make"):
+        return getattr(diffusers, made).from_config(given or config(s, part))
+
+
 def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     """Part -> (the setting, the name) of what stands in the place of the checkpoint's own."""
     own = {"vae": ("pretrained-vae-model-name-or-path", s.pretrained_vae_model_name_or_path)}
@@ -144,13 +159,18 @@ def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     return {part: (setting, name) for part, (setting, name) in own.items() if name}
 
 
-def pipeline_lines(s: Pretrained) -> str:
-    """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts."""
+def pipeline_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
+    """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts, of which the
+    `exported` ones are in the folder `path`; for `str.format`."""
     kind, base = config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
     told = {"revision": s.revision, "variant": s.variant}
     more, lines = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value), ""
+    for part in exported:
+        library, made = config(s, "")[part]
+        lines += f"from {library} import {made}\n{part} = {made}.from_pretrained({{path}}, subfolder={part!r})\n"
+        more += f", {part}={part}"
     for part, (_, own) in instead(s).items():
-        if config(s, "").get(part):
+        if config(s, "").get(part) and part not in exported:
             made = config(s, part)["_class_name"]
             how = f"from_single_file({quoted(own)}, config={base}, subfolder={part!r})"
             how = how if hub.is_file(own) else f"from_pretrained({quoted(own)})"
@@ -406,13 +426,18 @@ def sample(models: Models, s: Pretrained, prompts: list[str], generators: list[A
 def load_lines(s: Pretrained) -> str:
     """The lines of Python that make `pipeline` from the checkpoint as `pipeline` here does, and load the adapters of the folder
     `path`; for `str.format`."""
-    lines = pipeline_lines(s)
+    return base_lines(s) + "pipeline.load_lora_weights({path})\n"
+
+
+def base_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
+    """Those that make `pipeline`, with the `exported` parts from the folder `path`."""
+    lines = pipeline_lines(s, exported)
     if overrides(s):
         made = type(scheduler(s)).__name__
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})
         changes = "".join(f", {key}={quoted(value)}" for key, value in told.items())
         lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{changes})\n"
-    return lines + "pipeline.load_lora_weights({path})\n"
+    return lines
 
 
 def quoted(value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -80,25 +81,34 @@ def check_base(cfg: Any) -> None:
     asked(cfg, family(s).multiple(s))
 
 
-def check_parts(cfg: Any) -> None:
-    """Refuse parts that cannot be loaded, from headers alone."""
+def check_parts(cfg: Any, trained: bool = True) -> None:
+    """Refuse parts that cannot be loaded, from headers alone; with what trains, or without."""
     s, group = settings(cfg), configs.task_group(cfg)
     family(s).check_small(s, group)
-    stable_diffusion.check_weights(s, group, ("vae", *family(s).ENCODERS, family(s).TRAINED))
+    stable_diffusion.check_weights(s, group, ("vae", *family(s).ENCODERS, *((family(s).TRAINED,) if trained else ())))
 
 
-def load(cfg: Any, precision: str, encoders: bool = True) -> Models:
-    """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16."""
+def load(cfg: Any, precision: str, encoders: bool = True, made: Any = None) -> Models:
+    """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16. `made`: what
+    stands in the place of the UNet or transformer."""
     s, group = settings(cfg), configs.task_group(cfg)
     if family(s) is transformer:
-        return transformer.load(s, group, precision, encoders)
-    return stable_diffusion.load(s, group, ("vae", *(stable_diffusion.ENCODERS if encoders else ()), "unet"))
+        return transformer.load(s, group, precision, encoders, made)
+    parts = ("vae", *(stable_diffusion.ENCODERS if encoders else ()), *(("unet",) if made is None else ()))
+    return stable_diffusion.load(s, group, parts) | ({} if made is None else {"unet": made})
 
 
 def text_layers(s: Pretrained, name: str) -> range:
     """Numbers of the layers of a text encoder that can learn: SDXL reads the last but one state of its first encoder."""
     unread = stable_diffusion.is_xl(s) and name == "text_encoder"
     return range(stable_diffusion.config(s, name)["num_hidden_layers"] - unread)
+
+
+def reads(s: Pretrained, name: str, key: str) -> bool:
+    """Whether a parameter of a text encoder decides what the model is told of a caption."""
+    layer, own = re.search(r"\.layers\.(\d+)\.", f".{key}"), text_layers(s, name)
+    last = "final_layer_norm" in key and len(own) < stable_diffusion.config(s, name)["num_hidden_layers"]
+    return not last and (layer is None or int(layer[1]) in own)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

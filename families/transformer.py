@@ -80,9 +80,9 @@ def check_small(s: Pretrained, group: str) -> None:
         parts(s)
 
 
-def load(s: Pretrained, group: str, precision: str, encoders: bool = True) -> Models:
-    """The frozen parts, with the text encoders or without, the transformer mended for training and with an exact
-    `enable_gradient_checkpointing`.
+def load(s: Pretrained, group: str, precision: str, encoders: bool = True, made: nn.Module | None = None) -> Models:
+    """The frozen parts, with the text encoders or without, the transformer, or the one that is `made`, mended for training and
+    with an exact `enable_gradient_checkpointing`.
 
     The transformer is read in bfloat16 where that is the run's `precision` by name, and takes half the memory while it loads.
     """
@@ -90,7 +90,8 @@ def load(s: Pretrained, group: str, precision: str, encoders: bool = True) -> Mo
 
     narrow = {"torch_dtype": torch.bfloat16} if precision == "bf16" else {}
     check_small(s, group)
-    models = load_parts(s, group, ("vae", *(ENCODERS if encoders else ()))) | load_parts(s, group, (TRAINED,), **narrow)
+    models = load_parts(s, group, ("vae", *(ENCODERS if encoders else ())))
+    models |= load_parts(s, group, (TRAINED,), **narrow) if made is None else {TRAINED: made}
     transformer, vae = models[TRAINED], models["vae"]
     family(s).prepare(transformer)
     transformer.enable_gradient_checkpointing = functools.partial(flow.recompute, transformer)
@@ -300,3 +301,6 @@ def load_lines(s: Pretrained) -> str:
     """The lines of Python that make `pipeline` of the checkpoint and load the adapters of the folder `path`; for
     `str.format`."""
     return f"{pipeline_lines(s)}{family(s).load_lora}\n"
+
+
+base_lines = pipeline_lines

@@ -69,15 +69,16 @@ def small(folder, cfg):
         "base.num_samples": max(2, len(getattr(own, "validation_prompts", ()))),
         "base.logger": "none",
         "base.lr_warmup_steps": 0,
-        "data.resolution": 32 if task == "lora" else 8,
+        "data.resolution": 32 if task in ("lora", "finetune") else 8,
         "data.train_batch_size": 2,
         "data.num_shapes": 128,
     }
     if data.train_data_dir is None:
         settings["data.dataset_name"] = "shapes"
         settings["data.validation_split"] = None
-    if task == "lora":
-        settings |= {"lora.pretrained_model_name_or_path": "sd", "lora.num_inference_steps": 2, "lora.variant": None}
+    if task in ("lora", "finetune"):
+        own = {"pretrained_model_name_or_path": "sd", "num_inference_steps": 2, "variant": None}
+        settings |= {f"{task}.{name}": value for name, value in own.items()}
     elif task == "vae":
         model = {"vae.pretrained_model_name_or_path": "sd/vae"} if own.train == "decoder" else {"vae.model_config": "vae.json"}
         settings |= model | {"vae.disc_channels": 4, "vae.disc_layers": 1, "vae.perceptual_weight": 0}

@@ -21,7 +21,7 @@ from warm import ROOT, cli, tiny
 from oneloop import __main__ as program
 from oneloop import configs
 from oneloop.settings import command_line, ranges
-from oneloop.tasks import ddpm, lora, vae
+from oneloop.tasks import ddpm, finetune, lora, vae
 from oneloop.views import compare, sample
 
 
@@ -36,7 +36,7 @@ def refused(result, *words):
 
 def test_tasks_are_listed(tmp_path):
     result = cli(tmp_path)
-    assert result.code == 0 and "ddpm   Train a diffusion model of images" in result.out
+    assert result.code == 0 and re.search("ddpm +Train a diffusion model of images", result.out)
 
 
 def test_help_is_quick_and_whole():
@@ -153,7 +153,8 @@ def ended(monkeypatch, *argv):
             signal.signal(number, handler)
 
 
-GROUPS = {"base": configs.Base, "data": configs.Data, "ddpm": ddpm.Settings, "lora": lora.Settings, "vae": vae.Settings}
+GROUPS = {"base": configs.Base, "data": configs.Data, "finetune": finetune.Settings}
+GROUPS |= {"ddpm": ddpm.Settings, "lora": lora.Settings, "vae": vae.Settings}
 NUMBERS = [math.nan, math.inf, -math.inf, -1, -1e-300, 1e300, 10**30, 2**63, "3", None]
 TEXTS = ["", " ", "\0", "a\0b", "\udcff", "\ud800", "x" * 256, "a/" * 3000, "x" * 100_000, "~nobody-here/x", 3, None]
 TYPED = [
@@ -413,7 +414,8 @@ LAYERS = {  # room or file -> what of the project it may import
     "machine": {"configs", "tasks", "machine"},
     "checkpoint": {"configs", "tasks", "machine"},
     "training": {"configs", "tasks", "data", "inputs", "machine", "training"},
-    "views": {"configs", "tasks", "data", "inputs", "machine", "checkpoint", "settings", "training", "views"},
+    "evaluation": {"configs", "tasks", "data", "inputs", "evaluation"},
+    "views": {"configs", "tasks", "data", "evaluation", "inputs", "machine", "checkpoint", "settings", "training", "views"},
     "__init__": set(),
     "__main__": {"configs", "checkpoint", "loop", "machine", "settings", "training"},
 }

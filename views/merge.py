@@ -1,4 +1,4 @@
-"""Put a finished LoRA into its base, or into one file of weights.
+"""Put a finished LoRA into its base, or what was fine-tuned, or into one file of weights.
 
     python loop.py merge runs/my-dog --to my-model                    the whole pipeline, which `from_pretrained` opens
     python loop.py merge runs/my-dog --to my-unet.safetensors         the UNet or transformer alone, for `from_single_file`
@@ -21,14 +21,14 @@ from oneloop.views import check_writable
 
 @dataclass(frozen=True)
 class Settings:
-    """Add what adapters do to the weights of their base."""
+    """Add what a run of `lora` or `finetune` learned to the weights of its base."""
 
     folder: Positional[Name]
-    """The output folder of a run of `lora`, whose last checkpoint is taken, or one checkpoint-N in it."""
+    """The output folder of a run of `lora` or `finetune`, whose last checkpoint is taken, or one checkpoint-N in it."""
     to: Name
     """A new folder for the whole pipeline, or a .safetensors file for the UNet or transformer."""
     strength: Annotated[float, Range(-100, 100)] = 1.0
-    """Factor on what the adapters do."""
+    """Factor on what was learned."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the result, but for the autoencoder's, which is float32."""
 
@@ -45,21 +45,22 @@ def main(settings: Settings) -> None:
     """Merge, and say where the result is.
 
     Raises:
-        BadInput: the folder holds no run of `lora`. StorageError: the result could not be written.
+        BadInput: the folder holds no run of these tasks. StorageError: the result could not be written.
     """
     import torch
     from safetensors.torch import save_file
 
     from oneloop import checkpoint
     from oneloop.machine import files
-    from oneloop.tasks import lora
+    from oneloop.tasks import finetune, lora
     from oneloop.views.sample import opened
 
     saved, _, task, cfg = opened(settings.folder)
-    if task is not lora.task:
-        raise BadInput(f"{settings.folder}: holds no run of lora")
+    module = next((module for module in (lora, finetune) if task is module.task), None)
+    if module is None:
+        raise BadInput(f"{settings.folder}: holds no run of lora or finetune")
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
-    pipeline, part = lora.merged(cfg, saved, settings.strength, precision)
+    pipeline, part = module.merged(cfg, saved, settings.strength, precision)
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
