@@ -157,7 +157,7 @@ class Data:
     validation_split: Live[Name | None] = None
     """What is held out of the training to measure the loss on: the name of another split, or a fraction, such as 0.1:
     that share of the rows, rounded, one of every ten by a hash of its number. Where rows are appended, all of those held out
-    but the last stay. None: nothing."""
+    but the last stay. Of a stream: rows of few shards, in a keyed order. None: nothing."""
     train_data_dir: Live[Folder | None] = None
     """Folder of images, instead of dataset_name, in every format that PIL reads, and HEIC with pillow-heif: captions from
     metadata.jsonl, metadata.csv or a .txt beside each image, labels from subfolders. Hidden files are left out."""
@@ -177,10 +177,11 @@ class Data:
     validation_data_dir: Live[Folder | None] = None
     """Folder of images to measure the loss on, in place of validation_split."""
     max_train_samples: Live[Count | None] = None
-    """Train on as many images, spread evenly over the set. None: all."""
+    """Train on as many images, spread evenly over the set; of a stream, on those of few shards. None: all."""
     mixture: Live[tuple[Part, ...]] = ()
     """More sources, each an object in JSON, or a list of objects in a settings file: {"train_data_dir": "cats", "repeats": 3}.
-    Also the other settings that say where images are, trigger, share (of the run's examples) and loss_weight."""
+    Also the other settings that say where images are, a stream beside a stream, trigger, share (of the run's examples) and
+    loss_weight."""
     class_data_dir: Live[Folder | None] = None
     """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
     class_prompt: Live[Words | None] = None
