@@ -211,8 +211,9 @@ def load_file(kind: str, name: str, what: str, **where: Any) -> Any:
     more: dict[str, Any] = {}
     if path.suffix == ".gguf":
         if importlib.util.find_spec("gguf") is None:
-            raise BadInput(f"{what} needs the package gguf; install it, or give a .safetensors file")
-        more["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)
+            raise BadInput(f"{what} needs the package gguf: install oneloop[quantized], or give a .safetensors file")
+        where = {"torch_dtype": torch.float32} | where
+        more["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=where["torch_dtype"])
     if is_local(str(where["config"])):
         where["config"] = str(Path(where["config"]).expanduser())
     offline = is_local(str(where["config"])) or unreachable() is not None

@@ -172,7 +172,9 @@ def pipeline_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
     for part, (_, own) in instead(s).items():
         if config(s, "").get(part) and part not in exported:
             made = config(s, part)["_class_name"]
-            how = f"from_single_file({quoted(own)}, config={base}, subfolder={part!r})"
+            gguf = ", quantization_config=GGUFQuantizationConfig(torch.float32), torch_dtype=torch.float32"
+            how = f"from_single_file({quoted(own)}, config={base}, subfolder={part!r}{gguf * own.endswith('.gguf')})"
+            lines += "import torch\nfrom diffusers import GGUFQuantizationConfig\n" * own.endswith(".gguf")
             how = how if hub.is_file(own) else f"from_pretrained({quoted(own)})"
             lines += f"from diffusers import {made}\n{part} = {made}.{how}\n"
             more += f", {part}={part}"
