@@ -75,6 +75,8 @@ class Base:
     """Power of polynomial."""
     use_ema: bool = True
     """Keep an exponential moving average of the weights; samples and exports use it."""
+    offload_ema: Live[bool] = False
+    """Keep the average in the machine's memory, not the GPU's: the same bits, for two copies a step."""
     ema_decay: Live[ShareBelowOne] = 0.9999
     """Largest decay of the average."""
     ema_power: Live[Annotated[float, Range(0, 1000)]] = 0.75
@@ -101,6 +103,8 @@ class Base:
     """Only open every image and say what is found: sizes, captions, labels, duplicates, broken files."""
     dry_run: Live[bool] = False
     """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
+    assume_gpu: Live[Annotated[float, Range(0, 100_000, without=0)] | None] = None
+    """With dry_run: say whether the run fits on a GPU of so many GB, which need not be there, and what would make it fit."""
     push_to_hub: Live[bool] = False
     """Upload the export at the end; the login is taken from the environment or `hf auth login`."""
     hub_model_id: Live[Name | None] = None

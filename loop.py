@@ -314,10 +314,10 @@ def make_learner(
     state.step, state.examples, state.skipped = (manifest[name] for name in ("step", "examples", "skipped"))
     weights = trained(models)
     if base.use_ema:
-        state.ema = {key: p.detach().clone() for key, p in weights.items()}
+        state.ema = ema.begin(weights, base.offload_ema)
     decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731
     followed = list(weights.values())
-    shown = ema.Ema(state.ema, followed, decay, lambda: optimizers.averaged(state.optims, followed))
+    shown = ema.Ema(state.ema, followed, decay, base.offload_ema, lambda: optimizers.averaged(state.optims, followed))
     averages = [shown, *ema.following(models, task.follows)]
     state.follows = {key: value for average in averages[1:] for key, value in average.values.items()}
     memory.watch(models, state)

@@ -34,7 +34,7 @@ def bytes_of(models: Models, state: Any, device: torch.device) -> dict[str, int]
     return {
         "weights": weights,
         "gradients and optimizer": gradients + sum(map(remembered, state.optims.values())),
-        "averages": sum(x.nbytes for x in state.ema.values()),
+        "averages": sum(x.nbytes for x in state.ema.values() if x.device.type == device.type),
     }
 
 
@@ -116,6 +116,8 @@ class Memory(contextlib.AbstractContextManager):
         if getattr(getattr(self.cfg, group), "optimizer", None) == "adamw":
             less = lambda kind: sum(8 * p.numel() - state_bytes(kind, tuple(p.shape)) for p in trained)  # noqa: E731
             yield f"--{group}.optimizer adamw8bit {another}", less("adamw8bit")
-        if parts.get("averages"):
+        if parts.get("averages") and self.device.type != "cpu":
+            yield "--base.offload-ema", parts["averages"]
+        elif parts.get("averages"):
             yield f"--base.no-use-ema {another}", parts["averages"]
         yield f"--data.resolution {side // 2} {another}", activations * 0.75

@@ -290,7 +290,7 @@ def test_what_takes_the_memory(tmp_path):
     }
     ways = dict(memory.ways(memory_module.bytes_of(models, state, torch.device("meta")), 6 * 2**30))
     saved = {flags.split()[0]: n / 2**30 for flags, n in ways.items()}
-    computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.no-use-ema": 0.25, "data.resolution": 4.5}
+    computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.offload-ema": 0.25, "data.resolution": 4.5}
     assert saved == pytest.approx({f"--{flag}": gib for flag, gib in computed.items()})
     with pytest.raises(memory_module.OutOfMemory, match=r"and 2.00 more were asked for; .* most: --data.resolution 4 "), memory:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")

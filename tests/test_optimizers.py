@@ -59,7 +59,7 @@ def ends_equal(folder, commands):
     def runs():
         for name, command in commands.items():
             cfg = command_line.parse(command)[1]
-            task = {"ddpm": ddpm, "lora": lora}[name].task
+            task = {"ddpm": ddpm, "lora": lora, "vae": vae}[name.partition("-")[0]].task
             loop.run(task, cfg)
             shutil.copytree(folder / name / "checkpoint-2", folder / f"{name}-2" / "checkpoint-2")
             loop.run(task, dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, output_dir=str(folder / f"{name}-2"))))
@@ -99,6 +99,53 @@ def test_trains_and_resumes_in_the_same_bits(tmp_path, kind, checkpoint, photogr
         first, last = (load_file(tmp_path / name / f"checkpoint-{n}" / "state" / "model.safetensors") for n in (2, 4))
         assert any(not torch.equal(last[key], x) for key, x in first.items())
         assert [line["step"] for line in metrics(tmp_path / name) if "loss" in line][-1] == 4
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "muon"])
+def test_two_optimizers_in_one_step_resume_in_the_same_bits(tmp_path, kind):
+    """The autoencoder's and the discriminator's, each of this kind; the second trains from step 2 on."""
+    run = {"base.max_train_steps": 4, "base.checkpointing_steps": 2, "base.lr_scheduler": "constant", "base.logging_steps": 1}
+    own = {"vae.optimizer": kind, "vae.learning_rate": 3e-3}
+    ends_equal(tmp_path, {"vae": tiny(tmp_path, "vae", 4, "vae", **run | own)})
+    first, last = (load_file(tmp_path / "vae" / f"checkpoint-{n}" / "state" / "model.safetensors") for n in (2, 4))
+    moved = {"model" + key.partition(".")[0] for key, x in first.items() if not torch.equal(last[key], x)}
+    names = {path.name for path in (tmp_path / "vae" / "checkpoint-4" / "state").iterdir()}
+    assert moved and "optimizer_1.bin" in names, (moved, names)
+    lines = [line for line in metrics(tmp_path / "vae") if "loss" in line or any(key.startswith("loss") for key in line)]
+    assert lines, metrics(tmp_path / "vae")
+
+
+def test_an_offloaded_average_has_the_same_bits(tmp_path):
+    """In the machine's memory or on the device, and where a resumed run changes that; samples are of it."""
+    more = {"base.lr_scheduler": "constant", "base.checkpointing_steps": 2, "ddpm.learning_rate": 1e-2}
+
+    def runs():
+        for name in ("device", "offloaded"):
+            command = tiny(tmp_path, name, 4, **more, base__offload_ema=name == "offloaded")
+            loop.run(ddpm.task, command_line.parse(command)[1])
+        shutil.copytree(tmp_path / "device" / "checkpoint-2", tmp_path / "changed" / "checkpoint-2")
+        loop.run(ddpm.task, command_line.parse(tiny(tmp_path, "changed", 4, **more, base__offload_ema=True))[1])
+
+    result = fork(runs, tmp_path).wait(240)
+    assert result.code == 0, result.err
+    wanted = digest(tmp_path / "device")
+    for name in ("offloaded", "changed"):
+        assert digest(tmp_path / name) == wanted, name
+        grids = [(tmp_path / run / "samples" / "4.png").read_bytes() for run in (name, "device")]
+        assert grids[0] == grids[1], name
+
+
+def test_an_offloaded_average_stays_where_it_is():
+    """It is a copy in memory of its own, which stays the same memory as it moves."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    kept = ema.begin({"a.w": weight}, offload=True)
+    assert kept["a.w"].device.type == "cpu" and kept["a.w"].data_ptr() != weight.data_ptr()
+    average = ema.Ema(kept, [weight], lambda step, total: 0.5, offloaded=True)
+    held = kept["a.w"].data_ptr()
+    with torch.no_grad():
+        weight.mul_(3)
+    assert average.update(1, 2) == 0.5
+    assert kept["a.w"].tolist() == [2.0] * 3 and kept["a.w"].data_ptr() == held
 
 
 def stepped(kind, shapes, steps=3, **more):

@@ -21,6 +21,8 @@ class Ema:
     """The parameter that each of them follows."""
     decay: Callable[[int, int], float]
     """(optimizer steps taken, the run's total) -> the decay of the update after that step."""
+    offloaded: bool = False
+    """Whether the values are in the machine's memory, wherever the weights are."""
     averaged: Callable[[], list[Tensor] | None] = lambda: None
     """What the optimizers average themselves, in the same order: then the values are that."""
 
@@ -31,9 +33,17 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        if values:
+        if self.offloaded:  # one at a time to where the weights are: the same arithmetic, the same bits
+            for value, weight in zip(values, self.weights, strict=True):
+                value.copy_(torch.lerp(value.to(weight.device), weight, 1 - decay))
+        elif values:
             torch._foreach_lerp_(values, self.weights, 1 - decay)
         return decay
+
+
+def begin(weights: Mapping[str, Tensor], offload: bool) -> dict[str, Tensor]:
+    """An average of one value: copies of the weights, where they are or in the machine's memory."""
+    return {key: p.detach().to("cpu" if offload else p.device, copy=True) for key, p in weights.items()}
 
 
 def decay_at(step: int, largest: float, power: float) -> float:
