@@ -27,6 +27,7 @@ from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Models, Task
 from oneloop.training.signals import Signals
 from oneloop.training.validation import Stratified
+from oneloop.views import fits
 from oneloop.views.console import clock
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,6 +49,8 @@ class Watch:
     """function -> (begin, end) of each call, in seconds."""
     counts: tuple[int, int] = (0, 0)
     """Parameters that train, and frozen ones."""
+    held: fits.Held | None = None
+    """What the first step kept."""
 
     def timed(self, name: str, function: Callable) -> Callable:
         """The function, with its calls noted."""
@@ -81,7 +84,11 @@ class Watch:
             now = time.perf_counter()
             self.spans["validation" if isinstance(rng, Stratified) else "step"].append((now, now))
             dated = max(batch["step"] - warm, 0) * self.total // max(self.steps - warm, 1)
-            return task.loss_fn(models, batch | {"step": dated}, rng, cfg)
+            losses = task.loss_fn(models, batch | {"step": dated}, rng, cfg)
+            if self.held is None and not isinstance(rng, Stratified):
+                self.held, first = fits.watch(models, lambda: next(losses))
+                yield first
+            yield from losses
 
         return replace(
             task,
@@ -158,7 +165,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
             if here.is_main_process:
                 room = cfg.data.memory_budget * 2**30  # for decoded images
                 host = peak_host() + (grows / 2**30 if grows < room else 0)
-                print(drawn_out(cfg, watch, out, more, host))
+                print(drawn_out(task, cfg, watch, out, more, host))
         finally:
             stack.close()
             if here.is_main_process:
@@ -170,7 +177,7 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> str:
+def drawn_out(task: Task, cfg: Any, watch: Watch, out: Path, more: float, host: float) -> str:
     """What the short run in `out` says of the whole, which has `more` times its images; `host` GiB of memory at the peak."""
     base, spans, total = cfg.base, watch.spans, watch.total
     lines = [json.loads(line) for line in (out / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -203,5 +210,6 @@ def drawn_out(cfg: Any, watch: Watch, out: Path, more: float, host: float) -> st
 memory      {device}{host:.2f} GiB of the machine, at the peak of each process
 step        {step:.3f} s, {update / step:.1f} images/s, {waiting:.0%} of it waiting for data
 time        {sum(parts.values()) / 3600:.2f} hours: {", ".join(f"{name} {clock(s)}" for name, s in parts.items())}
+{fits.line(watch.held, task, cfg)}
 disk        {disk / 2**30:.2f} GiB of {shutil.disk_usage(out).free / 2**30:.2f} free: \
 {counted(retained, "checkpoint")} of {one / 2**30:.3f}, what is made of the examples once {cache / 2**30:.3f}"""
