@@ -27,6 +27,8 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """Precision -> the package that it needs, of the extra `quantized`."""
 APART = ("use_dora", "use_lokr", "init_lora", "preservation_weight")
 """Settings that read the base's own weights or layers, and were not tried with quantized ones."""
+GGUF_APART = ("base_precision", "use_dora", "use_lokr", "group_offload")
+"""The same of a base in a GGUF file, which is quantized as the file says."""
 
 
 def check(s: Adapters, group: str, base: Any) -> None:
@@ -35,6 +37,17 @@ def check(s: Adapters, group: str, base: Any) -> None:
     Raises:
         BadInput: with the flag to change.
     """
+    if (s.single_file or "").endswith(".gguf"):  # its matrices are blocks of bytes
+        for name in GGUF_APART:
+            if (value := getattr(s, name)) not in ("auto", False):
+                given = f"--{group}.{name.replace('_', '-')}" + f" {value}" * (value is not True)
+                raise BadInput(f"--{group}.single-file {s.single_file} with {given}: they do not go together; leave one out")
+    if s.group_offload:
+        flag = f"--{group}.group-offload"
+        require(base.gradient_checkpointing, "base.gradient_checkpointing", False, f"true with {flag}")
+        require(not base.compile, "base.compile", True, f"false with {flag}, which moves weights as they are called")
+        fits = s.base_precision not in PACKAGES
+        require(fits, f"{group}.base_precision", s.base_precision, f"auto, bf16 or float8 with {flag}")
     if s.base_precision == "auto":
         return
     flag = f"--{group}.base-precision {s.base_precision}"

@@ -65,6 +65,9 @@ class Adapters(Checkpoint):
     steps."""
     base_precision: Precision = "auto"
     """How the frozen UNet or transformer is stored: as the run computes, or in bf16, float8, int8 or nf4 (docs/lora.md)."""
+    group_offload: bool = False
+    """Keep the frozen blocks of the transformer in the machine's memory, each on the GPU only while it computes: for a base
+    that is larger than the GPU. Slower; with --base.gradient-checkpointing."""
     use_dora: bool = False
     """Train the length of each weight apart from its direction (Liu et al. 2024, DoRA, arXiv:2402.09353)."""
     use_rslora: bool = False

@@ -136,10 +136,15 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
         training = trains(module)
         if not training and not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             continue
+        stays = getattr(module, "offloaded", frozenset())
         for p in module.parameters():
             if type(p.data) is Tensor and p.dtype in WIDE:  # what is stored in less stays so
-                p.data = p.data.to(accelerator.device, torch.float32 if p.requires_grad or name in float32 else narrow)
-        module.to(accelerator.device)
+                where = p.device if p in stays else accelerator.device
+                p.data = p.data.to(where, torch.float32 if p.requires_grad or name in float32 else narrow)
+        if stays:
+            module._apply(lambda x, stays=stays: x if x in stays else x.to(accelerator.device))
+        else:
+            module.to(accelerator.device)
         if not (training and module.training):  # else what trains says itself which of its parts are in eval()
             module.train(training)
     for enable in recomputes if recompute else ():
@@ -166,15 +171,15 @@ def move(models: Models, names: Iterable[str], device: Any) -> None:
 def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
     """The models as they are shown and exported: the EMA in place, eval(), no gradients.
 
-    Nothing is copied: each parameter points to its EMA meanwhile, and to its own memory, at its address of before, afterwards.
-    So what changes a parameter in place meanwhile changes the EMA.
+    Each parameter points to its EMA meanwhile (to a copy on the device of one that is offloaded), and to its own memory, at its
+    address of before, afterwards. So what changes a parameter in place meanwhile changes the EMA.
     """
     training = [(part, part.training) for module in models.values() for part in module.modules()]
     own = {key: weights[key].data for key in ema}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             for key, value in ema.items():
-                weights[key].data = value
+                weights[key].data = value.to(weights[key].device)
             for module in models.values():
                 module.eval()
             yield

@@ -21,6 +21,7 @@ from oneloop.families import adapters, flow, precision, stable_diffusion, text_t
 from oneloop.families.objective import objective
 from oneloop.families.settings import Adapters, Pretrained, check_apart
 from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
+from oneloop.machine import offload
 from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean, without_adapters
 from oneloop.training import optimizers
 
@@ -88,6 +89,8 @@ def check_adapters(s: Settings) -> None:
     if s.use_lokr and not (own and own.lokr):
         readers = ", ".join(name for name, other in flow.FAMILIES.items() if other.lokr)
         raise BadInput(f"--lora.use-lokr: the loader of a {kind} reads no LoKr; expected one of {readers}")
+    if s.group_offload and not own:
+        raise BadInput(f"--lora.group-offload: a {kind} has no transformer of blocks; leave it out")
     adapters.check_targets(s, "lora", family(s).TRAINED)
 
 
@@ -143,6 +146,8 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
         adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "assistant")
     for name in (own.TRAINED, *own.ENCODERS):
         adapters.activate(models[name]) if name in models else None
+    if s.group_offload:
+        offload.hold(models["transformer"], flow.recomputable(models["transformer"]))
     texts = {name: under(name, given) for name in ("preservation", "prompts")}  # [1, ...] of the preservation prompt
     return models | {name: text_to_image.held(columns) for name, columns in texts.items() if columns}
 
@@ -210,6 +215,8 @@ def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[
     """The checkpoint's pipeline with the adapters of an export added to its weights, times a strength, and the name of the part
     that trained; `precision` is what a transformer is read in: bf16, or no."""
     s, own = cfg.lora, family(cfg.lora)
+    if (s.single_file or "").endswith(".gguf"):
+        raise BadInput(f"--lora.single-file {s.single_file}: adapters cannot be merged into a GGUF file's quantized weights")
     models = text_to_image.load(cfg, precision)
     pipeline = own.pipeline(models, s)
     adapters.read(pipeline, str(folder), "the folder")
