@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop import configs
 from oneloop.configs import Amount, BadInput, Base, Data, Range, Words, check, require
-from oneloop.families import adapters, flow, precision, stable_diffusion, text_to_image, transformer
+from oneloop.families import adapters, flow, offload, precision, stable_diffusion, text_to_image, transformer
 from oneloop.families.objective import objective
 from oneloop.families.settings import Adapters, Pretrained, check_apart
 from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
-from oneloop.machine import offload
 from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean, without_adapters
 from oneloop.training import optimizers
 

@@ -12,8 +12,7 @@ from test_lora_families import command, config, encoded
 from warm import cli, digest
 
 from oneloop.configs import BadInput
-from oneloop.families import flow
-from oneloop.machine import offload
+from oneloop.families import flow, offload
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 
