@@ -98,8 +98,10 @@ class Collation:
 
 
 def mirrored(images: Tensor, flip: Tensor) -> Tensor:
-    """Images [B, C, H, W], mirrored where `flip` [B]."""
-    return torch.where(flip[:, None, None, None], images.flip(-1), images)
+    """Images [B, C, H, W] on the CPU, in place mirrored where `flip` [B]."""
+    for i in flip.nonzero()[:, 0].tolist():
+        images[i] = images[i].flip(-1)
+    return images
 
 
 def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS, mask_minimum: float = 0.0) -> Batch:

@@ -12,10 +12,16 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
+from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from oneloop.configs import Data
 from oneloop.inputs.crop import Size, corner
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 MARGIN = 2.0
 """How much larger than its pixels a JPEG is decoded at least."""
@@ -95,6 +101,27 @@ def shrink(image: Image.Image, cover: Size, margin: float = MARGIN) -> None:
     turned = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
     least = [math.ceil(margin * side) for side in cover]
     image.draft(image.mode, tuple(least if turned else least[::-1]))
+
+
+def plain(image: Image.Image, raw: bytes, whole: Size, size: Size, cfg: Data) -> Tensor | None:
+    """What `fit` makes of an RGB JPEG of which nothing has to be changed, sooner: by simplejpeg where it is installed, else by
+    torchvision. They and PIL decode with libjpeg-turbo, to the same bits (tests/test_decode.py).
+
+    None: it is another image, or one that only PIL can judge. `raw`: the file.
+    """
+    known = image.format == "JPEG" and image.mode == "RGB" and image.size == whole[::-1] and raw.startswith(b"\xff\xd8")
+    if not known or "icc_profile" in image.info or image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    try:
+        if simplejpeg is not None:
+            x = torch.from_numpy(simplejpeg.decode_jpeg(raw)).permute(2, 0, 1)  # [3, h, w]
+        else:
+            x = decode_jpeg(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+    except (ValueError, RuntimeError):
+        return None
+    top, left = corner(np.array(whole) - np.array(size), None).tolist() if cfg.center_crop else (0, 0)
+    (h, w) = size if cfg.center_crop else whole
+    return x[:, top : top + h, left : left + w] if x.shape == (3, *whole) else None
 
 
 def fit(image: Image.Image, whole: Size, size: Size, cfg: Data) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -37,7 +38,7 @@ from oneloop.configs import BadInput, Data
 from oneloop.inputs.buckets import targets
 from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
-from oneloop.inputs.decoding import MARGIN, fit, shrink, thumb, to_rgb
+from oneloop.inputs.decoding import MARGIN, fit, plain, shrink, thumb, to_rgb
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import Source, content_hash
 from oneloop.machine.files import erase, strangers
@@ -123,7 +124,7 @@ class _Row:
 def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: int, marks: bool = True) -> _Row:
     """All images of a row, at all sizes; without `marks` none of the hashes and no thumb. Raises whatever a decoder throws at a
     broken file."""
-    images, whole, changes, mode, file = {}, {}, [], "", hashlib.blake2b(digest_size=16)
+    images, opened, whole, changes, mode, file = {}, {}, {}, [], "", hashlib.blake2b(digest_size=16)
     for name, column in kinds.items():
         image, raw = source.images[name].read(row)
         if marks:
@@ -136,16 +137,17 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
         anchor = whole.get(column.like, upright)
         shrink(image, tuple(resized(anchor, targets(anchor, source.sizes)[-1]).tolist()), 1.0 if skim else MARGIN)
         smaller = image.size != before
-        images[name] = coloured(image, column, changes.append)
+        opened[name] = image, raw
+        images[name] = functools.cache(functools.partial(coloured, image, column, changes.append))
         # Some formats turn an image themselves; a JPEG, which alone can be smaller, does not.
-        whole[name] = upright if smaller else images[name].size[::-1]
+        whole[name] = upright if smaller or image.format == "JPEG" else images[name]().size[::-1]
         if column.like and _apart(whole[name], whole[column.like]) > SHAPE_TOLERANCE:
             sizes = [f"{w} x {h}" for h, w in (whole[name], whole[column.like])]
             raise ValueError(f"its {name}, {source.images[name].name(row)}, is {sizes[0]} where it is {sizes[1]}")
     sizes = {name: targets(whole[name], source.sizes) for name, column in kinds.items() if column.like is None}
     each, shared = list(zip(*sizes.values(), strict=True)), {"row": row}
     if marks:
-        shared |= {"file": np.frombuffer(file.digest(), np.uint8), "thumb": thumb(images["pixel_values"])}
+        shared |= {"file": np.frombuffer(file.digest(), np.uint8), "thumb": thumb(images["pixel_values"]())}
     entries = []
     for chosen in dict.fromkeys(each):
         values, pixels = shared | {"times": each.count(chosen)}, {}
@@ -153,7 +155,8 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             anchor = column.like or name
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
-            pixels[name] = x = fit(images[name], cover, size, cfg).contiguous()
+            x = None if marks or column.kind != "image" else plain(*opened[name], cover, size, cfg)
+            pixels[name] = x = (fit(images[name](), cover, size, cfg) if x is None else x).contiguous()
             if marks:
                 mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
                 values[named(name, "mark")] = np.frombuffer(mark, np.uint8)
@@ -190,8 +193,10 @@ def _apart(a: Size, b: Size) -> float:
 def read(source: Source, cfg: Data, name: str, row: int, cover: Size, target: Size, largest: Size) -> Tensor:
     """The image of one column at a row, [C, h, w] uint8, resized to `cover` and cut to `target`, as `decode` makes it;
     `largest` is what it covers at the highest of its resolutions."""
-    image = source.images[name].read(row)[0]
+    image, raw = source.images[name].read(row)
     shrink(image, largest)
+    if source.columns[name].kind == "image" and (x := plain(image, raw, cover, target, cfg)) is not None:
+        return x
     return fit(coloured(image, source.columns[name]), cover, target, cfg)
 
 

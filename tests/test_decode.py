@@ -1,6 +1,7 @@
 """Images are decoded once: for a run's next life, its other processes, and other runs on the same images."""
 
 import dataclasses
+import io
 import os
 import pathlib
 import shutil
@@ -10,14 +11,14 @@ import types
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 from test_settings import refused
 from warm import SHARED, cli, cli_many, digest, fork, start, start_many, tiny
 
 from oneloop import data
 from oneloop.configs import Data
+from oneloop.inputs import decoding, sources, store
 from oneloop.inputs import shapes as embedded
-from oneloop.inputs import sources, store
 
 SQUARES = {"one shape": 6 * [(24, 24)], "several shapes": [(24, 24), (24, 40), (30, 24), (16, 16), (64, 20), (24, 24)]}
 
@@ -162,6 +163,38 @@ def test_large_jpegs_are_decoded_smaller(tmp_path, monkeypatch, kind, orientatio
     whole = store.decode(source, cfg).pixels["pixel_values"][0]
     apart = (small.pixels["pixel_values"][0].float() - whole.float()).abs()
     assert 0 < apart.mean() < 0.4 and apart.max() <= 4
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "torchvision"])
+def test_plain_jpegs_are_decoded_to_the_same_bits(tmp_path, monkeypatch, decoder):
+    """Of every subsampling and size, progressive, grey, in other colours, turned, with a profile or cut off: as PIL alone."""
+    if decoder == "simplejpeg":
+        pytest.importorskip("simplejpeg", reason="an optional decoder, which is not installed")
+    else:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    ways = [{"subsampling": s, "quality": q} for s in (0, 1, 2) for q in (30, 92, 100)]
+    ways += [{"progressive": True}, {"keep_rgb": True}, {"restart_marker_rows": 1}, {"optimize": True}]
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    kinds, fast = [("RGB", way) for way in ways], 0
+    kinds += [("L", {}), ("CMYK", {}), ("RGB", {"icc_profile": profile}), ("RGB", {"exif": exif}), ("RGB", {"cut": True})]
+    for side in ((64, 64), (61, 47), (8, 129)):
+        for mode, way in kinds:
+            image, out = Image.fromarray(noise).resize(side, Image.BICUBIC).convert(mode), io.BytesIO()
+            image.save(out, "JPEG", **{key: value for key, value in way.items() if key != "cut"})
+            raw = out.getvalue()[: -len(out.getvalue()) // 3 if "cut" in way else None]
+            whole, cfg = side[::-1], Data(center_crop=True)
+            size = tuple(max(edge // 2, 1) for edge in whole)
+            found = decoding.plain(Image.open(io.BytesIO(raw)), raw, whole, size, cfg)
+            if mode != "RGB" or {"icc_profile", "exif", "cut"} & way.keys():
+                assert found is None, (mode, way)
+                continue
+            assert torch.equal(found, decoding.fit(Image.open(io.BytesIO(raw)).convert("RGB"), whole, size, cfg)), (side, way)
+            fast += 1
+            assert decoding.plain(Image.open(io.BytesIO(raw)), raw, size, size, cfg) is None  # which has to be resized
+    assert fast == 3 * len(ways)
 
 
 def test_small_pictures_are_decoded_by_few_threads(monkeypatch):
