@@ -11,6 +11,7 @@ from warm import cli, tiny
 
 from oneloop.evaluation import drawings, features, judge, measures, models
 from oneloop.inputs.shapes import describe_shape, draw_shape
+from oneloop.views import page
 
 
 def drawn(numbers, side=16):
@@ -205,3 +206,22 @@ def test_a_model_that_is_not_there(run):
     shutil.copytree(folder / "out" / "checkpoint-6", folder / "alone")
     done = cli(folder, "evaluate", "alone", "--num", "32", env=env, patch=quick)
     assert done.code == 0, done.err
+
+
+def test_the_pages_show_it(run, tmp_path):
+    """The last evaluation in report.html, with its neighbours; curves over checkpoints in `compare`; damage is said."""
+    folder, _ = run
+    shutil.copytree(folder / "out", tmp_path / "out")
+    place = tmp_path / "out" / "evaluation"
+    earlier = json.loads((place / "6.json").read_text())
+    earlier["features"]["classifier"]["samples"]["frechet"]["value"] = 1234.5
+    (place / "3.json").write_text(json.dumps(earlier))
+    (place / "4.json").write_text('{"features": {"classifier": []}}')
+    seen = page.read(tmp_path / "out", (said := []).append)
+    curve = seen.metrics["frechet/classifier"]
+    assert [step for step, _ in curve] == [3, 6] and curve[0][1] == 1234.5
+    assert said == [f"{place / '4.json'}: damaged; left out"]
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert [word in shown for word in ("<h2>Evaluation<", "nearest to them", "kid/classifier")] == [True] * 3
+    assert cli(tmp_path, "compare", "out", folder / "out", "--to", "both.html").code == 0
+    assert '"Frechet"' in (tmp_path / "both.html").read_text()

@@ -22,6 +22,7 @@ from typing import Any
 
 from oneloop.machine import files
 from oneloop.views.loading import load_lines
+from oneloop.views.page import evaluated
 
 POINTS = 2000
 """Points a line has at most."""
@@ -92,6 +93,7 @@ def read(folder: Path, say: Say = lambda text: None) -> Run:
         for name, value in values.items():
             if name != "step" and type(value) in (int, float) and abs(value) < 1e300:  # which NaN is not
                 metrics.setdefault(RENAMED.get(name, name), []).append((values["step"], value))
+    metrics |= evaluated.curves(folder, say)
     grids: dict[int, dict[str, Path]] = {}
     for path in sorted((folder / "samples").glob("*.png")):
         if match := re.fullmatch(r"([0-9]{1,15})(?:-(.+))?", path.stem):
@@ -239,6 +241,7 @@ def write(folder: Path) -> None:
     sections = [
         _section("Curves", '<div id="charts"></div>') if run.metrics else "",
         _section("Samples", '<div id="samples"></div>') if run.grids else "",
+        _section("Evaluation", _evaluated(folder)) if evaluated.results(folder) else "",
         _section("Load the result", _code(_loads(run))),
         _section("Repeat the run", _code(repeat)),
         _section(
@@ -291,6 +294,16 @@ def _loads(run: Run) -> str:
     if not (saved / "load.py").is_file():
         return f"# {saved / 'load.py'} is missing"
     return load_lines(saved, run.folder / "export" if done else saved)
+
+
+def _evaluated(folder: Path) -> str:
+    """The last evaluation: its figures, and samples above the training images nearest to them."""
+    step, rows = evaluated.table(folder)
+    path = evaluated.neighbours(folder, step)
+    image = embedded(path, path.stat().st_mtime_ns, GRID_BYTES) if path.is_file() else ""
+    said = f"step {step:,}: samples, above the training images nearest to them"
+    shown = f'<figure><img src="{image}" alt="{said}"><figcaption>{said}</figcaption></figure>' if image else ""
+    return _table(["figure", "samples", "95 % interval", "floor"], rows) + shown
 
 
 def _section(title: str, inner: str) -> str:
