@@ -212,6 +212,7 @@ def test_the_pages_show_it(run, tmp_path):
     """The last evaluation in report.html, with its neighbours; curves over checkpoints in `compare`; damage is said."""
     folder, _ = run
     shutil.copytree(folder / "out", tmp_path / "out")
+    assert '"Frechet"' not in (tmp_path / "out" / "report.html").read_text()  # one point is no curve
     place = tmp_path / "out" / "evaluation"
     earlier = json.loads((place / "6.json").read_text())
     earlier["features"]["classifier"]["samples"]["frechet"]["value"] = 1234.5
@@ -221,7 +222,9 @@ def test_the_pages_show_it(run, tmp_path):
     curve = seen.metrics["frechet/classifier"]
     assert [step for step, _ in curve] == [3, 6] and curve[0][1] == 1234.5
     assert said == [f"{place / '4.json'}: damaged; left out"]
+    page.write(tmp_path / "out")
     shown = (tmp_path / "out" / "report.html").read_text()
+    assert '"Frechet"' in shown
     assert [word in shown for word in ("<h2>Evaluation<", "nearest to them", "kid/classifier")] == [True] * 3
     assert cli(tmp_path, "compare", "out", folder / "out", "--to", "both.html").code == 0
     assert '"Frechet"' in (tmp_path / "both.html").read_text()

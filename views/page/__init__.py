@@ -16,7 +16,7 @@ import re
 import shlex
 import string
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,9 @@ def write(folder: Path) -> None:
         ),
         _section("Made with", _table([], [*start.get("hardware", {}).items(), *start.get("versions", {}).items()])),
     ]
-    _fill(folder / "report.html", folder.name, lead, _facts(facts) + "".join(sections), drawn([run], [folder.name]))
+    alone = {name for name, points in evaluated.curves(folder).items() if len(points) == 1}  # which the table says
+    charts = replace(run, metrics={name: points for name, points in run.metrics.items() if name not in alone})
+    _fill(folder / "report.html", folder.name, lead, _facts(facts) + "".join(sections), drawn([charts], [folder.name]))
 
 
 def compare(folders: list[Path], to: Path, say: Say = lambda text: None) -> None:
