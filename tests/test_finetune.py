@@ -158,7 +158,18 @@ def test_a_run_resumes_equal_and_its_export_draws_the_same(tmp_path, built, phot
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):  # noqa: F811
     text = {"finetune__train_text_encoder": True} if name == "sd" else {}
     line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False, **text)
-    in_fork(tmp_path, lambda: loop.run(finetune.task, command_line.parse(line("one"))[1]))
+
+    def run():
+        """What trained, the text encoder too, is what the lines of the checkpoint load."""
+        state = loop.run(finetune.task, command_line.parse(line("one"))[1])
+        scope = {"__file__": str(tmp_path / "one" / "checkpoint-2" / "load.py")}
+        exec((tmp_path / "one" / "checkpoint-2" / "load.py").read_text().rpartition("pipeline(")[0], scope)
+        assert ("text_encoder" in state.models) == bool(text)
+        for part, module in state.models.items():
+            loaded = getattr(scope["pipeline"], part).state_dict()
+            assert all(torch.equal(loaded[key], x) for key, x in module.state_dict().items())
+
+    in_fork(tmp_path, run)
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
     assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
