@@ -186,7 +186,8 @@ def test_schedule_free_shows_what_it_averages_and_moves_no_weight():
     params, optimizer = stepped("schedulefree", SHAPES)
     before = [p.detach().clone() for p in params]
     values = {str(i): torch.empty_like(p) for i, p in enumerate(params)}
-    decay = ema.Ema(values, params, lambda step, total: 0.9, lambda: optimizers.averaged({"a": optimizer}, params)).update(4, 9)
+    averaged = lambda: optimizers.averaged({"a": optimizer}, params)  # noqa: E731
+    decay = ema.Ema(values, params, lambda step, total: 0.9, averaged=averaged).update(4, 9)
     assert decay == 0 and all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
     optimizer.eval()
     assert all(torch.equal(p, x) for p, x in zip(params, values.values(), strict=True))
@@ -259,7 +260,7 @@ def test_what_does_not_fit_is_a_line(monkeypatch, module, name, flags, says):
     with pytest.raises((BadInput, SystemExit)) as error:
         command_line.build(module.Config, [flag.replace("T.", f"{name}.") for flag in flags])
     if error.type is BadInput:
-        rate = vars(module.Settings)["learning_rate"]
+        rate = module.Settings.learning_rate
         assert says.replace("T.", f"{name}.").format(rate=rate) in str(error.value)
 
 
