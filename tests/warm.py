@@ -13,6 +13,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -83,6 +85,7 @@ def fork(function: Callable[[], object], folder: Path, env: dict[str, str] | Non
         sys.stdin, sys.stdout, sys.stderr = open(0, **own), open(1, "w", 1, **own), open(2, "w", 1, **own)  # noqa: SIM115
         os.environ.update(env or {})
         AcceleratorState._reset_state(reset_partial_state=True)  # a test may have run something in this process
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore of all forks, which one that is killed may hold
         os.chdir(cwd or folder)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
