@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class Collation:
 
 def mirrored(images: Tensor, flip: Tensor) -> Tensor:
     """Images [B, C, H, W] on the CPU, in place mirrored where `flip` [B]."""
-    for i in flip.nonzero()[:, 0].tolist():
+    for i in np.flatnonzero(flip.numpy()):
         images[i] = images[i].flip(-1)
     return images
 
