@@ -82,17 +82,9 @@ def parsed(folder: Path, out: Path) -> tuple[Any, Any, type]:
     from oneloop.settings import command_line
 
     flags = ["lora", "--lora.pretrained-model-name-or-path", folder / "model", "--data.train-data-dir", folder / "photos"]
-    flags += [
-        "--lora.init-lora",
-        folder / "start",
-        "--base.output-dir",
-        out,
-        "--base.max-train-steps",
-        STEPS,
-        "--base.logger",
-        "none",
-    ]
+    flags += ["--lora.init-lora", folder / "start", "--base.output-dir", out, "--base.max-train-steps", STEPS]
     flags += ["--data.resolution", SIDE, "--base.num-samples", 1, "--lora.num-inference-steps", 1, "--base.no-use-ema"]
+    flags += ["--base.logger", "none"]
     flags += ["--lora.learning-rate", 1e-3, "--base.lr-scheduler", "constant", "--base.logging-steps", 1]
     flags += ["--base.mixed-precision", "no", "--base.no-validate-first", "--base.validation-steps", 0]
     module, cfg = command_line.parse([*map(str, flags)])

@@ -17,8 +17,8 @@ from oneloop.configs import BadInput, Data, example_cache
 from oneloop.evaluation import drawings, features, measures, models
 from oneloop.inputs import sources
 
-MOST = 10_000
-"""Images of each set of the data that are looked at, spread evenly over it."""
+MOST, BYTES = 10_000, 2**30
+"""Images of each set of the data that are looked at, spread evenly over it, and what they take at most."""
 SHOWN = 12
 """Samples that are shown above the training images nearest to them."""
 
@@ -78,7 +78,8 @@ def open_other(task: Any, cfg: Any, other: Data) -> Any:
 def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None]:
     """At most MOST images of a source, spread evenly over it and of its most frequent size, and their labels."""
     examples = data.opened(source, cfg.data, cfg.base.seed, example_cache(cfg), say=lambda text: None)
-    batches = list(examples.fixed(256, min(MOST, examples.size), alike=True))
+    most = min(MOST, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
+    batches = list(examples.fixed(min(256, most), most, alike=True))
     labels = torch.cat([batch["label"] for batch in batches]) if "label" in batches[0] else None
     return torch.cat([batch["pixel_values"] for batch in batches]), labels
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from oneloop.configs import BadInput
@@ -21,6 +22,8 @@ GROUPS = 20
 """Parts of the jackknife; a quarter of them where features have more than 256 dimensions, whose Frechet distance takes time."""
 NEIGHBOURS = 3
 """k of precision and recall."""
+SEEN = 64
+"""Side at which images are compared pixel by pixel, at most."""
 LEAST = 32
 """Images that a comparison takes at least."""
 Measures = dict[str, float]
@@ -84,8 +87,9 @@ def share(holds: Tensor | np.ndarray) -> Estimate:
 
 
 def nearest(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each of x, [N, ...], the distance to the nearest of y, [M, ...], as the root of the mean square difference, [N], and
-    which that is, [N]."""
-    a, b = x.flatten(1).float(), y.flatten(1).float()
+    """Of each image of x, [N, C, H, W], the distance to the nearest of y, [M, C, H, W], as the root of the mean square of what
+    pixels differ by, [N], and which that is, [N]. Images larger than SEEN x SEEN are averaged to that size."""
+    small = lambda z: z.float() if max(z.shape[2:]) <= SEEN else F.adaptive_avg_pool2d(z.float(), SEEN)  # noqa: E731
+    a, b = (torch.cat([small(part) for part in z.split(256)]).flatten(1) for z in (x, y))
     found = [torch.cdist(part, b).min(1) for part in a.split(256)]
     return torch.cat([part.values for part in found]) / math.sqrt(a.shape[1]), torch.cat([part.indices for part in found])

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = {"caption": Column("text", setting="data.caption_column")}
+DATA = {"resolution": 512, "center_crop": True, "train_batch_size": 1, "interpolation": "lanczos"}
+"""Settings of the data that are fit for photographs."""
 
 
 def settings(cfg: Any) -> Pretrained:
@@ -109,6 +111,13 @@ def reads(s: Pretrained, name: str, key: str) -> bool:
     layer, own = re.search(r"\.layers\.(\d+)\.", f".{key}"), text_layers(s, name)
     last = "final_layer_norm" in key and len(own) < stable_diffusion.config(s, name)["num_hidden_layers"]
     return not last and (layer is None or int(layer[1]) in own)
+
+
+def rates(models: Models, s: Pretrained) -> Iterator[tuple[Any, float]]:
+    """The modules that may train, and their peak learning rates."""
+    text = s.learning_rate / 2 if s.text_encoder_learning_rate is None else s.text_encoder_learning_rate
+    yield models[family(s).TRAINED], s.learning_rate
+    yield from ((models[name], text) for name in family(s).trainable(s) if name in models)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

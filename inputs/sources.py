@@ -520,13 +520,12 @@ def _open_stream(cfg: Data, columns: Mapping[str, Column], own: Any, folder: Pat
         }
         if cfg.mask_from_alpha:
             images["mask"] = Alpha(images["pixel_values"])
-        number = {name: functools.partial(_class, n) for name, n in (("label", len(classes or ())), ("", CLASSES))}
-        of = {name: _texts_of("") if columns[name].kind == "text" else number[""] for name in inside}
+        of = {name: _texts_of("") if columns[name].kind == "text" else functools.partial(_class, CLASSES) for name in inside}
         more = {name: look(name, make) for name, make in of.items() if name not in images and name not in COLUMNS}
         captions = look("caption", _texts_of(cfg.trigger or ""))
         if cfg.trigger and captions is None:
             captions = shards.Same(len(there), [cfg.trigger])
-        labels, said = look("label", number["label"]), f"{len(there):,} {summary}"
+        labels, said = look("label", functools.partial(_class, len(classes or ()))), f"{len(there):,} {summary}"
         return Source(len(there), images, captions, labels, said, classes, notes=tuple(notes), more=more, streams=(there,))
 
     held, end = round(float(share or 0) * len(whole)), len(whole)

@@ -71,9 +71,7 @@ class Streamed(torch.utils.data.Dataset):
         rows = np.concatenate([there.own for there in filter(None, source.streams)])
         self.span = block * spans.blocks(rows, cfg.stream_window, block) if len(self.sized) > 1 else 0
         self.group = self.span or -(-GROUP // block) * block
-        self.spans: dict[
-            tuple[int, int], tuple[np.ndarray, np.ndarray]
-        ] = {}  # (lane, number) -> `arranged`: of two for each lane
+        self.spans: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # (lane, number): of two for each lane
         self.starts = np.cumsum([0, *(share.rows for share in source.mixed())])  # the first row of each source
         self.collation = batches.Collation(source, cfg)
         self.encoded: dict[str, tuple[tuple[str, ...], Reader]] = {}
@@ -184,7 +182,7 @@ class Streamed(torch.utils.data.Dataset):
             broken = f"{self.source.name(row)} ({reason(error)})"
         if not self.cfg.skip_broken:
             raise BadInput(f"the image of example {n} cannot be read: {broken}; --data.skip-broken replaces such images")
-        others = np.arange(self.size) if shown else self._beside(place)
+        others = range(self.size) if shown else self._beside(place)
         key = np.array([hash64(self.seed, "replace", n)], np.uint64)
         for i in range(min(len(others), FIXED)):
             other = int(others[permute(key, len(others), np.array([i]))[0]])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, check, read_model_config, require
-from oneloop.families import adapters, stable_diffusion, text_to_image, transformer
+from oneloop.families import adapters, hub, stable_diffusion, text_to_image, transformer
 from oneloop.families.objective import objective
 from oneloop.families.settings import Pretrained, flag
 from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
@@ -64,9 +64,7 @@ class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for some hundred images."""
 
     base: Base = field(default_factory=lambda: Base(num_epochs=20, num_samples=4, validation_steps=200, validate_first=True))
-    data: Data = field(
-        default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1, interpolation="lanczos")
-    )
+    data: Data = field(default_factory=lambda: Data(**text_to_image.DATA))
     finetune: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
@@ -177,12 +175,8 @@ def unread(models: Models, s: Settings, columns: Mapping[str, Tensor]) -> set[st
 
 def make_optim(models: Models, cfg: Config) -> Optims:
     s = cfg.finetune
-    text_rate = s.learning_rate / 2 if s.text_encoder_learning_rate is None else s.text_encoder_learning_rate
-    groups = []
-    for name in (family(s).TRAINED, *family(s).ENCODERS):
-        params = [p for p in models[name].parameters() if p.requires_grad] if name in models else []
-        groups += [{"params": params, "lr": s.learning_rate if name == family(s).TRAINED else text_rate}] if params else []
-    return {"finetune": optimizers.make(groups, s)}
+    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in text_to_image.rates(models, s))
+    return {"finetune": optimizers.make([{"params": params, "lr": rate} for params, rate in each if params], s)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
@@ -225,24 +219,23 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
 def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[Any, str]:
     """The checkpoint's pipeline, its weights moved by this share of the way to those of an export, and the name of the part
     that trained; `precision` is what a transformer is read in: bf16, or no."""
+    import torch
     from safetensors.torch import load_file
 
-    s, own = cfg.finetune, family(cfg.finetune)
-    models = text_to_image.load(cfg, precision)
-    folders = whole(s)
-    for name in folders:
-        trained = type(models[name]).from_pretrained(folder / name).to(models[name].dtype).state_dict()
-        base = {key: x.clone() for key, x in models[name].state_dict().items()}
-        models[name].load_state_dict({key: _between(base[key], x, strength) for key, x in trained.items()})
-    if own.TRAINED not in folders:
-        base = dict(models[own.TRAINED].named_parameters())
-        for key, x in load_file(folder / CHANGED).items():
-            base[key].data = _between(base[key].data, x.to(base[key].dtype), strength)
+    s, own, kinds = cfg.finetune, family(cfg.finetune), stable_diffusion.config(cfg.finetune, "")
+    parts = {name: hub.load(*kinds[name], str(folder), f"{folder}: {name}", subfolder=name) for name in whole(s)}
+    if s.from_scratch and strength != 1:
+        raise BadInput(f"--strength is {strength:g}; expected 1 of a model that was trained from scratch: it has no base")
+    models = text_to_image.load(cfg, precision, made=parts.pop(own.TRAINED) if s.from_scratch else None)
+    changed = {name: dict(module.named_parameters()) for name, module in parts.items()}
+    if s.trains != ("all",):
+        changed[own.TRAINED] = load_file(folder / CHANGED)
+    with torch.no_grad():
+        for name, state in changed.items():
+            base = dict(models[name].named_parameters())
+            for key, x in state.items():
+                base[key].lerp_(x.to(base[key].dtype), strength)
     return own.pipeline(models, s), own.TRAINED
-
-
-def _between(base: Tensor, trained: Tensor, strength: float) -> Tensor:
-    return trained if strength == 1 or not base.is_floating_point() else base.lerp(trained, strength)
 
 
 task = Task(

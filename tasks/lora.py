@@ -67,9 +67,7 @@ class Config:
     """Settings of a run of this task; the data's and the run's defaults are fit for a few photographs."""
 
     base: Base = field(default_factory=lambda: Base(num_epochs=100, num_samples=4, validation_steps=200, validate_first=True))
-    data: Data = field(
-        default_factory=lambda: Data(resolution=512, center_crop=True, train_batch_size=1, interpolation="lanczos")
-    )
+    data: Data = field(default_factory=lambda: Data(**text_to_image.DATA))
     lora: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
@@ -152,13 +150,8 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    s, groups = cfg.lora, []
-    text_rate = s.learning_rate / 2 if s.text_encoder_learning_rate is None else s.text_encoder_learning_rate
-    for name, rate in (
-        (family(s).TRAINED, s.learning_rate),
-        *((encoder, text_rate) for encoder in stable_diffusion.ENCODERS if encoder in models),
-    ):
-        groups += adapters.groups(models[name], rate, s)
+    s = cfg.lora
+    groups = [group for module, rate in text_to_image.rates(models, s) for group in adapters.groups(module, rate, s)]
     return {"lora": optimizers.make(groups, s)}
 
 

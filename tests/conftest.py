@@ -1,6 +1,7 @@
 """One thread, nothing from the network, this checkout as the package `oneloop`: then tests are repeatable and may fork."""
 
 import atexit
+import functools
 import os
 import shutil
 import sys
@@ -19,6 +20,9 @@ os.environ["PYTHONPATH"] = packages
 
 import accelerate  # noqa: F401
 import diffusers  # noqa: F401
+import pytest
+import tiny_families
+import tiny_models
 import torch
 import torchvision  # noqa: F401
 from diffusers import DDPMPipeline, UNet2DModel  # noqa: F401
@@ -29,3 +33,11 @@ torch.set_num_threads(1)
 from oneloop.machine import accelerator
 
 accelerator.computes_bf16 = lambda: False  # float32 where a test does not ask for bf16, so that its figures hold everywhere
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A pipeline's class, or a kind of Stable Diffusion (sd, sd2, sdxl) -> a tiny checkpoint's folder, each made once."""
+    folder = tmp_path_factory.mktemp("models")
+    make = lambda name: tiny_models.build(folder, name) if name.startswith("sd") else tiny_families.build(name, folder)  # noqa: E731
+    return functools.cache(make)

@@ -10,8 +10,6 @@ import weakref
 import diffusers
 import numpy as np
 import pytest
-import tiny_families
-import tiny_models
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -28,17 +26,9 @@ diffusers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """name -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    @functools.cache
-    def make(name):
-        path = tiny_models.build(folder, name) if name.startswith("sd") else tiny_families.build(name, folder)
-        lora.make_models(config(path))  # so that forks find everything imported
-        return path
-
-    return make
+def built(built):
+    """The same, with everything imported that forks need."""
+    return functools.cache(lambda name: lora.make_models(config(built(name))) and built(name))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_settings import refused
 from warm import cli, tiny
 
@@ -111,6 +112,16 @@ def test_copies_and_floor(monkeypatch, tmp_path):
     unseen = judge.judge(drawn(range(400, 600)), these, judges)
     assert unseen["copies"]["low"] < 0.05 < unseen["copies"]["high"] < 0.15
     assert json.dumps(unseen) and any("copies of training images" in line for line in judge.told(unseen))
+
+
+def test_large_images_are_compared_small():
+    """Ten thousand of them, at 1024, would be 126 GB of pixels."""
+    x, y = (torch.randint(256, (n, 3, 96, 160), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+    small = lambda z: F.interpolate(z.float(), (64, 64), mode="area")  # noqa: E731
+    distance, which = measures.nearest(x, y)
+    difference = (small(x)[:, None] - small(y)).square().mean((2, 3, 4)).sqrt()  # [5, 7]
+    torch.testing.assert_close(distance, difference.amin(1), rtol=1e-3, atol=1e-3)
+    assert torch.equal(which, difference.argmin(1))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ import shutil
 
 import diffusers
 import pytest
-import tiny_families
-import tiny_models
 import torch
 from safetensors.torch import load_file
 from test_lora_families import CAPTIONS, SIDE, in_fork, photos  # noqa: F401  a fixture
@@ -24,17 +22,9 @@ diffusers.utils.logging.set_verbosity_error()
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """name -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-
-    @functools.cache
-    def make(name):
-        path = tiny_models.build(folder, name) if name.startswith("sd") else tiny_families.build(name, folder)
-        finetune.make_models(config(path))  # so that forks find everything imported
-        return path
-
-    return make
+def built(built):
+    """The same, with everything imported that forks need."""
+    return functools.cache(lambda name: finetune.make_models(config(built(name))) and built(name))
 
 
 def config(model, task=finetune, **settings):
@@ -190,12 +180,20 @@ def test_from_scratch_and_merged(tmp_path, built, photos, name):  # noqa: F811
     made = json.loads((tmp_path / "out" / "export" / part / "config.json").read_text())
     assert all(made[key] == value for key, value in given.items() if key in ("layers_per_block", "num_layers"))
 
+    merge = lambda run, to, x: cli(tmp_path, "merge", run, "--to", to, "--dtype", "float32", "--strength", x)  # noqa: E731
+    half, whole = (merge("out", f"scratch-{x}", x) for x in (0.5, 1))
+    assert half.code == 2 and "--strength is 0.5; expected 1 of a model that was trained from scratch" in half.err
+    assert whole.code == 0, whole.err
+    drawn_with = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "scratch-1").components[part].state_dict()
+    own = load_file(tmp_path / "out" / "export" / part / "diffusion_pytorch_model.safetensors")
+    assert own.keys() == drawn_with.keys() and all(torch.equal(drawn_with[key], x) for key, x in own.items())
+
     assert cli(tmp_path, *command(tmp_path, built(name), photos, "tuned", finetune__trains="attention")).code == 0
     states = [load_file(next((built(name) / part).glob("*.safetensors")))]
     for strength in (0.5, 1):
         to = f"merged-{strength}"
-        merge = cli(tmp_path, "merge", "tuned", "--to", to, "--dtype", "float32", "--strength", strength)
-        assert merge.code == 0 and f"at strength {strength} merged into" in merge.out, merge.err
+        done = merge("tuned", to, strength)
+        assert done.code == 0 and f"at strength {strength} merged into" in done.out, done.err
         states.append(getattr(diffusers.DiffusionPipeline.from_pretrained(tmp_path / to), part).state_dict())
     changed = load_file(tmp_path / "tuned" / "export" / finetune.CHANGED)
     for key, x in states[0].items():

@@ -1,11 +1,9 @@
 """A transformer of a GGUF file as the base of a LoRA: as quantizers write it, trained, resumed, exported and loaded."""
 
-import functools
 import shutil
 
 import diffusers
 import pytest
-import tiny_families
 import torch
 from safetensors.torch import load_file
 from test_lora import draw_photos
@@ -20,13 +18,6 @@ gguf = pytest.importorskip("gguf", reason="needs gguf, of the extra quantized")
 diffusers.utils.logging.set_verbosity_error()
 KINDS = {"Q8_0": 0.01, "BF16": 4e-3, "F16": 5e-4}
 """Type -> how far a weight may be from what was written, relative to the largest."""
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A pipeline's class -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-    return functools.cache(lambda name: tiny_families.build(name, folder))
 
 
 @pytest.fixture(scope="module")

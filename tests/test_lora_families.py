@@ -8,7 +8,6 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
-import tiny_families
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,13 +30,6 @@ SLOW = ("HunyuanImagePipeline", "HiDreamImagePipeline")  # they take all text of
 LONGER = ("ZImagePipeline", "FluxPipeline", "QwenImagePipeline")  # of which more steps are seen, and a lower loss
 SCHEMES = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
 diffusers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """name -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-    return functools.cache(lambda name: tiny_families.build(name, folder))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What `lora` offers beside the plain adapter: patterns, a given LoRA, LoKr, preservation, sample prompts, merging, files."""
 
-import functools
 import hashlib
 import importlib.util
 import re
@@ -11,8 +10,6 @@ from dataclasses import replace
 import diffusers
 import numpy as np
 import pytest
-import tiny_families
-import tiny_models
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,20 +26,6 @@ from oneloop.tasks import Rng, lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 diffusers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A pipeline's class, or a kind of Stable Diffusion -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-    kinds = ("sd", "sd2", "sdxl")
-    return functools.cache(
-        lambda name: (
-            (tiny_models if name in kinds else tiny_families).build(folder, name)
-            if name in kinds
-            else tiny_families.build(name, folder)
-        )
-    )
 
 
 @pytest.fixture(scope="module")

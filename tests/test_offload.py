@@ -1,11 +1,9 @@
 """Frozen blocks in the machine's memory: the same bits, one block's weights at a time, and what does not go with it."""
 
-import functools
 import weakref
 
 import diffusers
 import pytest
-import tiny_families
 import torch
 from test_lora import draw_photos
 from test_lora_families import command, config, encoded
@@ -17,13 +15,6 @@ from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
 
 diffusers.utils.logging.set_verbosity_error()
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A pipeline's class -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-    return functools.cache(lambda name: tiny_families.build(name, folder))
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "QwenImagePipeline", "ZImagePipeline"])

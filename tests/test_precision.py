@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import diffusers
 import pytest
-import tiny_families
-import tiny_models
 import torch
 from peft import LoraConfig  # noqa: F401
 from PIL import Image
@@ -33,13 +31,6 @@ def installed(kind):
     if (package := precision.PACKAGES.get(kind)) and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}, of the extra quantized")
     return kind
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """name -> a tiny checkpoint's folder, each made once."""
-    folder = tmp_path_factory.mktemp("models")
-    return functools.cache(lambda name: tiny_models.build(folder) if name == "sd" else tiny_families.build(name, folder))
 
 
 def adapted(path, kind, change=lambda module: None):
