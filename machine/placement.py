@@ -142,7 +142,8 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
                 where = p.device if p in stays else accelerator.device
                 p.data = p.data.to(where, torch.float32 if p.requires_grad or name in float32 else narrow)
         if stays:
-            module._apply(lambda x, stays=stays: x if x in stays else x.to(accelerator.device))
+            for x in itertools.chain(module.parameters(), module.buffers()):
+                x.data = x.data if x in stays else x.data.to(accelerator.device)
         else:
             module.to(accelerator.device)
         if not (training and module.training):  # else what trains says itself which of its parts are in eval()
