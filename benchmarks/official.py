@@ -1,15 +1,16 @@
-"""The official LoRA scripts beside `lora`: the same checkpoint, image, noise and noise levels, step by step.
+"""The official scripts beside `lora` and `finetune`: the same checkpoint, image, noise and noise levels, step by step.
 
-    python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd3 ...]
+    python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 
-Runs train_dreambooth_lora_*.py of the checkout, and `lora` after it, on the tests' tiny checkpoint of each family. Nothing of
-the task is changed: its draws are functions of (seed, example), so the script is handed them, in the place of torch.randn_like,
-the posterior's noise and its table of sigmas. Both start from the same adapters, large numbers on the script's layers. Compared
-are loss and gradient norm of every step, the adapters after the last and
+Runs scripts of the checkout's examples, and the task after them, on the tests' tiny checkpoint of each family. Nothing of the
+task is changed: its draws are functions of (seed, example), so the script is handed them, in the place of torch.randn_like, the
+posterior's noise, and timesteps or its table of sigmas. Both start from the same weights, adapters from large numbers on the
+script's layers. Compared are loss and gradient norm of every step, the trained weights after the last and
 
     layers    whether the task's own choice is the script's; no gradient reaches some, and the task leaves those out
     shift     of the noise levels: the script's training / the checkpoint's inference, which is the task's
-    ms        of CPU in a step, outside the model's forward and backward pass: the script with --cache_latents / the task
+    ms        of CPU in a step, outside the model's forward and backward pass: the script (with --cache_latents where it has
+              that) / the task
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,46 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 STEPS, SIDE, CAPTION = 24, 32, "a dog"
-SCRIPTS: dict[str, tuple[str, list[str]]] = {
-    # script: pipeline, flags without which it trains another objective (docs/lora.md says which)
-    "flux": ("FluxPipeline", ["--guidance_scale", "1"]),
-    "sd3": ("StableDiffusion3Pipeline", ["--precondition_outputs", "0"]),
-    "qwen_image": ("QwenImagePipeline", []),
-    "z_image": ("ZImagePipeline", []),
-    "sana": ("SanaPipeline", []),
-    "lumina2": ("Lumina2Pipeline", []),
+
+
+@dataclass(frozen=True)
+class Script:
+    """An official script, and what of this project does its work."""
+
+    path: str
+    """Below `examples`, without its ending."""
+    checkpoint: str
+    """Which of the tests': a pipeline's class, or a kind of Stable Diffusion."""
+    flags: tuple[str, ...] = ()
+    """Those without which it trains another objective (docs/lora.md says which)."""
+    task: str = "lora"
+    clips: bool = True
+    """Whether gradients are clipped there: not where the list of parameters is an iterator, which the optimizer has used up."""
+    pinned: bool = False
+    """It draws each image's posterior once, so that the checkpoint's VAE must have none."""
+
+    @property
+    def dreambooth(self) -> bool:
+        """Whether it takes one prompt for a folder of images, and can encode those once."""
+        return self.path.startswith("dreambooth")
+
+
+SCRIPTS = {
+    "sd": Script("text_to_image/train_text_to_image_lora", "sd", clips=False),
+    "sdxl": Script("text_to_image/train_text_to_image_lora_sdxl", "sdxl"),
+    "flux": Script("dreambooth/train_dreambooth_lora_flux", "FluxPipeline", ("--guidance_scale", "1")),
+    "flux2": Script("dreambooth/train_dreambooth_lora_flux2", "Flux2Pipeline", ("--guidance_scale", "1")),
+    "flux2_klein": Script(
+        "dreambooth/train_dreambooth_lora_flux2_klein", "Flux2KleinPipeline", ("--text_encoder_out_layers", "9", "18", "27")
+    ),
+    "sd3": Script("dreambooth/train_dreambooth_lora_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0")),
+    "qwen_image": Script("dreambooth/train_dreambooth_lora_qwen_image", "QwenImagePipeline"),
+    "z_image": Script("dreambooth/train_dreambooth_lora_z_image", "ZImagePipeline"),
+    "krea2": Script("dreambooth/train_dreambooth_lora_krea2", "Krea2Pipeline", ("--lora_alpha", "4")),
+    "sana": Script("dreambooth/train_dreambooth_lora_sana", "SanaPipeline"),
+    "lumina2": Script("dreambooth/train_dreambooth_lora_lumina2", "Lumina2Pipeline"),
+    "finetune_sd": Script("text_to_image/train_text_to_image", "sd", task="finetune"),
+    "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
 }
 
 
@@ -75,72 +109,121 @@ def watched(model: type, out: Path) -> Iterator[None]:
     (out / "watched.json").write_text(json.dumps(found))
 
 
-def parsed(folder: Path, out: Path) -> tuple[Any, Any, type]:
-    """The task, its settings, and the class of its transformer."""
+def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
+    """The task, its settings, and the class of the model that trains."""
     import diffusers
 
+    from oneloop.families import text_to_image
     from oneloop.settings import command_line
 
-    flags = ["lora", "--lora.pretrained-model-name-or-path", folder / "model", "--data.train-data-dir", folder / "photos"]
-    flags += ["--lora.init-lora", folder / "start", "--base.output-dir", out, "--base.max-train-steps", STEPS]
-    flags += ["--data.resolution", SIDE, "--base.num-samples", 1, "--lora.num-inference-steps", 1, "--base.no-use-ema"]
-    flags += ["--base.logger", "none"]
-    flags += ["--lora.learning-rate", 1e-3, "--base.lr-scheduler", "constant", "--base.logging-steps", 1]
-    flags += ["--base.mixed-precision", "no", "--base.no-validate-first", "--base.validation-steps", 0]
-    module, cfg = command_line.parse([*map(str, flags)])
+    flags: dict[str, Any] = {
+        "pretrained-model-name-or-path": folder / "model",
+        "learning-rate": 1e-3,
+        "num-inference-steps": 1,
+        "data.train-data-dir": folder / "photos",
+        "data.resolution": SIDE,
+        "base.output-dir": out,
+        "base.max-train-steps": STEPS,
+        "base.num-samples": 1,
+        "base.logger": "none",
+        "base.lr-scheduler": "constant",
+        "base.logging-steps": 1,
+        "base.mixed-precision": "no",
+        "base.validation-steps": 0,
+    }
+    if not script.clips:
+        flags["base.max-grad-norm"] = 0
+    switches = ("--base.no-use-ema", "--base.no-validate-first")
+    if script.task == "lora":
+        flags["init-lora"] = folder / "start"
+    pairs = ((name if "." in name else f"{script.task}.{name}", str(value)) for name, value in flags.items())
+    module, cfg = command_line.parse(
+        [script.task, *(word for name, value in pairs for word in (f"--{name}", value)), *switches]
+    )
     index = json.loads((folder / "model" / "model_index.json").read_text())
-    return module.task, cfg, getattr(diffusers, index["transformer"][1])
+    s = text_to_image.settings(cfg)
+    return module.task, cfg, getattr(diffusers, index[text_to_image.family(s).TRAINED][1])
 
 
-def run_ours(folder: Path, out: Path) -> None:
-    """What `loop.py lora` does."""
+def run_ours(script: Script, folder: Path, out: Path) -> None:
+    """What `loop.py` does."""
     from oneloop import loop
 
-    task, cfg, model = parsed(folder, out)
+    task, cfg, model = parsed(script, folder, out)
     with watched(model, out):
         loop.run(task, cfg)
 
 
-def compare(folder: Path, scripts: Path, name: str) -> str:
-    """A line of the table."""
+def make_set(script: Script, folder: Path) -> None:
+    """The checkpoint and the image, for both."""
     import tiny_families
+    import tiny_models
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    build = tiny_models.build if script.checkpoint.startswith("sd") else lambda to, kind: tiny_families.build(kind, to)
+    build(folder, script.checkpoint).rename(folder / "model")
+    if script.pinned:
+        vae = AutoencoderKL.from_pretrained(folder / "model" / "vae")
+        with torch.no_grad():  # the second half of the channels is the logarithm of the variance
+            vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
+        vae.save_pretrained(folder / "model" / "vae")
+    picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for place in ("images", "photos"):
+        (folder / place).mkdir()
+        Image.fromarray(picture.numpy()).save(folder / place / "a.png")
+    (folder / "photos" / "a.txt").write_text(CAPTION)
+    if not script.dreambooth:
+        (folder / "images" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": CAPTION}))
+
+
+def weights(script: Script, out: Path) -> dict[str, Any]:
+    """What a side trained."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from safetensors.torch import load_file
+
+    if script.task == "lora":  # scripts of Stable Diffusion write an older form
+        made = load_file(out / "pytorch_lora_weights.safetensors")
+        return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
+    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def compare(folder: Path, checkout: Path, name: str) -> str:
+    """A line of the table."""
     import torch
     import transformers  # noqa: F401  as much as forks would import each for itself
-    from PIL import Image
-    from safetensors.torch import load_file
     from warm import fork
 
     from benchmarks.injected import run_theirs
     from oneloop import loop  # noqa: F401
 
     torch.set_num_threads(1)
-    kind, more = SCRIPTS[name]
-    tiny_families.build(kind, folder).rename(folder / "model")
-    picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for place in ("images", "photos"):
-        (folder / place).mkdir()
-        Image.fromarray(picture.numpy()).save(folder / place / "a.png")
-    (folder / "photos" / "a.txt").write_text(CAPTION)
-    script = scripts / f"train_dreambooth_lora_{name}.py"
-    theirs = lambda out, flags: lambda: run_theirs(folder, out, script, name, [*more, *flags])  # noqa: E731
-    sides = {"theirs": theirs(folder / "theirs", []), "cached": theirs(folder / "cached", ["--cache_latents"])}
-    for side, run in (sides | {"ours": lambda: run_ours(folder, folder / "ours")}).items():
+    script = SCRIPTS[name]
+    make_set(script, folder)
+    theirs = lambda out, flags: lambda: run_theirs(script, folder, out, checkout, [*script.flags, *flags])  # noqa: E731
+    sides = {"theirs": theirs(folder / "theirs", [])}
+    if script.dreambooth:
+        sides["cached"] = theirs(folder / "cached", ["--cache_latents"])
+    for side, run in (sides | {"ours": lambda: run_ours(script, folder, folder / "ours")}).items():
         (folder / side).mkdir()
         if (done := fork(run, folder).wait(600)).code:
             return f"| {name} | {side} failed: {(done.err.strip().splitlines() or ['?'])[-1]} |"
-    theirs, cached, ours = (json.loads((folder / side / "watched.json").read_text()) for side in ("theirs", "cached", "ours"))
-    seen = json.loads((folder / "theirs" / "seen.json").read_text())
+    read = lambda side: json.loads((folder / side / "watched.json").read_text())  # noqa: E731
+    theirs, ours, seen = read("theirs"), read("ours"), json.loads((folder / "theirs" / "seen.json").read_text())
     far = lambda key: max(abs(a - b) / abs(a) for a, b in zip(theirs[key], ours[key], strict=True))  # noqa: E731
-    a, b = (load_file(path / "pytorch_lora_weights.safetensors") for path in (folder / "theirs", folder / "ours" / "export"))
-    start = load_file(folder / "start" / "pytorch_lora_weights.safetensors")
+    a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
+    start = weights(script, folder / ("start" if script.task == "lora" else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
     moved = max(float((a[key] - start[key]).abs().max()) for key in b)
-    silent = {key.removeprefix("transformer.").partition(".lora_")[0] for key in a.keys() - b.keys()}
+    silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}
     parts = {"script alone": seen["layers"][0], "task alone": seen["layers"][1], "without gradient, left out": sorted(silent)}
     layers = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
-    shift, seconds = (f"{x:.2f} / {y:.2f}" for x, y in (seen["shift"], [1e3 * w["seconds"] for w in (cached, ours)]))
-    cells = [name, f"{far('loss'):.0e}", f"{far('norm'):.0e}", f"{wide:.0e} of {moved:.0e}", layers or "same", shift, seconds]
-    return f"| {' | '.join(cells)} |"
+    shift = " / ".join(f"{x:.2f}" for x in seen["shift"])
+    seconds = [1e3 * side["seconds"] for side in (read("cached") if script.dreambooth else theirs, ours)]
+    norm = f"{far('norm'):.0e}" if any(theirs["norm"]) else "not clipped there"
+    cells = [f"{far('loss'):.0e}", norm, f"{wide:.0e} of {moved:.0e}", layers or "same", shift]
+    return f"| {' | '.join([name, *cells, ' / '.join(f'{x:.2f}' for x in seconds)])} |"
 
 
 def main() -> None:
@@ -148,15 +231,15 @@ def main() -> None:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("scripts", nargs="*", default=[*SCRIPTS], metavar="script")
     args = parser.parse_args()
-    scripts = args.checkout.resolve() / "examples" / "dreambooth"
+    checkout = args.checkout.resolve()
     for name in args.scripts:
-        if name not in SCRIPTS or not (scripts / f"train_dreambooth_lora_{name}.py").is_file():
-            parser.error(f"{name} in {scripts}; expected scripts of a checkout of diffusers: {', '.join(SCRIPTS)}")
-    heads = "| script | loss, relative | gradient's norm, relative | adapters | layers | shift | ms outside the model |"
+        if name not in SCRIPTS or not (checkout / "examples" / f"{SCRIPTS[name].path}.py").is_file():
+            parser.error(f"{name} in {checkout}; expected scripts of a checkout of diffusers: {', '.join(SCRIPTS)}")
+    heads = "| script | loss, relative | gradient's norm, relative | weights | layers | shift | ms outside the model |"
     print(f"{heads}\n{'|---' * 7}|")
     for name in args.scripts:
         with tempfile.TemporaryDirectory() as folder:
-            print(compare(Path(folder), scripts, name), flush=True)
+            print(compare(Path(folder), checkout, name), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/scale.py                            1,000, 10,000 and 100,000
     python benchmarks/scale.py 1000 1000000 --steps 100
 
-Streamed sets, of up to 1e9 rows, are measured by benchmarks/streaming.py.
+Streamed sets, of 1e3 to 1e9 rows, are measured by benchmarks/streaming.py.
 
 Whole processes, watched from outside: a run of `--steps` steps of the smallest model, and the same command made as long again,
 which resumes. The first start decodes all images, checks them and keeps them; the resumed one finds them. 'A image' is what
@@ -27,10 +27,10 @@ from benchmarks.__main__ import Process, machine, table, watch
 SIDE, BATCH = 16, 16
 
 
-def run(out: Path, count: int, steps: int) -> Process:
-    """One start of a run on so many images, to its end after `steps` steps."""
+def run(out: Path, steps: int, data: dict[str, object]) -> Process:
+    """One start of a run on this data, to its end after `steps` steps."""
     flags = {
-        "data.num-shapes": count,
+        **data,
         "data.resolution": SIDE,
         "data.train-batch-size": BATCH,
         "base.max-train-steps": steps,
@@ -59,9 +59,9 @@ def main() -> None:
     for count in given.counts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out"
-            begun = run(out, count, given.steps)
+            begun = run(out, given.steps, {"data.num-shapes": count})
             step = step_seconds(out)
-            resumed = run(out, count, 2 * given.steps)
+            resumed = run(out, 2 * given.steps, {"data.num-shapes": count})
         first = first or (count, begun.first, resumed.first)
         each = [
             "" if count == first[0] else f" ({1e3 * (now - then) / (count - first[0]):.2f} ms a image)"

@@ -1,11 +1,15 @@
 """What streaming costs as a set grows, and what resuming costs beside `datasets`: examples alone, without a model.
 
     python benchmarks/streaming.py                                1,000 and 1,000,000 rows, and 1,000,000,000 simulated ones
+    python benchmarks/streaming.py 1000 --tars 1000000            and as WebDataset tars
+    python benchmarks/streaming.py 1000 --runs                    and whole runs of 20 steps of the smallest model on each set
     python benchmarks/streaming.py 1000 --datasets 0 100000       and `datasets`, at these examples of 200,000 rows
 
-Rows are JPEGs of 16x16 with a caption, below 1 kB each, in parquet with row groups of 1,000 rows and files of up to a million;
-simulated ones are a file of a million rows under a thousand names. Each measurement is a process of its own; the time begins
-after the imports. 'Memory' is what the process has more than after its imports, 32 row groups in memory among it.
+Rows are JPEGs of 16x16 with a caption, below 1 kB each, in parquet with row groups of 1,000 rows and files of up to a million,
+or in tars of 1,000 samples without an index; simulated ones are a file of a million rows under a thousand names. Each is
+measured in a process of its own, its figure the median of three, but for the first start and `datasets`; the time begins after
+the imports, but for whole runs, whose time has them. The first start reads footers or members' headers, the others the cache.
+'Memory' is what the process has more than after its imports, 32 row groups in memory among it.
 `datasets` streams the same file: `load_dataset(streaming=True)`, shuffled with a buffer of 1,000, `skip(n)`, which is what
 the position of an example alone allows; with `state_dict` it resumes in another order, since its buffer is not saved.
 """
@@ -18,6 +22,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -25,22 +30,43 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 SIDE, BATCH, GROUP, FILE = 16, 16, 1000, 10**6
+STEPS, REPEATS = 20, 3
+
+
+def jpegs() -> list[bytes]:
+    """The images of a shard."""
+    import numpy as np
+    from PIL import Image
+
+    made = []
+    for i in range(GROUP):
+        noise = np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file := io.BytesIO(), "JPEG")
+        made.append(file.getvalue())
+    assert max(map(len, made)) <= 1000
+    return made
+
+
+def write_tars(folder: Path, count: int) -> Path:
+    """A set of so many samples."""
+    images = jpegs()
+    folder.mkdir(parents=True)
+    for start in range(0, count, GROUP):
+        with tarfile.open(folder / f"{start // GROUP:06}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, image in zip(range(start, min(start + GROUP, count)), images, strict=False):
+                for ending, content in (("jpg", image), ("txt", f"image {row}".encode())):
+                    member = tarfile.TarInfo(f"{row:09}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
 
 
 def write(folder: Path, count: int) -> Path:
     """A set of so many rows."""
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL import Image
 
-    images = []
-    for i in range(GROUP):
-        noise = np.random.default_rng(i).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(file := io.BytesIO(), "JPEG")
-        images.append({"bytes": file.getvalue(), "path": None})
-    assert max(len(image["bytes"]) for image in images) <= 1000
-    column = pa.array(images)
+    column = pa.array([{"bytes": image, "path": None} for image in jpegs()])
     folder.mkdir(parents=True)
     for first in range(0, count, FILE):
         writer = None
@@ -101,30 +127,60 @@ def measured(name: str, *given: object) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def line(folder: Path, count: int, times: int = 1) -> list[str]:
+def median(made: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure."""
+    return {name: statistics.median(one[name] for one in made) for name in made[0]}
+
+
+def line(folder: Path, name: str, count: int, times: int, runs: bool) -> list[str]:
     """A row of the table."""
-    begun, resumed = (measured("ours", folder, folder.parent / "cache", times, n) for n in (0, count * times // 2))
-    return [
-        f"{count * times:,}{' simulated' if times > 1 else ''}",
-        f"{begun['first']:.2f} s, {begun['open']:.2f} of it to open",
+    cache = folder.parent / "cache"
+    anew = measured("ours", folder, cache, times, 0)
+    begun, resumed = (
+        median([measured("ours", folder, cache, times, n) for _ in range(REPEATS)]) for n in (0, count * times // 2)
+    )
+    made = [
+        f"{count * times:,} {name}",
+        f"{anew['first']:.2f} s",
+        f"{begun['first']:.2f} s",
         f"{resumed['first']:.2f} s",
         f"{1e3 * begun['batch']:.1f} ms",
         f"{begun['memory']:.0f} MiB",
     ]
+    return made + (whole(folder) if runs else [])
 
 
-HEAD = ["rows", "to the first batch", "to that of a resume in the middle", f"a batch of {BATCH}", "memory"]
+def whole(folder: Path) -> list[str]:
+    """Of runs on a set: the start to the first step, a step, the peak memory of the machine, and the start of a resumed one."""
+    from benchmarks import scale
+
+    made = []
+    for _ in range(REPEATS):
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "out"
+            begun = scale.run(out, STEPS, {"data.stream": folder})
+            step = scale.step_seconds(out)
+            resumed = scale.run(out, 2 * STEPS, {"data.stream": folder})
+            made.append({"first": begun.first, "step": step, "gib": begun.gib, "resumed": resumed.first})
+    one = median(made)
+    return [f"{one['first']:.1f} s", f"{one['resumed']:.1f} s", f"{1e3 * one['step']:.1f} ms", f"{one['gib']:.2f} GiB"]
 
 
-def rows(counts: list[int], simulated: int) -> list[list[str]]:
+HEAD = ["rows", "to the first batch", "at a second start", "of a resume in the middle", f"a batch of {BATCH}", "memory"]
+RUNS = ["a run, to its first step", "resumed", "a step", "peak memory"]
+
+
+def rows(counts: list[int], simulated: int, tars: list[int], runs: bool) -> list[list[str]]:
     """The table's rows."""
     made = []
-    with tempfile.TemporaryDirectory() as scratch:
-        sets = [(count, 1) for count in counts] + [(FILE, simulated // FILE)] * bool(simulated)
-        for count, times in sets:
-            folder = Path(scratch) / str(count) / "set"
-            made.append(line(folder if folder.exists() else write(folder, count), count, times))
-            print(*made[-1], sep=" | ", file=sys.stderr, flush=True)
+    sets = [("parquet", count, 1) for count in counts] + [("in tars", count, 1) for count in tars]
+    if simulated:
+        sets.append(("simulated", FILE, simulated // FILE))
+    for name, count, times in sets:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (write_tars if name == "in tars" else write)(Path(scratch) / "set", count)
+            made.append(line(folder, name, count, times, runs and times == 1))
+        print(*made[-1], sep=" | ", file=sys.stderr, flush=True)
     return made
 
 
@@ -132,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("counts", nargs="*", type=int, default=[1000, 1_000_000], help="rows")
     parser.add_argument("--simulated", type=int, default=10**9, help="rows; 0: none")
+    parser.add_argument("--tars", nargs="*", type=int, default=[], help="samples")
+    parser.add_argument("--runs", action="store_true", help="whole runs too, but for simulated rows")
     parser.add_argument("--datasets", nargs="*", type=int, default=[], help="examples to resume at")
     parser.add_argument("--alone", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -142,7 +200,9 @@ def main() -> None:
         return
     from benchmarks.__main__ import machine, table
 
-    print("  \n".join(machine()), table(HEAD, rows(given.counts, given.simulated)), sep="\n\n")
+    made = rows(given.counts, given.simulated, given.tars, given.runs)
+    made = [row + [""] * (len(made[0]) - len(row)) for row in made]
+    print("  \n".join(machine()), table(HEAD + RUNS * given.runs, made), sep="\n\n")
     if given.datasets:
         with tempfile.TemporaryDirectory() as scratch:
             folder, made = write(Path(scratch) / "set", 200_000), []
