@@ -187,6 +187,16 @@ def test_from_scratch_and_merged(tmp_path, built, photos, name):  # noqa: F811
     drawn_with = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "scratch-1").components[part].state_dict()
     own = load_file(tmp_path / "out" / "export" / part / "diffusion_pytorch_model.safetensors")
     assert own.keys() == drawn_with.keys() and all(torch.equal(drawn_with[key], x) for key, x in own.items())
+    one = cli(tmp_path, "merge", "out", "--to", "one.safetensors", "--dtype", "float32", "--original")
+    if name == "sd":
+        assert one.code == 0, one.err
+        kind, whole = diffusers.StableDiffusionPipeline, str(tmp_path / "scratch-1")
+        state = kind.from_single_file(str(tmp_path / "one.safetensors"), config=whole).unet.state_dict()
+        assert own.keys() == state.keys() and all(torch.equal(state[key], x) for key, x in own.items())
+    else:
+        assert one.code == 2 and "--original with a QwenImagePipeline; expected a StableDiffusionPipeline or" in one.err
+    folder = cli(tmp_path, "merge", "out", "--to", "one", "--original")
+    assert folder.code == 2 and "--to is 'one'; expected a .safetensors file, as --original asks for" in folder.err
 
     assert cli(tmp_path, *command(tmp_path, built(name), photos, "tuned", finetune__trains="attention")).code == 0
     states = [load_file(next((built(name) / part).glob("*.safetensors")))]

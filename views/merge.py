@@ -2,6 +2,7 @@
 
     python loop.py merge runs/my-dog --to my-model                    the whole pipeline, which `from_pretrained` opens
     python loop.py merge runs/my-dog --to my-unet.safetensors         the UNet or transformer alone, for `from_single_file`
+    python loop.py merge runs/my-dog --to my-model.safetensors --original     all of a Stable Diffusion or SDXL in one file
 
 Where nothing can load adapters, or several are to be one. The result needs no LoRA, takes as much memory as the base, and its
 strength is fixed.
@@ -32,8 +33,14 @@ class Settings:
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the result, but for the autoencoder's, which is float32."""
 
+    original: bool = False
+    """Of Stable Diffusion and SDXL: the whole pipeline as one .safetensors file in the names of the original code, which
+    ComfyUI and other programs read as a checkpoint."""
+
     def __post_init__(self):
         check(self)
+        alone = not self.original or self.to.endswith(".safetensors")
+        require(alone, "to", self.to, "a .safetensors file, as --original asks for")
         if not Path(self.folder).expanduser().is_dir():
             raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
         to = Path(self.to).expanduser()
@@ -51,6 +58,7 @@ def main(settings: Settings) -> None:
     from safetensors.torch import save_file
 
     from oneloop import checkpoint
+    from oneloop.families import original, stable_diffusion, text_to_image
     from oneloop.machine import files
     from oneloop.tasks import finetune, lora
     from oneloop.views.sample import opened
@@ -59,6 +67,10 @@ def main(settings: Settings) -> None:
     module = next((module for module in (lora, finetune) if task is module.task), None)
     if module is None:
         raise BadInput(f"{settings.folder}: holds no run of lora or finetune")
+    s = text_to_image.settings(cfg)
+    if settings.original and text_to_image.family(s) is not stable_diffusion:
+        kinds = " or a ".join(stable_diffusion.PIPELINES)
+        raise BadInput(f"--original with a {stable_diffusion.kind(s)}; expected a {kinds}; leave it out")
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     pipeline, part = module.merged(cfg, saved, settings.strength, precision)
     for name, module in pipeline.components.items():
@@ -68,7 +80,8 @@ def main(settings: Settings) -> None:
     staged = files.staged(to)
     try:
         if settings.to.endswith(".safetensors"):
-            save_file({k: x.contiguous() for k, x in getattr(pipeline, part).state_dict().items()}, staged, {"format": "pt"})
+            state = original.state(pipeline) if settings.original else getattr(pipeline, part).state_dict()
+            save_file({key: x.contiguous() for key, x in state.items()}, staged, {"format": "pt"})
         else:
             pipeline.save_pretrained(staged)
         staged.rename(to)
