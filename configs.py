@@ -54,6 +54,9 @@ class Base:
     """Batches added up for one optimizer step."""
     mixed_precision: Live[Literal["auto", "no", "fp16", "bf16"]] = "auto"
     """auto: bf16 where the hardware computes it, else no."""
+    weights: Literal["float32", "bf16"] = "float32"
+    """What holds the weights that train. bf16, with mixed_precision bf16: 4 bytes fewer for each, 2 of the weight and 2 of its
+    gradient; steps are taken in float32 and rounded at random, right on average. Samples and exports are then bf16 too."""
     compile: Live[bool] = False
     """Compile what trains, by torch.compile: quicker steps after a start that says what it cost and when it is repaid. Sums
     have another order: the weights end close to those of a run without it, not equal to them."""
@@ -112,6 +115,8 @@ class Base:
 
     def __post_init__(self):
         check(self, "base")
+        narrow = self.weights == "float32" or self.mixed_precision == "bf16"
+        require(narrow, "base.weights", self.weights, "--base.mixed-precision bf16 beside it")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, optimizers, validation
+from oneloop.training import ema, optimizers, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
@@ -313,6 +313,8 @@ def make_learner(
     state = TrainState(placement.saved(models, task), task.make_optim(models, cfg))
     state.step, state.examples, state.skipped = (manifest[name] for name in ("step", "examples", "skipped"))
     weights = trained(models)
+    for optim in state.optims.values() if base.weights != "float32" else ():
+        rounding.attach(optim, base.seed)
     if base.use_ema:
         state.ema = ema.begin(weights, base.offload_ema)
     decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731

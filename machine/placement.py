@@ -29,13 +29,13 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator, constants: Mappi
     """The task's models, seeded and placed; with what its encoders left, without the encoders."""
     torch.manual_seed(hash64(cfg.base.seed, "models"))
     models = task.make_models(cfg) if constants is None else task.make_models(cfg, constants)
-    place(models, accelerator, cfg.base.gradient_checkpointing, task.float32)
+    place(models, accelerator, cfg.base.gradient_checkpointing, task.float32, DTYPES[cfg.base.weights])
     return models | followers(models, task.follows)
 
 
 def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
-    """The frozen copies that follow models, in eval(): parameters of their own where the model trains, the model's own frozen
-    parameters and buffers elsewhere, so that the copy of a model with adapters takes no more than the adapters.
+    """The frozen copies that follow models, in eval(): float32 parameters of their own where the model trains, the model's own
+    frozen parameters and buffers elsewhere, so that the copy of a model with adapters takes no more than the adapters.
 
     Raises:
         ValueError: a name is taken, or the model that is followed is missing, trains nothing or cannot be copied.
@@ -51,6 +51,8 @@ def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
         made[name] = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
         for own, other in zip(made[name].modules(), model.modules(), strict=True):
             own._buffers = other._buffers
+        for key, p in made[name].named_parameters():
+            p.data = p.data.float() if model.get_parameter(key).requires_grad else p.data
     return made
 
 
@@ -119,12 +121,16 @@ def trains(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def place(models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str]) -> None:
-    """Everything to the device; what trains in float32, what is frozen in the precision of the run and in eval(). A module may
-    be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would spoil."""
+def place(
+    models: Models, accelerator: Accelerator, recompute: bool, float32: Iterable[str], weights: torch.dtype = torch.float32
+) -> None:
+    """Everything to the device; what trains in the type `weights`, what is frozen in the run's precision and in eval(). A
+    module may be frozen in parts, as one with adapters is; `float32` names frozen models that the run's precision would
+    spoil."""
     names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
     found = [[getattr(m, n) for n in names if hasattr(m, n)] for m in models.values() if trains(m)]  # diffusers, transformers
     recomputes = [methods[0] for methods in found if methods]
@@ -140,7 +146,7 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
         for p in module.parameters():
             if type(p.data) is Tensor and p.dtype in WIDE:  # what is stored in less stays so
                 where = p.device if p in stays else accelerator.device
-                p.data = p.data.to(where, torch.float32 if p.requires_grad or name in float32 else narrow)
+                p.data = p.data.to(where, weights if p.requires_grad else torch.float32 if name in float32 else narrow)
         if stays:
             for x in itertools.chain(module.parameters(), module.buffers()):
                 x.data = x.data if x in stays else x.data.to(accelerator.device)
@@ -172,15 +178,15 @@ def move(models: Models, names: Iterable[str], device: Any) -> None:
 def at_rest(models: Models, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> Iterator[None]:
     """The models as they are shown and exported: the EMA in place, eval(), no gradients.
 
-    Each parameter points to its EMA meanwhile (to a copy on the device of one that is offloaded), and to its own memory, at its
-    address of before, afterwards. So what changes a parameter in place meanwhile changes the EMA.
+    Each parameter points to its EMA meanwhile (to a copy of one that is offloaded or of another type), and to its own memory,
+    at its address of before, afterwards. So what changes a parameter in place meanwhile changes the EMA.
     """
     training = [(part, part.training) for module in models.values() for part in module.modules()]
     own = {key: weights[key].data for key in ema}
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         try:
             for key, value in ema.items():
-                weights[key].data = value.to(weights[key].device)
+                weights[key].data = value.to(weights[key])
             for module in models.values():
                 module.eval()
             yield

@@ -58,11 +58,11 @@ def ends_equal(folder, commands):
 
     def runs():
         for name, command in commands.items():
-            cfg = command_line.parse(command)[1]
-            task = {"ddpm": ddpm, "lora": lora, "vae": vae}[name.partition("-")[0]].task
-            loop.run(task, cfg)
+            module, cfg = command_line.parse(command)
+            loop.run(module.task, cfg)
             shutil.copytree(folder / name / "checkpoint-2", folder / f"{name}-2" / "checkpoint-2")
-            loop.run(task, dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, output_dir=str(folder / f"{name}-2"))))
+            again = dataclasses.replace(cfg.base, output_dir=str(folder / f"{name}-2"))
+            loop.run(module.task, dataclasses.replace(cfg, base=again))
 
     result = fork(runs, folder).wait(240)
     assert result.code == 0, result.err

@@ -33,17 +33,18 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        if self.offloaded:  # one at a time to where the weights are: the same arithmetic, the same bits
+        narrow = any(weight.dtype != value.dtype for value, weight in zip(values, self.weights, strict=True))
+        if self.offloaded or narrow:  # one at a time to where the weights are: the same arithmetic, the same bits
             for value, weight in zip(values, self.weights, strict=True):
-                value.copy_(torch.lerp(value.to(weight.device), weight, 1 - decay))
+                value.copy_(torch.lerp(value.to(weight.device), weight.to(value.dtype), 1 - decay))
         elif values:
             torch._foreach_lerp_(values, self.weights, 1 - decay)
         return decay
 
 
 def begin(weights: Mapping[str, Tensor], offload: bool) -> dict[str, Tensor]:
-    """An average of one value: copies of the weights, where they are or in the machine's memory."""
-    return {key: p.detach().to("cpu" if offload else p.device, copy=True) for key, p in weights.items()}
+    """An average of one value: copies of the weights in float32, where they are or in the machine's memory."""
+    return {key: p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for key, p in weights.items()}
 
 
 def decay_at(step: int, largest: float, power: float) -> float:

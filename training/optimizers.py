@@ -62,6 +62,8 @@ def check(s: Any, group: str, base: Any) -> None:
     if chosen == "prodigy":
         expected = f"about 1 with {flag}, which estimates the step size and multiplies it by this"
         require(s.learning_rate >= 0.01, f"{group}.learning_rate", s.learning_rate, expected)
+    if chosen in ("prodigy", "schedulefree"):  # they look at all their parameters at once
+        require(base.weights == "float32", "base.weights", base.weights, f"float32 with {flag}")
     if chosen == "schedulefree":
         constant = f"constant or constant_with_warmup with {flag}, whose average takes the place of a falling rate"
         require(base.lr_scheduler.startswith("constant"), "base.lr_scheduler", base.lr_scheduler, constant)

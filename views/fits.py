@@ -76,7 +76,7 @@ def counted(held: Held, task: Task, cfg: Any, precision: str = "auto", optimizer
     state = sum(optimizers.state_bytes(chosen, tuple(p.shape)) for p in trained)
     ema = 4 * numbers * (cfg.base.use_ema and not cfg.base.offload_ema)
     both = (n * min(width, held.wide) // held.wide for n in held.kept.with_copies(copies))
-    return Footprint(weights, 4 * numbers, state, ema, *both)
+    return Footprint(weights, (2 if cfg.base.weights == "bf16" else 4) * numbers, state, ema, *both)
 
 
 def ways(held: Held, task: Task, cfg: Any) -> Iterator[tuple[str, int]]:
