@@ -51,6 +51,7 @@ def main(settings: Settings) -> None:
     from safetensors.torch import save_file
 
     from oneloop import checkpoint
+    from oneloop.families import text_to_image
     from oneloop.machine import files
     from oneloop.tasks import finetune, lora
     from oneloop.views.sample import opened
@@ -61,6 +62,7 @@ def main(settings: Settings) -> None:
         raise BadInput(f"{settings.folder}: holds no run of lora or finetune")
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     pipeline, part = module.merged(cfg, saved, settings.strength, precision)
+    text_to_image.settle_tokens(pipeline, saved, cfg)
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
