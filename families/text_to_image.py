@@ -39,6 +39,11 @@ def settings(cfg: Any) -> Pretrained:
     return getattr(cfg, configs.task_group(cfg))
 
 
+def group_of(cfg: Any) -> str:
+    """Its name in flags."""
+    return configs.task_group(cfg).replace("_", "-")
+
+
 def family(s: Pretrained) -> ModuleType:
     """The functions for the checkpoint's family, the same names in both modules: stable_diffusion or transformer."""
     return stable_diffusion if stable_diffusion.kind(s) in stable_diffusion.PIPELINES else transformer
@@ -60,7 +65,7 @@ def check(cfg: Any) -> None:
     Raises:
         BadInput: with the flag to change.
     """
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     optimizers.check(s, group, cfg.base)
     check_apart(s, group, {"prompts_file": ("validation_prompts",)})
     if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
@@ -75,7 +80,7 @@ def check_base(cfg: Any) -> None:
     Raises:
         BadInput: it is no diffusers model, or one of another kind, or the settings do not fit it.
     """
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     stable_diffusion.check_files(s, group, (*stable_diffusion.PIPELINES, *flow.FAMILIES))
     for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
         if (value := getattr(s, name)) != getattr(type(s), name):
@@ -89,7 +94,7 @@ def check_base(cfg: Any) -> None:
 
 def check_parts(cfg: Any, trained: bool = True) -> None:
     """Refuse parts that cannot be loaded, from headers alone; with what trains, or without."""
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     family(s).check_small(s, group)
     stable_diffusion.check_weights(s, group, ("vae", *family(s).ENCODERS, *((family(s).TRAINED,) if trained else ())))
 
@@ -97,7 +102,7 @@ def check_parts(cfg: Any, trained: bool = True) -> None:
 def load(cfg: Any, precision: str, encoders: bool = True, made: Any = None) -> Models:
     """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16; and the new
     tokens' vectors, which train. `made`: what stands in the place of the UNet or transformer."""
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     if family(s) is transformer:
         models = transformer.load(s, group, precision, encoders, made)
     else:
@@ -161,7 +166,7 @@ def encoders(cfg: Any, constants: Callable[..., dict[str, Tensor]] | None = None
     tells from others."""
     return Encoders(
         models=ENCODINGS["caption"].models,
-        load=lambda cfg: stable_diffusion.load_parts(settings(cfg), configs.task_group(cfg), family(settings(cfg)).ENCODERS),
+        load=lambda cfg: stable_diffusion.load_parts(settings(cfg), group_of(cfg), family(settings(cfg)).ENCODERS),
         files=encoder_files,
         constants=constants or encode_constants,
         prompts=encode_prompts,
@@ -258,7 +263,7 @@ ENCODINGS = {
 def asked(cfg: Any, multiple: int = 1) -> list[Prompt]:
     """The sample prompts that the settings give, whose sizes must be multiples of `multiple`."""
     s = settings(cfg)
-    name = flag(configs.task_group(cfg), "prompts_file" if s.prompts_file else "validation_prompts")
+    name = flag(group_of(cfg), "prompts_file" if s.prompts_file else "validation_prompts")
     return prompts.read(prompts.read_file(s.prompts_file, name) if s.prompts_file else s.validation_prompts, name, multiple)
 
 
