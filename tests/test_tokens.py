@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from safetensors.torch import load_file
 from test_lora_families import SIDE, in_fork, photos  # noqa: F401  a fixture
 from tiny_models import edit
 from warm import cli, cli_many, digest, distance, flags
@@ -223,6 +224,9 @@ def test_a_run_resumes_equal_and_its_export_draws_the_same(tmp_path, built, phot
                     and torch.equal(now[-3:], own)
                     and (own - base[tokens.MODELS[part]].weight).any()
                 )
+        keys = {"clip_l": "tokens", "clip_g": "tokens_2"} if name == "sdxl" else {"<dog>": "tokens"}
+        file = load_file(tmp_path / "out" / "export" / "learned_embeds.safetensors")
+        assert file.keys() == keys.keys() and all(torch.equal(x, state.ema[f"{keys[key]}.weight"]) for key, x in file.items())
         draw = functools.partial(drawn, cfg)
         with torch.no_grad():
             for vectors in tokens.MODELS.values():
