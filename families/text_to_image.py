@@ -74,6 +74,13 @@ def check(cfg: Any) -> None:
     require(given >= several, "base.num_samples", given, f"at least {several}, one for each of {flag(group, name)}")
 
 
+def check_unscaled(cfg: Any) -> None:
+    """Refuse samples at a strength, for a task without adapters."""
+    for entry in asked(cfg):
+        if entry.strength != 1:
+            raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
+
+
 def check_base(cfg: Any) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
@@ -133,6 +140,12 @@ def rates(models: Models, s: Pretrained) -> Iterator[tuple[Any, float]]:
     yield from ((models[name], text) for name in family(s).trainable(s) if name in models)
     own = s.learning_rate if s.token_learning_rate is None else s.token_learning_rate
     yield from ((models[name], own) for name in tokens.MODELS.values() if name in models)
+
+
+def groups(models: Models, s: Pretrained) -> list[dict[str, Any]]:
+    """What trains of them, as an optimizer's groups."""
+    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in rates(models, s))
+    return [{"params": params, "lr": rate} for params, rate in each if params]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

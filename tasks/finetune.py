@@ -69,9 +69,7 @@ class Config:
 
     def __post_init__(self):
         text_to_image.check(self)
-        for entry in text_to_image.asked(self):
-            if entry.strength != 1:
-                raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
+        text_to_image.check_unscaled(self)
 
 
 def own_config(s: Settings) -> dict[str, Any] | None:
@@ -174,9 +172,7 @@ def unread(models: Models, s: Settings, columns: Mapping[str, Tensor]) -> set[st
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    s = cfg.finetune
-    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in text_to_image.rates(models, s))
-    return {"finetune": optimizers.make([{"params": params, "lr": rate} for params, rate in each if params], s)}
+    return {"finetune": optimizers.make(text_to_image.groups(models, cfg.finetune), cfg.finetune)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:

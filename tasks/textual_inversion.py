@@ -51,9 +51,7 @@ class Config:
 
     def __post_init__(self):
         text_to_image.check(self)
-        for entry in text_to_image.asked(self):
-            if entry.strength != 1:
-                raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
+        text_to_image.check_unscaled(self)
 
 
 def make_models(cfg: Config) -> Models:
@@ -63,10 +61,7 @@ def make_models(cfg: Config) -> Models:
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    s = cfg.textual_inversion
-    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in text_to_image.rates(models, s))
-    groups = [{"params": params, "lr": rate} for params, rate in each if params]
-    return {"textual_inversion": optimizers.make(groups, s)}
+    return {"textual_inversion": optimizers.make(text_to_image.groups(models, cfg.textual_inversion), cfg.textual_inversion)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
