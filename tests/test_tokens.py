@@ -18,6 +18,7 @@ from oneloop.configs import BadInput, Base, Data
 from oneloop.families import flow, objective, stable_diffusion, text_to_image, tokens
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, finetune, lora, textual_inversion
+from oneloop.views import fits
 
 NAMES = ("sd", "sdxl", "FluxPipeline")
 TEXTS = ["a photo of <dog>, red", "<dog>"]
@@ -194,6 +195,18 @@ def test_activations_of_the_frozen_model_are_computed_again(built, name):
         grads.append(models["tokens"].weight.grad)
         calls.append(len(seen))
     assert torch.equal(*grads) and calls == [1, 2], calls
+
+
+def test_what_a_step_holds_is_counted(built):
+    """The frozen model's blocks can be computed again, and the text encoders stay, though captions may be cached elsewhere."""
+    cfg = config(built("sd"))
+    models = textual_inversion.make_models(cfg)
+    batch = image_columns(models, cfg) | {"caption": TEXTS}
+    held, _ = fits.watch(models, lambda: next(textual_inversion.loss_fn(models, batch, Rng.of(7, range(2)), cfg)))
+    made = fits.counted(held, textual_inversion.task, cfg)
+    size = lambda name: sum(p.numel() for p in models[name].parameters())  # noqa: E731
+    assert made.weights == 2 * (size("unet") + size("text_encoder")) and made.adapters == 4 * size("tokens")
+    assert 0 < made.recomputed < 0.7 * made.activations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
