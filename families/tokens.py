@@ -113,9 +113,8 @@ def add(models: Models, s: Tokens, seed: int, clips: Mapping[str, Any], carrier:
             else:
                 draw = Rng.of(seed, range(s.num_vectors), f"token {token}").normal(encoder, weight.shape[1])
                 rows += [*(draw * weight.std())]
-        made = torch.nn.Embedding.from_pretrained(torch.stack(rows), freeze=False)
-        made.enable_gradient_checkpointing = functools.partial(_recompute, models[carrier])
-        models[MODELS[encoder]] = made
+        models[MODELS[encoder]] = torch.nn.Embedding.from_pretrained(torch.stack(rows), freeze=False)
+    models[MODELS[next(iter(clips))]].enable_gradient_checkpointing = functools.partial(_recompute, models[carrier])
 
 
 def _recompute(carrier: nn.Module) -> None:
