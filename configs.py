@@ -32,6 +32,7 @@ from oneloop.settings.ranges import (
     hints,
     require,
 )
+from oneloop.settings.templates import expanded
 
 T = TypeVar("T")
 Live = Annotated[T, "live"]
@@ -227,7 +228,8 @@ class Data:
     tag_separator: Words = ","
     """What stands between tags."""
     caption_templates: tuple[Words, ...] = ()
-    """One is drawn for every example, and the caption put where it has {}, as in "a photo of {}"."""
+    """One is drawn for every example, and the caption put where it has {}, as in "a photo of {}". `object` and `style` are sets
+    of such sentences about a subject or a style (settings/templates.py)."""
     caption_dropout: Share = 0.0
     """Share of the examples whose caption is replaced by the empty one, which guidance compares with."""
     label_column: Live[Name | None] = None
@@ -274,8 +276,8 @@ class Data:
         require(share is None or 0 < share < 1, "data.validation_split", self.validation_split, expected)
         cache = self.example_cache
         require(self.tag_separator != "", "data.tag_separator", "", "at least a character")
-        for template in self.caption_templates:
-            require("{}" in template, "data.caption_templates", template, "a text with {} in it")
+        for template in self.templates():
+            require("{}" in template, "data.caption_templates", template, "a text with {} in it, or object, or style")
         for side in self.more_resolutions:
             require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
         share = sum(part.share or 0 for part in self.parts())
@@ -288,6 +290,10 @@ class Data:
         require(len(mask) - mask.count(None) < 2, "data.mask_column", mask, "one source of masks")
         is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))
         require(not is_file, "data.example_cache", cache, "auto, no, or the path of a folder")
+
+    def templates(self) -> tuple[str, ...]:
+        """The caption templates, those of a set in the place of its name."""
+        return expanded(self.caption_templates)
 
     def parts(self) -> tuple[Part, ...]:
         """The further sources, class images first."""

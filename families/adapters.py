@@ -213,6 +213,7 @@ def merge(module: nn.Module, strength: float = 1.0) -> None:
         layer.merge(safe_merge=True, adapter_names=["default"])
         weight.data = before.lerp_(weight.detach(), strength)
     drop(module, layers)
+    internals.emptied(module)
 
 
 def read(pipeline: Any, path: str, flag: str, adapter: str = "default") -> None:

@@ -61,6 +61,8 @@ class Family:
     """Text encoders that it cannot do without."""
     clips: int = 0
     """How many of them, from the first on, are CLIPs that the official script trains too."""
+    inversion: bool = False
+    """Whether the pipeline loads new tokens of its CLIPs, by `load_textual_inversion`."""
     patch: int = 2
     """Height and width of a token in latent pixels."""
     multiple: int = 16
@@ -305,6 +307,7 @@ FLUX = Family(
     length=512,
     encoders=2,
     clips=1,
+    inversion=True,
     distilled=lambda index, transformer, scheduler: not transformer.get("guidance_embeds"),  # schnell
     few_steps=4,
 )

@@ -134,6 +134,8 @@ def activations(module: nn.Module, blocks: Iterable[nn.Module], call: Callable[[
         return x
 
     def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():  # nothing is kept of this call
+            return
         given = [y for x in (*args, *kwargs.values()) for y in (x if isinstance(x, (tuple, list)) else (x,))]
         inputs.update({internals.storage_id(s := y.untyped_storage()): s for y in given if isinstance(y, torch.Tensor)})
         inside.append(({}, set()))

@@ -39,6 +39,21 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """New tokens of the CLIP text encoders, beside what else trains (families/tokens.py)."""
+
+    placeholder_tokens: tuple[Words, ...] = ()
+    """New words that captions and prompts have, such as `<dog>`: their vectors train, and the text encoders' own stay as they
+    are. Stable Diffusion, SDXL, FLUX.1."""
+    initializer_tokens: tuple[Words, ...] = ()
+    """Known words that they begin as, one for each, such as `dog`; "" for one at random. None given: all at random."""
+    num_vectors: Annotated[int, Range(1, 1024)] = 1
+    """Vectors of each: a prompt has room for 75 altogether."""
+    token_learning_rate: Live[Amount | None] = None
+    """Peak learning rate of their vectors. None: learning_rate."""
+
+
+@dataclass(frozen=True)
 class Adapters(Checkpoint):
     """Low-rank adapters, and how they are written."""
 
@@ -150,7 +165,7 @@ class Sampled:
 
 
 @dataclass(frozen=True)
-class Pretrained(Sampled, Objective, Optimized, Checkpoint):
+class Pretrained(Sampled, Objective, Optimized, Tokens, Checkpoint):
     """A checkpoint, what is learned on it, and how it is drawn from."""
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families import hub, recorded
+from oneloop.families import hub, recorded, tokens
 from oneloop.families.hub import is_local, read
 from oneloop.families.settings import Pretrained
 from oneloop.tasks import Batch, Models, unwrap
@@ -208,19 +208,24 @@ def load_parts(s: Pretrained, group: str, parts: tuple[str, ...], **more: Any) -
 
 
 @functools.cache
-def tokenizers(name: str, revision: str | None, xl: bool) -> tuple[Any, ...]:
-    """The tokenizer of each text encoder."""
+def tokenizers(name: str, revision: str | None, xl: bool, new: tuple[str, ...] = ()) -> tuple[Any, ...]:
+    """The tokenizer of each text encoder, with new tokens."""
     from transformers import AutoTokenizer
 
     parts = ("tokenizer", "tokenizer_2") if xl else ("tokenizer",)
     where = {"revision": revision, "local_files_only": not is_local(name) and hub.unreachable() is not None}
     source = Path(name).expanduser() if is_local(name) else name
-    return tuple(AutoTokenizer.from_pretrained(source, subfolder=part, **where) for part in parts)
+    return tuple(tokens.extended(AutoTokenizer.from_pretrained(source, subfolder=part, **where), new) for part in parts)
 
 
-def tokenizers_of(s: Pretrained) -> tuple[Any, ...]:
-    """The same, of these settings."""
-    return tokenizers(s.pretrained_model_name_or_path, s.revision, is_xl(s))
+def tokenizers_of(s: Pretrained, plain: bool = False) -> tuple[Any, ...]:
+    """The same, of these settings; `plain`: as the checkpoint has them."""
+    return tokenizers(s.pretrained_model_name_or_path, s.revision, is_xl(s), () if plain else tokens.names(s))
+
+
+def clip_tokenizers(s: Pretrained, plain: bool = False) -> dict[str, Any]:
+    """Text encoder -> its tokenizer, of those for which the pipeline loads new tokens."""
+    return dict(zip(ENCODERS, tokenizers_of(s, plain), strict=False))
 
 
 def overrides(s: Pretrained) -> dict[str, Any]:
@@ -300,9 +305,9 @@ def encode_captions(models: Models, captions: list[str], s: Pretrained) -> dict[
     for tokenizer, name in zip(tokenizers_of(s), ENCODERS, strict=False):
         device = next(models[name].parameters()).device
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        tokens = tokenizer(captions, return_tensors="pt", **settings).to(device)
-        mask = tokens.attention_mask if getattr(unwrap(models[name]).config, "use_attention_mask", False) else None
-        encoded = models[name](tokens.input_ids, attention_mask=mask, output_hidden_states=xl)
+        words = tokenizer(tokens.spelled(captions, s), return_tensors="pt", **settings).to(device)
+        mask = words.attention_mask if getattr(unwrap(models[name]).config, "use_attention_mask", False) else None
+        encoded = models[name](words.input_ids, attention_mask=mask, output_hidden_states=xl)
         states.append(encoded.hidden_states[-2] if xl else encoded[0])
         pooled = encoded[0]  # [B, P] from the last of SDXL's encoders
     if not xl:
@@ -355,7 +360,7 @@ def remarks(models: Models, s: Pretrained) -> Iterator[str]:
 def too_long(captions: list[str], s: Pretrained) -> str | None:
     """A line about the captions of which the text encoder sees only the beginning."""
     tokenizer = tokenizers_of(s)[0]
-    lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+    lengths = [len(ids) for ids in tokenizer(tokens.spelled(captions, s), verbose=False).input_ids]
     over = sum(length > tokenizer.model_max_length for length in lengths)
     if not over:
         return None

@@ -8,17 +8,19 @@ calls takes the whole `cfg`, whose group `s` is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from oneloop import configs
 from oneloop.configs import BadInput, require
-from oneloop.families import adapters, flow, hub, prompts, stable_diffusion, transformer
+from oneloop.families import adapters, flow, hub, prompts, stable_diffusion, tokens, transformer
 from oneloop.families.prompts import Prompt
 from oneloop.families.settings import DIFFUSION, FLOW, TEXT, Pretrained, check_apart, flag
 from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Rng
@@ -35,6 +37,11 @@ DATA = {"resolution": 512, "center_crop": True, "train_batch_size": 1, "interpol
 def settings(cfg: Any) -> Pretrained:
     """The group of the task."""
     return getattr(cfg, configs.task_group(cfg))
+
+
+def group_of(cfg: Any) -> str:
+    """Its name in flags."""
+    return configs.task_group(cfg).replace("_", "-")
 
 
 def family(s: Pretrained) -> ModuleType:
@@ -58,7 +65,7 @@ def check(cfg: Any) -> None:
     Raises:
         BadInput: with the flag to change.
     """
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     optimizers.check(s, group, cfg.base)
     check_apart(s, group, {"prompts_file": ("validation_prompts",)})
     if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
@@ -67,37 +74,50 @@ def check(cfg: Any) -> None:
     require(given >= several, "base.num_samples", given, f"at least {several}, one for each of {flag(group, name)}")
 
 
+def check_unscaled(cfg: Any) -> None:
+    """Refuse samples at a strength, for a task without adapters."""
+    for entry in asked(cfg):
+        if entry.strength != 1:
+            raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
+
+
 def check_base(cfg: Any) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
     Raises:
         BadInput: it is no diffusers model, or one of another kind, or the settings do not fit it.
     """
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     stable_diffusion.check_files(s, group, (*stable_diffusion.PIPELINES, *flow.FAMILIES))
     for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
         if (value := getattr(s, name)) != getattr(type(s), name):
             kind = stable_diffusion.kind(s)
             raise BadInput(f"{flag(group, name)} is {value!r}: a {kind} has no use for it; leave it out")
     family(s).check(s, group, cfg.data.resolution)
+    with hub.readable(f"--{group}.pretrained-model-name-or-path", "a diffusers model", stable_diffusion.MODEL):
+        tokens.check(s, group, stable_diffusion.kind(s), functools.partial(family(s).clip_tokenizers, s))
     asked(cfg, family(s).multiple(s))
 
 
 def check_parts(cfg: Any, trained: bool = True) -> None:
     """Refuse parts that cannot be loaded, from headers alone; with what trains, or without."""
-    s, group = settings(cfg), configs.task_group(cfg)
+    s, group = settings(cfg), group_of(cfg)
     family(s).check_small(s, group)
     stable_diffusion.check_weights(s, group, ("vae", *family(s).ENCODERS, *((family(s).TRAINED,) if trained else ())))
 
 
 def load(cfg: Any, precision: str, encoders: bool = True, made: Any = None) -> Models:
-    """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16. `made`: what
-    stands in the place of the UNet or transformer."""
-    s, group = settings(cfg), configs.task_group(cfg)
+    """The frozen parts, with the text encoders or without; a transformer in bfloat16 where `precision` is bf16; and the new
+    tokens' vectors, which train. `made`: what stands in the place of the UNet or transformer."""
+    s, group = settings(cfg), group_of(cfg)
     if family(s) is transformer:
-        return transformer.load(s, group, precision, encoders, made)
-    parts = ("vae", *(stable_diffusion.ENCODERS if encoders else ()), *(("unet",) if made is None else ()))
-    return stable_diffusion.load(s, group, parts) | ({} if made is None else {"unet": made})
+        models = transformer.load(s, group, precision, encoders, made)
+    else:
+        parts = ("vae", *(stable_diffusion.ENCODERS if encoders else ()), *(("unet",) if made is None else ()))
+        models = stable_diffusion.load(s, group, parts) | ({} if made is None else {"unet": made})
+    if s.placeholder_tokens:
+        tokens.add(models, s, cfg.base.seed, family(s).clip_tokenizers(s, plain=True), family(s).TRAINED)
+    return models
 
 
 def text_layers(s: Pretrained, name: str) -> range:
@@ -118,6 +138,36 @@ def rates(models: Models, s: Pretrained) -> Iterator[tuple[Any, float]]:
     text = s.learning_rate / 2 if s.text_encoder_learning_rate is None else s.text_encoder_learning_rate
     yield models[family(s).TRAINED], s.learning_rate
     yield from ((models[name], text) for name in family(s).trainable(s) if name in models)
+    own = s.learning_rate if s.token_learning_rate is None else s.token_learning_rate
+    yield from ((models[name], own) for name in tokens.MODELS.values() if name in models)
+
+
+def groups(models: Models, s: Pretrained) -> list[dict[str, Any]]:
+    """What trains of them, as an optimizer's groups."""
+    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in rates(models, s))
+    return [{"params": params, "lr": rate} for params, rate in each if params]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# New tokens.
+
+
+def spliced(models: Models, cfg: Any) -> contextlib.AbstractContextManager[None]:
+    """The text encoders with the new tokens' vectors, where there are some."""
+    s = settings(cfg)
+    return tokens.spliced(models, s, family(s).clip_tokenizers(s) if s.placeholder_tokens else {})
+
+
+def save_tokens(models: Models, path: Path, cfg: Any) -> str:
+    """Write the new tokens where there are some, and return the lines that load them into `pipeline`."""
+    s = settings(cfg)
+    return tokens.save(models, path, s, tuple(family(s).clip_tokenizers(s))) if s.placeholder_tokens else ""
+
+
+def settle_tokens(pipeline: Any, folder: Path, cfg: Any) -> None:
+    """The text encoders of a pipeline with the new tokens of an export, where there are some."""
+    s = settings(cfg)
+    tokens.settle(pipeline, folder, s, tuple(family(s).clip_tokenizers(s))) if s.placeholder_tokens else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,8 +178,8 @@ def encoders(cfg: Any, constants: Callable[..., dict[str, Tensor]] | None = None
     """The text encoders, for a run that does not train them. `constants` gives what else they make of settings, which `key`
     tells from others."""
     return Encoders(
-        models=transformer.ENCODERS,
-        load=lambda cfg: stable_diffusion.load_parts(settings(cfg), configs.task_group(cfg), family(settings(cfg)).ENCODERS),
+        models=ENCODINGS["caption"].models,
+        load=lambda cfg: stable_diffusion.load_parts(settings(cfg), group_of(cfg), family(settings(cfg)).ENCODERS),
         files=encoder_files,
         constants=constants or encode_constants,
         prompts=encode_prompts,
@@ -151,7 +201,8 @@ def encoder_files(cfg: Any) -> list[Any]:
 def encode_constants(models: Models, cfg: Any) -> dict[str, Tensor]:
     """A caption to find layers without gradient with, under `rehearsal/`."""
     s = settings(cfg)
-    made = transformer.rehearsed(models, s) if family(s) is transformer else {}
+    with spliced(models, cfg):
+        made = transformer.rehearsed(models, s) if family(s) is transformer else {}
     return {f"rehearsal/{key}": x for key, x in made.items()}
 
 
@@ -188,7 +239,8 @@ def encode_images(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
 
 def encode_captions(models: Models, captions: list[str], cfg: Any) -> dict[str, Tensor]:
     """B captions -> the family's columns of text states."""
-    return family(settings(cfg)).encode_captions(models, captions, settings(cfg))
+    with spliced(models, cfg):
+        return family(settings(cfg)).encode_captions(models, captions, settings(cfg))
 
 
 def caption_key(cfg: Any) -> Any:
@@ -196,13 +248,23 @@ def caption_key(cfg: Any) -> Any:
     return family(settings(cfg)).caption_key(settings(cfg))
 
 
+def remark(captions: list[str], cfg: Any) -> str | None:
+    """What there is to say of all captions."""
+    s = settings(cfg)
+    for token in s.placeholder_tokens:
+        if not any(token in caption for caption in captions):
+            way = f"--data.trigger {token!r} puts it in front of each"
+            return f"warning: no caption has {token}, whose vectors then learn nothing; {way}"
+    return family(s).too_long(captions, s)
+
+
 ENCODINGS = {
     "pixel_values": Encoding(fn=encode_images, models=("vae",), key=lambda cfg: stable_diffusion.kind(settings(cfg))),
     "caption": Encoding(
         fn=encode_captions,
-        models=transformer.ENCODERS,
+        models=(*transformer.ENCODERS, *tokens.MODELS.values()),
         key=caption_key,
-        remark=lambda captions, cfg: family(settings(cfg)).too_long(captions, settings(cfg)),
+        remark=remark,
     ),
 }
 
@@ -214,7 +276,7 @@ ENCODINGS = {
 def asked(cfg: Any, multiple: int = 1) -> list[Prompt]:
     """The sample prompts that the settings give, whose sizes must be multiples of `multiple`."""
     s = settings(cfg)
-    name = flag(configs.task_group(cfg), "prompts_file" if s.prompts_file else "validation_prompts")
+    name = flag(group_of(cfg), "prompts_file" if s.prompts_file else "validation_prompts")
     return prompts.read(prompts.read_file(s.prompts_file, name) if s.prompts_file else s.validation_prompts, name, multiple)
 
 
@@ -236,7 +298,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
         told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
         drawn = replace(s, **{key: value for key, value in told.items() if value is not None})
         height, width = how.height or side, how.width or side
-        with contextlib.ExitStack() as stack:
+        with spliced(models, cfg), contextlib.ExitStack() as stack:
             for name in (own.TRAINED, *own.ENCODERS):
                 if name in models:
                     stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))

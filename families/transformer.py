@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, require
-from oneloop.families import adapters, flow, hub, latents, recorded
+from oneloop.families import adapters, flow, hub, latents, recorded, tokens
 from oneloop.families.flow import Family
 from oneloop.families.settings import Adapters, Pretrained
 from oneloop.families.stable_diffusion import MODEL, config, load_parts, pipeline_lines
@@ -108,22 +108,37 @@ def as_its_weights(vae: nn.Module, function: Any, z: Tensor, *args: Any, **more:
 
 
 @functools.cache
-def _parts(name: str, revision: str | None, made_of: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
-    """Parts without weights: part -> what `library`.`class` opens in its folder."""
-    return {
+def _parts(
+    name: str, revision: str | None, made_of: tuple[tuple[str, str, str], ...], new: tuple[str, ...], clips: tuple[str, ...]
+) -> dict[str, Any]:
+    """Parts without weights: part -> what `library`.`class` opens in its folder; the tokenizers `clips` with new tokens."""
+    made = {
         part: getattr(importlib.import_module(library), kind).from_pretrained(name, subfolder=part, revision=revision)
         for part, library, kind in made_of
     }
+    return made | {part: tokens.extended(made[part], new) for part in clips}
 
 
-def parts(s: Pretrained) -> dict[str, Any]:
-    """What the checkpoint's pipeline is made of beside modules: tokenizers, scheduler, guiders and its own settings."""
+def parts(s: Pretrained, plain: bool = False) -> dict[str, Any]:
+    """What the checkpoint's pipeline is made of beside modules: tokenizers, scheduler, guiders and its own settings. `plain`:
+    without new tokens."""
     index = {key: value for key, value in config(s, "").items() if not key.startswith("_")}
     modules = {key: x for key, x in index.items() if isinstance(x, list) and (x[1] is None or isinstance(x[0], str))}
     small = {key: x for key, x in modules.items() if key.startswith("tokenizer") or key.endswith(("scheduler", "guider"))}
     made_of = tuple((part, library, kind) for part, (library, kind) in small.items() if kind)
-    opened = _parts(s.pretrained_model_name_or_path, s.revision, made_of)
+    new, clips = () if plain else tokens.names(s), tuple(tokens.tokenizer(name) for name in inverted(s))
+    opened = _parts(s.pretrained_model_name_or_path, s.revision, made_of, new, clips)
     return {key: x for key, x in index.items() if key not in modules} | opened
+
+
+def inverted(s: Pretrained) -> tuple[str, ...]:
+    """Text encoders for which the pipeline loads new tokens."""
+    return trainable(s) if family(s).inversion else ()
+
+
+def clip_tokenizers(s: Pretrained, plain: bool = False) -> dict[str, Any]:
+    """Text encoder -> its tokenizer, of those for which the pipeline loads new tokens."""
+    return {name: parts(s, plain)[tokens.tokenizer(name)] for name in inverted(s)}
 
 
 def pipeline(models: Models, s: Pretrained, vae: bool = True) -> Any:

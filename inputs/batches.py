@@ -34,8 +34,8 @@ class Collation:
         self.source, self.cfg = source, cfg
         self.ends = torch.tensor([share.rows for share in shares]).cumsum(0)  # [shares]
         self.weight = torch.tensor([share.weight for share in shares])
-        names = ("shuffle_tags", "keep_tags", "tag_dropout", "tag_separator", "caption_templates", "caption_dropout")
-        self.captions = Captions(*(getattr(cfg, name) for name in names))
+        tags = (cfg.shuffle_tags, cfg.keep_tags, cfg.tag_dropout, cfg.tag_separator)
+        self.captions = Captions(*tags, cfg.templates(), cfg.caption_dropout)
 
     def share(self, rows: Tensor) -> Tensor:
         """Which source of a mixture each row is of, like `rows`."""

@@ -906,5 +906,6 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column]) -> Sourc
         if there.get(name) is None and not column.optional:
             ways = [f"{flag(column.setting)} names their column"] if column.setting else []
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
+            ways += ["--data.trigger is one for all"] if name == "caption" else []
             raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
     return source

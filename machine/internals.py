@@ -103,6 +103,11 @@ def injected(module: nn.Module) -> tuple[dict[str, Tensor], Any]:
         return get_peft_model_state_dict(module, save_embedding_layers=False), module.peft_config["default"]
 
 
+def emptied(module: nn.Module) -> None:
+    """Have a module whose adapters are gone say so: transformers would else save them, and nothing of its own."""
+    module._hf_peft_config_loaded = False
+
+
 def adapter_metadata_key() -> str:
     """Under which key of a weights file diffusers looks for the adapters' ranks and alphas."""
     with part("diffusers", "LORA_ADAPTER_METADATA_KEY"):

@@ -115,7 +115,7 @@ class Memory(contextlib.AbstractContextManager):
         group = configs.task_group(self.cfg)
         if getattr(getattr(self.cfg, group), "optimizer", None) == "adamw":
             less = lambda kind: sum(8 * p.numel() - state_bytes(kind, tuple(p.shape)) for p in trained)  # noqa: E731
-            yield f"--{group}.optimizer adamw8bit {another}", less("adamw8bit")
+            yield f"--{group.replace('_', '-')}.optimizer adamw8bit {another}", less("adamw8bit")
         if parts.get("averages") and self.device.type != "cpu":
             yield "--base.offload-ema", parts["averages"]
         elif parts.get("averages"):

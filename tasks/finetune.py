@@ -69,9 +69,7 @@ class Config:
 
     def __post_init__(self):
         text_to_image.check(self)
-        for entry in text_to_image.asked(self):
-            if entry.strength != 1:
-                raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
+        text_to_image.check_unscaled(self)
 
 
 def own_config(s: Settings) -> dict[str, Any] | None:
@@ -126,10 +124,10 @@ def check_trains(s: Settings) -> None:
 
 
 def encoders(cfg: Config) -> Encoders | None:
-    """The text encoders, unless they train."""
+    """The text encoders, unless something of them trains."""
     text_to_image.check_base(cfg)
     check_trains(cfg.finetune)
-    if cfg.finetune.train_text_encoder:
+    if cfg.finetune.train_text_encoder or cfg.finetune.placeholder_tokens:
         return None
     text_to_image.check_parts(cfg, trained=not cfg.finetune.from_scratch)
     return text_to_image.encoders(cfg)
@@ -174,13 +172,11 @@ def unread(models: Models, s: Settings, columns: Mapping[str, Tensor]) -> set[st
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    s = cfg.finetune
-    each = (([p for p in module.parameters() if p.requires_grad], rate) for module, rate in text_to_image.rates(models, s))
-    return {"finetune": optimizers.make([{"params": params, "lr": rate} for params, rate in each if params], s)}
+    return {"finetune": optimizers.make(text_to_image.groups(models, cfg.finetune), cfg.finetune)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
-    if "prompt_embeds" not in batch:  # the text encoders train
+    if "prompt_embeds" not in batch:  # something of the text encoders trains
         batch = batch | encode_captions(models, batch["caption"], cfg)
     yield Loss("finetune", mean(objective(models, batch, rng, cfg), batch))
 
@@ -213,7 +209,7 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         save_file(changed, path / CHANGED, {"format": "pt", "part": part})
         load = f'load_file({{path}} + "/{CHANGED}")'
         lines = f"from safetensors.torch import load_file\n{lines}pipeline.{part}.load_state_dict({load}, strict=False)\n"
-    return lines + text_to_image.call_line(examples, cfg)
+    return lines + text_to_image.save_tokens(models, path, cfg) + text_to_image.call_line(examples, cfg)
 
 
 def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[Any, str]:

@@ -56,7 +56,7 @@ APART = {
     "kohya": ("use_dora", "use_lokr"),  # programs do not agree on DoRA in that form
     "train_text_encoder": ("use_dora",),  # transformers 5 loses the lengths when it loads them
     "use_lokr": ("use_dora", "use_rslora", "dropout", "training_adapter"),
-    "preservation_weight": ("train_text_encoder",),
+    "preservation_weight": ("train_text_encoder", "placeholder_tokens"),
     "init_lora": ("target_modules", "alpha", "rank_pattern", "alpha_pattern", "dropout", "use_dora", "use_rslora", "use_lokr"),
 }
 """Settings -> those that mean nothing beside them."""
@@ -92,11 +92,11 @@ def check_adapters(s: Settings) -> None:
 
 
 def encoders(cfg: Config) -> Encoders | None:
-    """The text encoders, unless they train."""
+    """The text encoders, unless something of them trains."""
     s = cfg.lora
     text_to_image.check_base(cfg)
     check_adapters(s)
-    if s.train_text_encoder:
+    if s.train_text_encoder or s.placeholder_tokens:
         return None
     text_to_image.check_parts(cfg)
     return text_to_image.encoders(cfg, encode_constants, bool(s.preservation_weight) and s.preservation_prompt)
@@ -158,7 +158,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
     """The objective; before it, where asked, the loss that keeps the base's answers, whose gradient is added to its own."""
     s = cfg.lora
-    if "prompt_embeds" not in batch:  # the text encoders train
+    if "prompt_embeds" not in batch:  # something of the text encoders trains
         batch = batch | encode_captions(models, batch["caption"], cfg)
     if s.preservation_weight:
         like = batch["prompt_embeds"]
@@ -176,7 +176,8 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     settings = configs.portable(configs.to_dict(cfg), cfg)
     settings["base"]["output_dir"] = None
     adapters.save(models, path, cfg.lora, {"oneloop": json.dumps(settings)} | model_spec(cfg))
-    return family(cfg.lora).load_lines(cfg.lora) + text_to_image.call_line(examples, cfg)
+    lines = family(cfg.lora).load_lines(cfg.lora) + text_to_image.save_tokens(models, path, cfg)
+    return lines + text_to_image.call_line(examples, cfg)
 
 
 def remarks(models: Models, cfg: Config) -> Iterator[str]:

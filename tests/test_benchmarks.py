@@ -7,7 +7,6 @@ import resource
 import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from benchmarks.__main__ import Arm, Case, Process
 from oneloop import configs
 from oneloop.configs import BadInput
 from oneloop.families import adapters, stable_diffusion
+from oneloop.families.settings import Pretrained
 from oneloop.inputs import sources
 from oneloop.settings import command_line
 from oneloop.tasks import lora
@@ -72,8 +72,7 @@ def test_a_built_model_opens(tmp_path, monkeypatch, kind):
         small = {"hidden_size": side, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": side}
         monkeypatch.setitem(models.ENCODERS, name, small)
     path = models.build(tmp_path, kind)
-    s = SimpleNamespace(pretrained_model_name_or_path=str(path), revision=None, variant=None, single_file=None)
-    s.pretrained_vae_model_name_or_path = s.prediction_type = s.rescale_betas_zero_snr = None
+    s = Pretrained(pretrained_model_name_or_path=str(path))
     stable_diffusion.check(s, "lora", 64)
     made = stable_diffusion.load(s, "lora", tuple(PARAMETERS[kind]))
     assert made.keys() == PARAMETERS[kind].keys() and stable_diffusion.is_xl(s) == (kind == "sdxl")

@@ -6,7 +6,11 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from oneloop import data
+from oneloop.configs import Data
+from oneloop.inputs import sources
 from oneloop.inputs.captions import PURPOSES, Captions, caption, choose, drop_tags, fill, shuffle_tags, spread, tags
+from oneloop.settings.templates import NAMED
 
 MIDDLE = dict.fromkeys(PURPOSES, 0.5)
 UNIFORM = st.floats(0, 1, exclude_max=True)
@@ -55,6 +59,16 @@ def test_templates_take_the_text_and_no_other_braces():
     assert fill("a {} of {x}, {}", "c{}d") == "a c{}d of {x}, c{}d"
     cfg = Captions(templates=("a photo of {}", "{}, painted"))
     assert {caption(["sks"], cfg, MIDDLE | {"template": u}) for u in (0.1, 0.9)} == {"a photo of sks", "sks, painted"}
+
+
+def test_a_set_of_templates_is_named():
+    for name, sentences in NAMED.items():
+        assert len(set(sentences)) == len(sentences) > 10 and all(sentence.count("{}") == 1 for sentence in sentences)
+        assert Data(caption_templates=(name, "my {}, red")).templates() == (*sentences, "my {}, red")
+    cfg = Data(trigger="x", caption_templates=("style",), num_shapes=64)
+    texts = data.Examples(sources.open_source(cfg), cfg, 0).texts()
+    begun = {text.partition("x a ")[0] for text in texts}
+    assert begun == {sentence.removesuffix("{}") for sentence in NAMED["style"]}
 
 
 def test_dropout_gives_the_empty_text_as_often_as_said():

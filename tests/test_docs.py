@@ -18,6 +18,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")
 OTHER = r"pip install -e|#!|#SBATCH|export MASTER_ADDR=|if \[ \$\? = 75 \]; then scontrol requeue"
 """Lines of the documentation that are no command of ours."""
+PRETRAINED = ("lora", "finetune", "textual_inversion")
+"""Tasks on a text-to-image checkpoint."""
 DONE = set()
 """Commands that another page had before."""
 
@@ -69,14 +71,14 @@ def small(folder, cfg):
         "base.num_samples": max(2, len(getattr(own, "validation_prompts", ()))),
         "base.logger": "none",
         "base.lr_warmup_steps": 0,
-        "data.resolution": 32 if task in ("lora", "finetune") else 8,
+        "data.resolution": 32 if task in PRETRAINED else 8,
         "data.train_batch_size": 2,
         "data.num_shapes": 128,
     }
     if data.train_data_dir is None:
         settings["data.dataset_name"] = "shapes"
         settings["data.validation_split"] = None
-    if task in ("lora", "finetune"):
+    if task in PRETRAINED:
         own = {"pretrained_model_name_or_path": "sd", "num_inference_steps": 2, "variant": None}
         settings |= {f"{task}.{name}": value for name, value in own.items()}
     elif task == "vae":

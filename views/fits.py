@@ -16,6 +16,7 @@ from oneloop import configs
 from oneloop.families import footprint
 from oneloop.families.flow import recomputable
 from oneloop.families.footprint import Footprint, Kept
+from oneloop.families.settings import flag
 from oneloop.tasks import Models, Task
 from oneloop.training import optimizers
 
@@ -45,9 +46,7 @@ def blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
 def watch(models: Models, call: Callable[[], Any]) -> tuple[Held, Any]:
     """A pass of the models, and its result."""
     made: list[Any] = []
-    parts = [
-        block for module in models.values() if any(p.requires_grad for p in module.parameters()) for block in blocks(module)
-    ]
+    parts = [block for module in models.values() for block in blocks(module)]
     kept = footprint.activations(torch.nn.ModuleList(models.values()), parts, lambda: made.append(call()))
     return Held(models, kept, 2 if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") else 4), made[0]
 
@@ -57,7 +56,9 @@ def counted(held: Held, task: Task, cfg: Any, precision: str = "auto", optimizer
     s = getattr(cfg, configs.task_group(cfg))
     width = 4 if cfg.base.mixed_precision == "no" else 2
     chosen = optimizer or (optimizers.kind(s) if hasattr(s, "optimizer") else "adamw")
-    away = {m for e in task.encodings.values() for m in e.models} if cfg.data.example_cache != "no" else set()
+    trains = {name for name, module in held.models.items() if any(p.requires_grad for p in module.parameters())}
+    cached = [e for e in task.encodings.values() if cfg.data.example_cache != "no" and not trains & set(e.models)]
+    away = {m for e in cached for m in e.models}
     precision = getattr(s, "base_precision", "auto") if precision == "auto" else precision
     weights, trained, copies = 0, [], {}
     for name, module in held.models.items():
@@ -101,11 +102,11 @@ def ways(held: Held, task: Task, cfg: Any) -> Iterator[tuple[str, int]]:
     if getattr(s, "optimizer", None) == "adamw":
         optimizer = "adamw8bit"
         now = replace(now, optimizer=counted(held, task, cfg, optimizer=optimizer).optimizer)
-        yield f"--{group}.optimizer {optimizer}", peak()
+        yield f"{flag(group, 'optimizer')} {optimizer}", peak()
     for precision in ("float8", "nf4") if getattr(s, "base_precision", None) in ("auto", "bf16") else ():
         ema, now = now.ema, counted(held, task, cfg, precision, optimizer)
         now = replace(now, ema=ema)
-        yield f"--{group}.base-precision {precision} --base.mixed-precision bf16", peak()
+        yield f"{flag(group, 'base-precision')} {precision} --base.mixed-precision bf16", peak()
     share /= 4
     yield f"--data.resolution {cfg.data.resolution // 2}", peak()
 
@@ -115,8 +116,8 @@ def line(held: Held, task: Task, cfg: Any) -> str:
     steps, said = list(ways(held, task, cfg)), []
     for card in (cfg.base.assume_gpu,) if cfg.base.assume_gpu else CARDS:
         flags: dict[str, str] = {}
-        for flag, peak in steps:
-            flags |= {flag.split()[0]: flag} if flag else {}
+        for given, peak in steps:
+            flags |= {given.split()[0]: given} if given else {}
             if fitted := peak / 2**30 <= card * 1e9 / 2**30 - SPARE:
                 break
         how = f"with {' '.join(flags.values())} ({peak / 2**30:.2f} GiB)" if flags else "as it is"

@@ -73,6 +73,8 @@ def main(settings: Settings) -> None:
         raise BadInput(f"--original with a {stable_diffusion.kind(s)}; expected a {kinds}; leave it out")
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
     pipeline, part = module.merged(cfg, saved, settings.strength, precision)
+    if not settings.original:  # whose names have no place for new words; they stay in a file of their own
+        text_to_image.settle_tokens(pipeline, saved, cfg)
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
