@@ -33,8 +33,8 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        narrow = any(weight.dtype != value.dtype for value, weight in zip(values, self.weights, strict=True))
-        if self.offloaded or narrow:  # one at a time to where the weights are: the same arithmetic, the same bits
+        narrow = values and self.weights[0].dtype != values[0].dtype  # what trains is all of one type
+        if values and (self.offloaded or narrow):  # one at a time to where the weights are: the same arithmetic, the same bits
             for value, weight in zip(values, self.weights, strict=True):
                 value.copy_(torch.lerp(value.to(weight.device), weight.to(value.dtype), 1 - decay))
         elif values:
