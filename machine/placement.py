@@ -150,6 +150,9 @@ def place(models: Models, accelerator: Accelerator, recompute: bool, float32: It
             module.train(training)
     for enable in recomputes if recompute else ():
         enable()
+    for module in models.values():
+        if getattr(module, "offloaded", None) and not trains(module):  # which brings the weights to the device
+            module.enable_gradient_checkpointing()
 
 
 def seed_layers(device: torch.device, seed: int) -> None:
