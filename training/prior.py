@@ -31,7 +31,7 @@ from oneloop.configs import BadInput, require
 from oneloop.inputs import drawn, sources
 from oneloop.machine import files, placement
 from oneloop.machine.processes import gather, in_turns, on_main
-from oneloop.tasks import Models, Rng, Task
+from oneloop.tasks import Encoders, Models, Rng, Task
 
 BATCH = 4
 """Images that are drawn at a time, as in the official scripts; half as many after the memory did not suffice."""
@@ -56,12 +56,12 @@ def draw(task: Task, cfg: Any, accelerator: Accelerator, say: Callable[[str], No
         say(remark)
     if not any(gather(accelerator, bool(missing))):
         return
-    task.encoders(cfg)  # mistakes of the model, and of the data, before what takes long
+    encoders = task.encoders(cfg)  # mistakes of the model, and of the data, before what takes long
     with blank(cfg) as other:
         in_turns(accelerator, functools.partial(sources.open_for, task, other))
     with contextlib.ExitStack() as locked:
         on_main(accelerator, lambda: take(wanted, locked, say))
-        models = functools.cache(lambda: untouched(task, task.prior.settings(cfg), accelerator))
+        models = functools.cache(lambda: untouched(task, task.prior.settings(cfg), accelerator, encoders))
         ranks, host = gather(accelerator, socket.gethostname()), socket.gethostname()
         for peers in (range(len(ranks)), [rank for rank, other in enumerate(ranks) if other == host]):
             lists = gather(
@@ -120,10 +120,10 @@ def together(accelerator: Accelerator, function: Callable[[], None]) -> None:
         raise error
 
 
-def untouched(task: Task, cfg: Any, accelerator: Accelerator) -> Models:
+def untouched(task: Task, cfg: Any, accelerator: Accelerator, encoders: Encoders | None) -> Models:
     """The models as they are before training, on the device; encoders have done their work and are gone before the others are
     loaded, as in training."""
-    encoders, made = task.encoders(cfg), None
+    made = None
     if encoders is not None:
         models, made = encoders.load(cfg), {}
         placement.place(models, accelerator, False, task.float32)
