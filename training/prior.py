@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import socket
 import tempfile
@@ -63,17 +64,16 @@ def draw(task: Task, cfg: Any, accelerator: Accelerator, say: Callable[[str], No
         on_main(accelerator, lambda: take(wanted, locked, say))
         models = functools.cache(lambda: untouched(task, task.prior.settings(cfg), accelerator, encoders))
         ranks, host = gather(accelerator, socket.gethostname()), socket.gethostname()
-        for peers in (range(len(ranks)), [rank for rank, other in enumerate(ranks) if other == host]):
-            lists = gather(
-                accelerator, in_turns(accelerator, look)[0]
-            )  # the second time: of a disk that the first does not see
-            todo = lists[0] if len(peers) == len(ranks) else lists[accelerator.process_index]
+        neighbours = [rank for rank, other in enumerate(ranks) if other == host]
+        for peers in (range(len(ranks)), neighbours):  # these for what they miss on a disk that others do not see
+            lists = gather(accelerator, in_turns(accelerator, look)[0])
             if not any(lists):
                 break
-            what = f"{len(todo):,} of {wanted.count:,} class images of {cfg.data.class_prompt!r}"
-            say(f"drawing {what} into {wanted.folder}, before training")
-            mine = peers.index(accelerator.process_index)
-            together(accelerator, functools.partial(fill, task, cfg, accelerator, wanted, todo, mine, len(peers), models))
+            if todo := lists[peers[0]]:
+                what = f"{len(todo):,} of {wanted.count:,} class images of {cfg.data.class_prompt!r}"
+                say(f"drawing {what} into {wanted.folder}, before training")
+            part = (peers.index(accelerator.process_index), len(peers))
+            together(accelerator, functools.partial(fill, task, cfg, accelerator, wanted, todo, part, models))
     models.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
@@ -156,22 +156,22 @@ def fill(
     accelerator: Accelerator,
     wanted: drawn.Wanted,
     todo: list[int],
-    part: int,
-    parts: int,
+    part: tuple[int, int],
     models: Callable[[], Models],
 ) -> None:
-    """Draw and write the numbers of `todo` that are this process's part."""
-    batches = sorted({number // BATCH for number in todo})[part::parts]
+    """Draw and write the numbers of `todo` that are this process's part: which one, of how many."""
+    batches = [list(group) for _, group in itertools.groupby(todo, lambda number: number // BATCH)][part[0] :: part[1]]
     own = task.prior.settings(replace(cfg, data=replace(cfg.data, train_batch_size=BATCH)))
-    with tqdm(total=len(todo), desc="class images", unit="image", disable=None if accelerator.is_main_process else True) as bar:
-        for batch in batches:
-            numbers = range(batch * BATCH, (batch + 1) * BATCH)
-            rng = keys(numbers, accelerator)
+    share = f"class images, a part of {part[1]}" if part[1] > 1 else "class images"
+    shown = None if accelerator.is_main_process else True
+    with tqdm(total=sum(map(len, batches)), desc=share, unit="image", disable=shown) as bar:
+        for numbers in batches:
+            first = numbers[0] // BATCH * BATCH
+            rng = keys(range(first, first + BATCH), accelerator)
             images = placement.draw(task, models(), {}, {}, lambda *_: (), rng, accelerator, own)["samples"]
-            for number, image in zip(numbers, images, strict=True):  # [3, H, W] in [0, 1]
-                if number in todo:
-                    drawn.write(wanted, number, levels(number, image, accelerator))
-            bar.update(sum(path.exists() for path in map(wanted.path, todo)) - bar.n)  # of all processes
+            for number in numbers:
+                drawn.write(wanted, number, levels(number, images[number - first], accelerator))
+                bar.update()
 
 
 def levels(number: int, image: Tensor, accelerator: Accelerator) -> Any:
@@ -214,7 +214,7 @@ def blank(cfg: Any) -> Iterator[Any]:
     """The settings with a folder of blank images in the place of class images, as many as a batch may ask for."""
     with tempfile.TemporaryDirectory() as folder:
         side = cfg.data.resolution
-        Image.new("RGB", (side, side)).save(Path(folder, drawn.name_of(0)))
+        Image.new("L", (side, side)).save(Path(folder, drawn.name_of(0)))
         for number in range(1, min(cfg.data.num_class_images, cfg.data.train_batch_size)):
             Path(folder, drawn.name_of(number)).symlink_to(drawn.name_of(0))
         yield replace(cfg, data=replace(cfg.data, class_data_dir=folder, num_class_images=0))
