@@ -88,7 +88,9 @@ def lock(folder: Path, accelerator: Any) -> Iterator[None]:
         except OSError as error:
             if not _refuses(error, folder):
                 raise
-            raise refused(error.filename or folder, error, folder, 0) from None
+            apart = isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder)  # such as class images
+            place = Path(error.filename).parent if apart else folder
+            raise refused(error.filename or folder, error, place, 0) from None
 
 
 def _take(folder: Path, locked: contextlib.ExitStack) -> None:

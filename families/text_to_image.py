@@ -270,7 +270,7 @@ def drawn_of(cfg: Any) -> dict[str, str]:
     stamps = [hub.stamp(s.pretrained_model_name_or_path, s.revision, part) for part in parts]
     stamps += [hub.stamp(name, None, "") for _, name in stable_diffusion.instead(s).values()]
     files = hash64(stamps, s.variant, s.prediction_type, s.rescale_betas_zero_snr)
-    return {"prompt": cfg.data.class_prompt, "model": f"{Path(s.pretrained_model_name_or_path).name} ({files:016x})"}
+    return {"prompt": cfg.data.class_prompt, "model": f"{Path(s.pretrained_model_name_or_path).name}, files {files:016x}"}
 
 
 PRIOR = Prior(

@@ -14,12 +14,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from test_lora_families import SIDE, in_fork, photos  # noqa: F401  a fixture
 from warm import cli, cli_many, digest, distance, flags, start, start_many, tiny
 
 from oneloop.configs import BadInput, Base, Data
-from oneloop.families import objective, text_to_image
+from oneloop.families import objective, offload, text_to_image
 from oneloop.inputs import drawn, sources
 from oneloop.machine import placement
 from oneloop.settings import command_line
@@ -283,6 +284,31 @@ def test_a_full_disk_while_they_are_drawn(tmp_path, built, photos, ready):  # no
     assert list(images(tmp_path / "class").items()) == list(images(ready("sd")[0]).items())[:3]
 
 
+def test_a_base_whose_blocks_stay_in_the_machines_memory_draws_the_same(tmp_path, built):
+    """With group_offload as without; the blocks' weights are brought as they are called."""
+    lines = {"base__mixed_precision": "bf16", "base__gradient_checkpointing": True}
+    drawn_by = []
+
+    def run():
+        for offloaded in (False, True):
+            brought, own = [], offload.brought
+            offload.brought = lambda held, *given, own=own, brought=brought, **more: (
+                brought.append(held) or own(held, *given, **more)
+            )
+            cfg = command_line.parse(
+                command(tmp_path, built("FluxPipeline"), tmp_path, lora__group_offload=offloaded, **lines)
+            )[1]
+            accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+            models = prior.untouched(lora.task, lora.task.prior.settings(cfg), accelerator, lora.encoders(cfg))
+            own_cfg, rng = lora.task.prior.settings(cfg), prior.keys(range(2), accelerator)
+            drawn_by.append(placement.draw(lora.task, models, {}, {}, lambda *_: (), rng, accelerator, own_cfg)["samples"])
+            assert bool(brought) == offloaded
+            offload.brought = own
+        assert torch.equal(*drawn_by) and drawn_by[0].std() > 0
+
+    in_fork(tmp_path, run)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path, built, photos, filled):  # noqa: F811
     """In a line that says what differs and which flag to change; nothing is touched."""
     before, model = images(filled()), built("sd")
@@ -294,13 +320,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path, built, photos, filled):
         ),
         ({"data__num_class_images": 9, "data__resolution": 64}, ["height was 32 and is now 64; width was"]),
         ({"data__num_class_images": 9, "lora__negative_prompt": "blurry"}, ["negative_prompt was None and is now 'blurry'"]),
-        ({"lora__prediction_type": "v_prediction"}, ["model was 'sd ("]),
+        ({"lora__prediction_type": "v_prediction"}, ["model was 'sd, files "]),
     ):
         refused(cli(tmp_path, *command(tmp_path, model, photos, **more)), *says, "--data.num-class-images 0")
     other = shutil.copytree(model, tmp_path / "sd")
     unet = next((other / "unet").glob("*.safetensors"))
     unet.write_bytes(unet.read_bytes()[:-1] + b"\1")
-    refused(cli(tmp_path, *command(tmp_path, other, photos)), "something else: model was 'sd (")
+    refused(cli(tmp_path, *command(tmp_path, other, photos)), "something else: model was 'sd, files ")
     assert images(tmp_path / "class") == before and not (tmp_path / "out").exists()
     same, remark = asked(tmp_path, model, lora__num_inference_steps=3)
     assert not same and remark == "class images are as they were drawn: num_inference_steps was 2 and is now 3"
