@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +32,21 @@ from torch import Tensor
 
 from oneloop.configs import BadInput
 from oneloop.machine import internals
-from oneloop.machine.files import WORK, discard, erase, flaws, flush, listed, read_text, size, steps, strangers, write
+from oneloop.machine.files import (
+    FULL,
+    WORK,
+    discard,
+    erase,
+    flaws,
+    flush,
+    listed,
+    read_text,
+    size,
+    steps,
+    strangers,
+    take,
+    write,
+)
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.processes import gather, on_main
 from oneloop.tasks import Models, unwrap
@@ -45,8 +58,6 @@ MORE = {"module": str, "data": str, "block": int, "models": dict, "made_of": dic
 """What those of today hold too."""
 LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
 """Kinds of files that a training state is loaded from."""
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-"""What only a write is answered with."""
 
 
 class Damaged(Exception):
@@ -65,8 +76,6 @@ class StorageError(Exception):
 def lock(folder: Path, accelerator: Any) -> Iterator[None]:
     """Make the folder and lock it for this run; afterwards it is gone again if nothing was written.
 
-    The lock is the kernel's, so that of a dead process is free, and a forked worker does not inherit it.
-
     Raises:
         BadInput: the folder cannot be written, or another run has locked it.
         StorageError: later, something in it could not be written.
@@ -79,41 +88,14 @@ def lock(folder: Path, accelerator: Any) -> Iterator[None]:
         except OSError as error:
             if not _refuses(error, folder):
                 raise
-            raise refused(error.filename or folder, error, folder, 0) from None
+            apart = isinstance(error.filename, str) and not Path(error.filename).is_relative_to(folder)  # such as class images
+            place = Path(error.filename).parent if apart else folder
+            raise refused(error.filename or folder, error, place, 0) from None
 
 
 def _take(folder: Path, locked: contextlib.ExitStack) -> None:
-    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    work, path = folder / WORK, folder / WORK / "lock"
-    for attempt in range(10):  # the last holder may remove the folder in between
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            if work.is_symlink() or (any(work.iterdir()) and not path.is_file()):
-                raise BadInput(f"--base.output-dir {folder}: {work} is not this program's; move it away")
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
-            locked.enter_context(file)
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                break  # else the last holder removed the file in between: a lock on it keeps nobody out
-        except BlockingIOError:
-            raise BadInput(f"--base.output-dir {folder} is in use by {file.read().strip() or 'another run'}") from None
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError) or attempt == 9:
-                raise BadInput(f"--base.output-dir {folder} cannot be written: {error.strerror}") from None
-
-    def give_back() -> None:
-        with contextlib.suppress(OSError):
-            if os.listdir(work) == ["lock"]:
-                path.unlink()
-                work.rmdir()
-                for parent in created:
-                    parent.rmdir()  # fails, as it should, where something was written
-
-    locked.callback(give_back)
-    for old in work.glob("checkpoint-*.replaced"):  # killed between two renames
+    take(folder, "--base.output-dir", locked)
+    for old in (folder / WORK).glob("checkpoint-*.replaced"):  # killed between two renames
         if not os.path.lexists(folder / old.stem):
             os.rename(old, folder / old.stem)
 

@@ -194,6 +194,9 @@ class Data:
     loss_weight."""
     class_data_dir: Live[Folder | None] = None
     """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
+    num_class_images: Live[Annotated[int, Range(0, 10**6)]] = 0
+    """So many images of class_data_dir are trained on: those that it lacks are drawn of class_prompt by the model as it was,
+    before training, and stay there for other runs. 0: all that it has, and none is drawn."""
     class_prompt: Live[Words | None] = None
     """Their caption, such as "a photo of a dog", or what stands before it. None: their own captions."""
     prior_loss_weight: Amount = 1.0
@@ -280,6 +283,11 @@ class Data:
             require("{}" in template, "data.caption_templates", template, "a text with {} in it, or object, or style")
         for side in self.more_resolutions:
             require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
+        if self.num_class_images:
+            beside, prompt = "with --data.num-class-images", self.class_prompt
+            require(self.class_data_dir is not None, "data.class_data_dir", None, f"a folder {beside}")
+            drawable = bool(prompt) and "{label}" not in prompt
+            require(drawable, "data.class_prompt", prompt, f"what to draw {beside}, such as 'a photo of a dog'")
         share = sum(part.share or 0 for part in self.parts())
         require(share < 1, "data.mixture", share, "shares below 1 altogether; the rest is that of the other sources")
         alone = ("train_data_dir", "more_resolutions", "conditioning_data_dir", "mask_data_dir")

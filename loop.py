@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, optimizers, rounding, validation
+from oneloop.training import ema, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
@@ -161,10 +161,11 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             took the memory.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
     """
-    if cfg.base.check:
-        return data_report.check(task, cfg)
-    if cfg.base.dry_run:
-        return estimate.estimate(run, task, cfg)
+    with prior.planned(task, cfg) as planned:
+        if cfg.base.check:
+            return data_report.check(task, planned)
+        if cfg.base.dry_run:
+            return estimate.estimate(run, task, planned)
     started, name = time.perf_counter(), configs.task_group(cfg)
     out = Path(cfg.base.output_dir or f"runs/{name}").expanduser()
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out)))
@@ -180,7 +181,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         company(accelerator),
         Signals(accelerator) as signals,
     ):
-        # The data set, the checkpoint to resume from, and how far there is to go.
+        # The data set, with class images that are drawn first, the checkpoint to resume from, and how far there is to go.
+        prior.draw(task, cfg, accelerator, report.say)
         source = in_turns(accelerator, functools.partial(sources.open_for, task, cfg))  # what one asks of a far set is cached
         cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))

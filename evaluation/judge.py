@@ -47,7 +47,7 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int) -> S
     source = sources.open_for(task, cfg)
     own = cfg.data.dataset_name == "shapes" and not (cfg.data.train_data_dir or cfg.data.stream or cfg.data.parts())
     alone = replace(cfg.data, validation_split=None, validation_data_dir=None, max_train_samples=None, mixture=())
-    alone = replace(alone, class_data_dir=None, stream=None)
+    alone = replace(alone, class_data_dir=None, num_class_images=0, stream=None)
     if given is not None:
         is_folder = Path(given).expanduser().is_dir() and not any(Path(given).expanduser().rglob("*.parquet"))
         named = {"train_data_dir": given} if is_folder else {"train_data_dir": None, "dataset_name": given, "split": split}

@@ -122,12 +122,13 @@ def read(name: str, revision: str | None, path: str) -> dict[str, Any]:
 
 
 def stamp(name: str, revision: str | None, part: str) -> list[Any]:
-    """What tells the files of a part from all others, without reading them whole: of those in a folder name, size, time of
-    change in nanoseconds and a hash of blocks spread over them, since archives and copies may give other weights the same
-    times; or the commit on the hub, whose files never change."""
+    """What tells the files of a part from all others, without reading them whole: of a file or of those in a folder name, size,
+    time of change in nanoseconds and a hash of blocks spread over them, since archives and copies may give other weights the
+    same times; or the commit on the hub, whose files never change."""
     if not is_local(name):
         return [file(name, revision, "model_index.json").parent.name]
-    files = sorted(path for path in (Path(name).expanduser() / part).rglob("*") if path.is_file())
+    place = Path(name).expanduser() / part
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns, _blocks(path)) for path in files]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,7 +24,7 @@ from oneloop.configs import BadInput, require
 from oneloop.families import adapters, flow, hub, prompts, stable_diffusion, tokens, transformer
 from oneloop.families.prompts import Prompt
 from oneloop.families.settings import DIFFUSION, FLOW, TEXT, Pretrained, check_apart, flag
-from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Rng
+from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Prior, Rng, hash64
 from oneloop.training import optimizers
 
 if TYPE_CHECKING:
@@ -306,6 +307,39 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
         canvas[first : first + len(some), :, :height, :width] = images.cpu()
         first += len(some)
     return {"samples": canvas}  # in [0, 1]
+
+
+def class_settings(cfg: Any) -> Any:
+    """The settings with which the prompt of class images is what samples are drawn of, with their steps and guidance."""
+    entry = json.dumps({"prompt": cfg.data.class_prompt})  # in which nothing is read as a setting of its own
+    own = replace(settings(cfg), validation_prompts=(entry,), prompts_file=None)
+    return replace(cfg, **{configs.task_group(cfg): own})
+
+
+def untouched(cfg: Any, constants: Mapping[str, Tensor] | None) -> Models:
+    """The checkpoint's own parts; without text encoders where `constants` has what they make of the prompts."""
+    models = load(cfg, cfg.base.mixed_precision, constants is None)
+    return models if constants is None else models | {"prompts": held(under("prompts", constants))}
+
+
+def drawn_of(cfg: Any) -> dict[str, str]:
+    """The prompt of class images, and what tells the checkpoint's files from all others."""
+    check_base(cfg)
+    s = settings(cfg)
+    every = [part for part, made in stable_diffusion.config(s, "").items() if isinstance(made, list) and made[-1]]
+    parts = every if hub.is_local(s.pretrained_model_name_or_path) else [""]
+    stamps = [hub.stamp(s.pretrained_model_name_or_path, s.revision, part) for part in parts]
+    stamps += [hub.stamp(name, None, "") for _, name in stable_diffusion.instead(s).values()]
+    files = hash64(stamps, s.variant, s.prediction_type, s.rescale_betas_zero_snr)
+    return {"prompt": cfg.data.class_prompt, "model": f"{Path(s.pretrained_model_name_or_path).name}, files {files:016x}"}
+
+
+PRIOR = Prior(
+    settings=class_settings,
+    load=untouched,
+    of=drawn_of,
+    how=lambda cfg: family(settings(cfg)).arguments(settings(cfg), cfg.data.resolution, cfg.data.resolution),
+)
 
 
 def call_line(examples: Iterable[Batch], cfg: Any) -> str:

@@ -74,7 +74,7 @@ def text_of(path: Path) -> str:
     return text
 
 
-def files_in(root: Path) -> tuple[list[str], Counter[str]]:
+def files_in(root: Path, given: str = "--data.train-data-dir") -> tuple[list[str], Counter[str]]:
     """The regular files under a folder, as sorted paths relative to it, and the number of what else is there by its kind.
 
     Links are followed, into each folder once. What is hidden, or in folders whose names begin with __, is left out.
@@ -94,7 +94,7 @@ def files_in(root: Path) -> tuple[list[str], Counter[str]]:
             with os.scandir(root / inside) as entries:
                 entries = sorted(entries, key=lambda entry: entry.name, reverse=True)
         except OSError as error:
-            raise BadInput(f"--data.train-data-dir: {shown(root / inside)} cannot be read: {reason(error)}") from None
+            raise BadInput(f"{given}: {shown(root / inside)} cannot be read: {reason(error)}") from None
         for entry in entries:
             name, image = posixpath.join(inside, entry.name), ending(entry.name) in endings()
             try:
@@ -126,7 +126,7 @@ def open_folder(folder: str, label_column: str | None = None, given: str = "--da
     root, flag = Path(folder).expanduser(), f"{given} {shown(folder)}"
     if not root.is_dir():
         raise BadInput(f"{flag}: there is no such folder; expected a folder of images")
-    files, left = files_in(root)
+    files, left = files_in(root, given)
     images = [path for path in files if ending(path) in endings()]
     metadata = [path for path in files if posixpath.basename(path) in METADATA]
     if not images:

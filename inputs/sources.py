@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
-from oneloop.inputs import files, shards
+from oneloop.inputs import drawn, files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
@@ -789,8 +789,10 @@ def open_source(
     source = source if source.streams else thinned(source, cfg)
     if parts := cfg.parts():
         settings = [part_of(cfg, part) for part in parts]
-        more = [thinned(table(own_cfg), own_cfg) if own_cfg.stream is None else streamed(own_cfg) for own_cfg in settings]
-        sources = [source, *more]
+        more = [table(own_cfg) if own_cfg.stream is None else streamed(own_cfg) for own_cfg in settings]
+        if cfg.num_class_images:
+            more[0] = select(more[0], drawn.chosen([more[0].name(row) for row in range(more[0].size)], cfg.num_class_images))
+        sources = [source, *(s if s.streams else thinned(s, own_cfg) for s, own_cfg in zip(more, settings, strict=True))]
         source = join(sources, shares([source.size for source in sources], parts))
     alone = [name for name in source.images if columns[name].like is None and name != "pixel_values"]
     if source.streams and cfg.buckets and alone:
@@ -869,7 +871,8 @@ def part_of(cfg: Data, part: Part) -> Data:
             raise BadInput(
                 f"--data.mixture has the stream {part.stream!r}; expected --data.stream to name the first source too"
             )
-    alone = {"mixture": (), "class_data_dir": None, "class_prompt": None, "validation_split": None, "validation_data_dir": None}
+    alone = dict.fromkeys(("class_data_dir", "class_prompt", "validation_split", "validation_data_dir"))
+    alone |= {"mixture": (), "num_class_images": 0}
     return replace(cfg, **alone | given)
 
 

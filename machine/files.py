@@ -11,21 +11,76 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import fnmatch
 import hashlib
 import os
 import re
 import shutil
+import socket
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from oneloop.configs import BadInput
+
 WORK = ".oneloop"
 JUNK = (".DS_Store", "._*", ".nfs*", "Thumbs.db", "desktop.ini")
 """Names of files that systems put into every folder, and that are nobody's."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What only a write is answered with."""
+
+
+def take(folder: Path, flag: str, locked: contextlib.ExitStack, wait: Callable[[str], None] | None = None) -> None:
+    """Make the folder and lock it for this process until `locked` ends; afterwards it is gone again if nothing was written.
+
+    The lock is the kernel's, so that of a dead process is free, and a forked worker does not inherit it. `wait` is called with
+    who has it, for as long as another process does.
+
+    Raises:
+        BadInput: the folder, which `flag` names, cannot be written, or another process has it and there is no `wait`.
+    """
+    created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    work, path, attempts = folder / WORK, folder / WORK / "lock", 0
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            if work.is_symlink() or (any(work.iterdir()) and not path.is_file()):
+                raise BadInput(f"{flag} {folder}: {work} is not this program's; move it away")
+            with contextlib.ExitStack() as attempt:
+                file = attempt.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+"))
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = file.read().strip() or "another run"
+                    if wait is None:
+                        raise BadInput(f"{flag} {folder} is in use by {holder}") from None
+                    wait(holder)
+                    continue
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
+                    locked.push(attempt.pop_all())
+                    break  # else the last holder removed the file in between: a lock on it keeps nobody out
+        except OSError as error:
+            attempts += 1
+            if not isinstance(error, FileNotFoundError) or attempts == 10:  # the last holder may remove the folder in between
+                raise BadInput(f"{flag} {folder} cannot be written: {error.strerror}") from None
+
+    def give_back() -> None:
+        with contextlib.suppress(OSError):
+            if os.listdir(work) == ["lock"]:
+                path.unlink()
+                work.rmdir()
+                for parent in created:
+                    parent.rmdir()  # fails, as it should, where something was written
+
+    locked.callback(give_back)
 
 
 def staged(path: Path) -> Path:
@@ -35,12 +90,12 @@ def staged(path: Path) -> Path:
     return work / name if work.is_dir() else path.with_name(f".{name}.writing")
 
 
-def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all. No link is followed."""
+def write(path: Path, content: str | bytes) -> None:
+    """A file that is there whole or not at all; texts are in UTF-8. No link is followed."""
     made = staged(path)
     try:
-        with open(made, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(made, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         flush(made)
         os.replace(made, path)
     finally:

@@ -156,6 +156,9 @@ def place(
             module.train(training)
     for enable in recomputes if recompute else ():
         enable()
+    for module in models.values():
+        if getattr(module, "offloaded", None) and not trains(module):  # which brings the weights to the device
+            module.enable_gradient_checkpointing()
 
 
 def seed_layers(device: torch.device, seed: int) -> None:

@@ -163,6 +163,22 @@ class Encoders(Generic[C]):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prior(Generic[C]):
+    """How class images (`--data.num-class-images`) are drawn before training, by the models as they are before it: as
+    `Task.sample_fn` draws, image n from a key that n alone decides, and `--data.class-prompt`."""
+
+    settings: Callable[[C], C]
+    """The settings with which `sample_fn` and `Encoders.prompts` draw the class's prompt, and look at no examples."""
+    load: Callable[[C, Mapping[str, Tensor] | None], Models]
+    """Makes the models, on the CPU, all frozen; without encoders where these have made something of the prompt."""
+    of: Callable[[C], Mapping[str, Any]]
+    """What the images are of, in words and their values, such as the prompt and what tells the model's files from all others:
+    images of something else are never among them."""
+    how: Callable[[C], Mapping[str, Any]]
+    """How they are drawn, such as size and steps: in one folder all are drawn alike. Values of either are compared as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(Generic[C]):
     """A recipe. Each function is called with what it needs and returns what is asked; none keeps state of its own."""
 
@@ -189,6 +205,8 @@ class Task(Generic[C]):
     encoders: Callable[[C], Encoders | None] = lambda cfg: None
     """The models that are dropped before `make_models`; None: there are none. BadInput for what the settings and configs of
     pretrained models tell, before anything is read or written."""
+    prior: Prior | None = None
+    """How class images are drawn; None: this task draws none."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
     samples and exports show is made by the loop: `--base.use-ema`.)"""

@@ -68,6 +68,8 @@ class Config:
     finetune: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
+        if self.finetune.from_scratch and self.data.num_class_images:
+            raise BadInput("--finetune.from-scratch with --data.num-class-images: random weights draw nothing; leave one out")
         text_to_image.check(self)
         text_to_image.check_unscaled(self)
 
@@ -244,6 +246,7 @@ task = Task(
     card=lambda cfg: text_to_image.card(cfg, "text-to-image"),
     encodings=text_to_image.ENCODINGS,
     encoders=encoders,
+    prior=text_to_image.PRIOR,
     float32=("vae",),
     columns=text_to_image.COLUMNS,
     multiple=text_to_image.multiple,

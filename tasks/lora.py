@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,17 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
     return models | {name: text_to_image.held(columns) for name, columns in texts.items() if columns}
 
 
+def untouched(cfg: Config, constants: Mapping[str, Tensor] | None) -> Models:
+    """The parts without adapters, stored as the run's are."""
+    models, s = text_to_image.untouched(cfg, constants), cfg.lora
+    module = models[family(s).TRAINED]
+    precision.quantize(module, s.base_precision)
+    precision.cast(module, s.base_precision)
+    if s.group_offload:
+        offload.hold(module, flow.recomputable(module))
+    return models
+
+
 def make_optim(models: Models, cfg: Config) -> Optims:
     s = cfg.lora
     groups = [group for module, rate in text_to_image.rates(models, s) for group in adapters.groups(module, rate, s)]
@@ -228,6 +239,7 @@ task = Task(
     card=lambda cfg: text_to_image.card(cfg, "lora", "text-to-image", "template:sd-lora"),
     encodings=text_to_image.ENCODINGS,
     encoders=encoders,
+    prior=replace(text_to_image.PRIOR, load=untouched),
     float32=("vae",),
     columns=text_to_image.COLUMNS,
     multiple=text_to_image.multiple,

@@ -81,6 +81,7 @@ def small(folder, cfg):
     if task in PRETRAINED:
         own = {"pretrained_model_name_or_path": "sd", "num_inference_steps": 2, "variant": None}
         settings |= {f"{task}.{name}": value for name, value in own.items()}
+        settings |= {"data.num_class_images": 2} if data.num_class_images else {}
     elif task == "vae":
         model = {"vae.pretrained_model_name_or_path": "sd/vae"} if own.train == "decoder" else {"vae.model_config": "vae.json"}
         settings |= model | {"vae.disc_channels": 4, "vae.disc_layers": 1, "vae.perceptual_weight": 0}
