@@ -1,0 +1,155 @@
+"""Device bugs of the kinds that people met on real GPUs, each planted into the package by itself: which does the pretended GPU
+catch? `python tests/planted.py` says it of all, or of those whose numbers follow.
+
+What each is like: timesteps, noise or tables left on the CPU (Color-diffusion#1, sd_dreambooth_extension#1435); an EMA or an
+optimizer's state that a checkpoint brought back to the CPU (DALLE2-pytorch#87, diffusers#3871, pytorch_optimizer#266,
+accelerate#3372); generators of another device (pytorch#62152); reads and copies that drain the queue at every step
+(OneTrainer#1608, diffusers#9475, diffusers#13564). None is a bug where there is no GPU: on a CPU each gives the same bits.
+"""
+
+BUGS = [  # what, file, line, the same with the bug
+    ("the schedule of ddpm on the CPU", "maths/diffusion.py", ".alphas_cumprod.to(device)", ".alphas_cumprod"),
+    ("the schedule of SD on the CPU", "families/stable_diffusion.py", ".alphas_cumprod.to(device)", ".alphas_cumprod"),
+    ("timesteps on the CPU", "tasks/__init__.py", ".clamp_(max=high - 1)", ".clamp_(max=high - 1).cpu()"),
+    (
+        "noise on the CPU",
+        "tasks/__init__.py",
+        "philox().normal(self._keys(purpose, len(shape)), (len(self), *shape)).to(self.device)",
+        "philox().normal(self._keys(purpose, len(shape)), (len(self), *shape)).cpu()",
+    ),
+    ("masks on the CPU", "inputs/batches.py", "moved[name] = x / 255 if", "moved[name] = (x / 255).cpu() if"),
+    (
+        "the examples' weights on the CPU",
+        "inputs/batches.py",
+        "non_blocking=True) if isinstance(v, Tensor)",
+        'non_blocking=True) if isinstance(v, Tensor) and k != "weight"',
+    ),
+    (
+        "cached encodings on the CPU",
+        "inputs/batches.py",
+        "non_blocking=True) if isinstance(v, Tensor)",
+        'non_blocking=True) if isinstance(v, Tensor) and k != "latent_mean"',
+    ),
+    ("the EMA begins on the CPU", "training/ema.py", '"cpu" if offload else p.device', '"cpu"'),
+    (
+        "an offloaded EMA meets the weights",
+        "training/ema.py",
+        "value.copy_(torch.lerp(value.to(weight.device), weight, 1 - decay))",
+        "value.lerp_(weight, 1 - decay)",
+    ),
+    (
+        "an offloaded EMA is shown where it is",
+        "machine/placement.py",
+        "weights[key].data = value.to(weights[key].device)",
+        "weights[key].data = value",
+    ),
+    (
+        "an offloaded EMA is checked where it is",
+        "training/guard.py",
+        "x.detach().isfinite().all().to(self.accelerator.device)",
+        "x.detach().isfinite().all()",
+    ),
+    ("a loaded EMA on the CPU", "checkpoint.py", "ema[key].copy_(value)", "ema[key].data = value"),
+    (
+        "a loaded optimizer's state on the CPU",
+        "checkpoint.py",
+        "    accelerator.step = 0  #",
+        "    for values in (values for o in optimizers for values in o.state.values()):\n"
+        "        values.update({key: x.cpu() for key, x in values.items() if isinstance(x, Tensor)})\n"
+        "    accelerator.step = 0  #",
+    ),
+    (
+        "encoders are not brought back for samples",
+        "loop.py",
+        "    move(learner.models, run.idle, accelerator.device)\n",
+        "",
+    ),
+    (
+        "encoders stay on the device after samples",
+        "loop.py",
+        '    on_main(accelerator, samples)\n    move(learner.models, run.idle, "cpu")\n',
+        "    on_main(accelerator, samples)\n",
+    ),
+    (
+        "modules of buffers alone are not placed",
+        "machine/placement.py",
+        "for _ in itertools.chain(module.parameters(), module.buffers())):",
+        "for _ in module.parameters()):",
+    ),
+    ("SDXL's sizes on the CPU", "families/stable_diffusion.py", '"target_size")], 1).float()', '"target_size")], 1).float().cpu()'),
+    (
+        "captions' tokens on the CPU",
+        "families/stable_diffusion.py",
+        'tokenizer(captions, return_tensors="pt", **settings).to(device)',
+        'tokenizer(captions, return_tensors="pt", **settings)',
+    ),
+    (
+        "the loss read at every step",
+        "training/meter.py",
+        "self.open.pop(loss.name, 0) + loss.value.detach()",
+        "self.open.pop(loss.name, 0) + loss.value.detach().item()",
+    ),
+    ("the gradient's norm read at every step", "loop.py", '"grad_norm", name, norm)', '"grad_norm", name, norm.item())'),
+    (
+        "finite or not, asked at every step",
+        "training/guard.py",
+        'self.now = accelerator.device.type == "cpu" or most > 0',
+        "self.now = True",
+    ),
+    (
+        "statistics of latents on the CPU",
+        "families/latents.py",
+        "mean.float().view(1, -1, 1, 1).to(device), std.float().view(1, -1, 1, 1).to(device)",
+        "mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)",
+    ),
+    ("positions on the CPU", "families/latents.py", "torch.zeros(h, w, axes, device=device)", "torch.zeros(h, w, axes)"),
+    (
+        "the order of validation on the CPU",
+        "training/validation.py",
+        "torch.tensor(ranks, dtype=torch.float32, device=device)",
+        "torch.tensor(ranks, dtype=torch.float32)",
+    ),
+    ("batches are not pinned", "inputs/batches.py", "pin_memory=torch.cuda.is_available()", "pin_memory=False"),
+    ("batches' copies block", "inputs/batches.py", "v.to(device, non_blocking=True)", "v.to(device)"),
+    ("keys are not pinned", "tasks/__init__.py", "keys.pin_memory().to(device,", "keys.to(device,"),
+    ("SSIM's window on the CPU", "maths/image_quality.py", "torch.arange(side, device=x.device)", "torch.arange(side)"),
+    (
+        "offloaded blocks compute where they are",
+        "families/offload.py",
+        "p.data = home.to(device, non_blocking=True, copy=True)",
+        "p.data = home",
+    ),
+    ("offloaded blocks are not pinned", "families/offload.py", "pinned = torch.cuda.is_available()", "pinned = False"),
+    (
+        "dropout on the device is not seeded",
+        "machine/placement.py",
+        "torch.get_device_module(device).manual_seed(seed)",
+        "pass",
+    ),
+    (
+        "autocast of the CPU switched off around the autoencoder",
+        "families/stable_diffusion.py",
+        "with torch.autocast(z.device.type, enabled=False):\n        return (vae",
+        'with torch.autocast("cpu", enabled=False):\n        return (vae',
+    ),
+    (
+        "samples' noise by the device's generator",
+        "tasks/__init__.py",
+        "torch.Generator().manual_seed(seed & 0xFFFFFFFF)",
+        'torch.Generator("cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed & 0xFFFFFFFF)',
+    ),
+    (
+        "noise on the device by the CPU's generator",
+        "tasks/vae.py",
+        'noise = rng.normal("posterior", *latent_shape(vae, x))',
+        "generator = torch.Generator().manual_seed(rng.numbers[0])\n"
+        "    noise = torch.randn(len(x), *latent_shape(vae, x), generator=generator, device=x.device)",
+    ),
+    ("the resident images on the CPU", "data.py", "self.resident = pixels.to(device)", "self.resident = pixels"),
+    (
+        "places of crops on the CPU",
+        "data.py",
+        "torch.arange(side, device=images.device) for side in size",
+        "torch.arange(side) for side in size",
+    ),
+]
