@@ -34,7 +34,7 @@ BUGS = [  # what, file, line, the same with the bug
     (
         "an offloaded EMA meets the weights",
         "training/ema.py",
-        "value.copy_(torch.lerp(value.to(weight.device), weight, 1 - decay))",
+        "value.copy_(torch.lerp(there, weight, 1 - decay), non_blocking=True)",
         "value.lerp_(weight, 1 - decay)",
     ),
     (
@@ -80,8 +80,8 @@ BUGS = [  # what, file, line, the same with the bug
     (
         "captions' tokens on the CPU",
         "families/stable_diffusion.py",
-        'tokenizer(captions, return_tensors="pt", **settings).to(device)',
-        'tokenizer(captions, return_tensors="pt", **settings)',
+        "transfer(tokens.input_ids, device)",
+        "tokens.input_ids",
     ),
     (
         "the loss read at every step",
@@ -99,8 +99,8 @@ BUGS = [  # what, file, line, the same with the bug
     (
         "statistics of latents on the CPU",
         "families/latents.py",
-        "mean.float().view(1, -1, 1, 1).to(device), std.float().view(1, -1, 1, 1).to(device)",
-        "mean.float().view(1, -1, 1, 1), std.float().view(1, -1, 1, 1)",
+        "transfer(x, device).float().view(1, -1, 1, 1)",
+        "x.float().view(1, -1, 1, 1)",
     ),
     ("positions on the CPU", "families/latents.py", "torch.zeros(h, w, axes, device=device)", "torch.zeros(h, w, axes)"),
     (
@@ -111,13 +111,13 @@ BUGS = [  # what, file, line, the same with the bug
     ),
     ("batches are not pinned", "inputs/batches.py", "pin_memory=torch.cuda.is_available()", "pin_memory=False"),
     ("batches' copies block", "inputs/batches.py", "v.to(device, non_blocking=True)", "v.to(device)"),
-    ("keys are not pinned", "tasks/__init__.py", "keys.pin_memory().to(device,", "keys.to(device,"),
+    ("keys are not pinned", "tasks/__init__.py", "x.pin_memory().to(device, non_blocking=True)", "x.to(device, non_blocking=True)"),
     ("SSIM's window on the CPU", "maths/image_quality.py", "torch.arange(side, device=x.device)", "torch.arange(side)"),
     (
         "offloaded blocks compute where they are",
         "families/offload.py",
-        "p.data = home.to(device, non_blocking=True, copy=True)",
-        "p.data = home",
+        "p.data.to(device, non_blocking=True, copy=True)",
+        "p.data",
     ),
     ("offloaded blocks are not pinned", "families/offload.py", "pinned = torch.cuda.is_available()", "pinned = False"),
     (

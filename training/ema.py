@@ -33,17 +33,19 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        if self.offloaded:  # one at a time to where the weights are: the same arithmetic, the same bits
+        if self.offloaded:  # one at a time to where the weights are: the same arithmetic, the same bits; nothing waits for it
             for value, weight in zip(values, self.weights, strict=True):
-                value.copy_(torch.lerp(value.to(weight.device), weight, 1 - decay))
+                there = value.to(weight.device, non_blocking=True)
+                value.copy_(torch.lerp(there, weight, 1 - decay), non_blocking=True)
         elif values:
             torch._foreach_lerp_(values, self.weights, 1 - decay)
         return decay
 
 
 def begin(weights: Mapping[str, Tensor], offload: bool) -> dict[str, Tensor]:
-    """An average of one value: copies of the weights, where they are or in the machine's memory."""
-    return {key: p.detach().to("cpu" if offload else p.device, copy=True) for key, p in weights.items()}
+    """An average of one value: copies of the weights, where they are or in the machine's memory, then pinned for a GPU."""
+    copied = {key: p.detach().to("cpu" if offload else p.device, copy=True) for key, p in weights.items()}
+    return {key: x.pin_memory() if weights[key].is_cuda and not x.is_cuda else x for key, x in copied.items()}
 
 
 def decay_at(step: int, largest: float, power: float) -> float:
