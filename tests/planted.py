@@ -7,6 +7,14 @@ accelerate#3372); generators of another device (pytorch#62152); reads and copies
 (OneTrainer#1608, diffusers#9475, diffusers#13564). None is a bug where there is no GPU: on a CPU each gives the same bits.
 """
 
+import functools
+import gc
+import sys
+import tempfile
+from pathlib import Path
+from types import CodeType, FunctionType
+
+ROOT = Path(__file__).parent.parent
 BUGS = [  # what, file, line, the same with the bug
     ("the schedule of ddpm on the CPU", "maths/diffusion.py", ".alphas_cumprod.to(device)", ".alphas_cumprod"),
     ("the schedule of SD on the CPU", "families/stable_diffusion.py", ".alphas_cumprod.to(device)", ".alphas_cumprod"),
@@ -76,7 +84,12 @@ BUGS = [  # what, file, line, the same with the bug
         "for _ in itertools.chain(module.parameters(), module.buffers())):",
         "for _ in module.parameters()):",
     ),
-    ("SDXL's sizes on the CPU", "families/stable_diffusion.py", '"target_size")], 1).float()', '"target_size")], 1).float().cpu()'),
+    (
+        "SDXL's sizes on the CPU",
+        "families/stable_diffusion.py",
+        '"target_size")], 1).float()',
+        '"target_size")], 1).float().cpu()',
+    ),
     (
         "captions' tokens on the CPU",
         "families/stable_diffusion.py",
@@ -111,7 +124,12 @@ BUGS = [  # what, file, line, the same with the bug
     ),
     ("batches are not pinned", "inputs/batches.py", "pin_memory=torch.cuda.is_available()", "pin_memory=False"),
     ("batches' copies block", "inputs/batches.py", "v.to(device, non_blocking=True)", "v.to(device)"),
-    ("keys are not pinned", "tasks/__init__.py", "x.pin_memory().to(device, non_blocking=True)", "x.to(device, non_blocking=True)"),
+    (
+        "keys are not pinned",
+        "tasks/__init__.py",
+        "x.pin_memory().to(device, non_blocking=True)",
+        "x.to(device, non_blocking=True)",
+    ),
     ("SSIM's window on the CPU", "maths/image_quality.py", "torch.arange(side, device=x.device)", "torch.arange(side)"),
     (
         "offloaded blocks compute where they are",
@@ -153,3 +171,73 @@ BUGS = [  # what, file, line, the same with the bug
         "torch.arange(side) for side in size",
     ),
 ]
+FIRST = {"tasks/vae.py": "vae", "maths/image_quality.py": "vae", "families/offload.py": "flux offloaded"}
+FIRST |= {
+    "training/ema.py": "ddpm buckets",
+    "families/stable_diffusion.py": "sdxl text",
+    "families/latents.py": "finetune flux2",
+}
+"""File -> the case that is tried first; then all the others."""
+
+
+def codes(code: CodeType) -> dict[str, CodeType]:
+    """The functions inside, by their qualified names."""
+    inside = [x for x in code.co_consts if isinstance(x, CodeType)]
+    return {x.co_qualname: x for x in inside} | {k: v for x in inside for k, v in codes(x).items()}
+
+
+def plant(file: str, line: str, bug: str) -> None:
+    """Give the functions of a module, wherever they are kept by now, the code that they would have with the bug."""
+    source = (ROOT / file).read_text()
+    assert source.count(line) == 1, (file, line)
+    module = ".".join(["oneloop", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+    path = sys.modules[module].__file__
+    old, new = (codes(compile(text, path, "exec")) for text in (source, source.replace(line, bug)))
+    changed = {name for name in new if name in old and old[name] != new[name] and "<" not in name}
+    functions = [f for f in gc.get_objects() if isinstance(f, FunctionType) and f.__code__.co_filename == path]
+    found = [f for f in functions if f.__code__.co_qualname in changed]
+    if not found:
+        sys.exit(f"not planted: {file}, {line}")
+    for function in found:
+        function.__code__ = new[function.__code__.co_qualname]
+
+
+def main(numbers: list[int]) -> None:
+    import conftest  # noqa: F401
+    import test_pretended as cases
+    import tiny_families
+    import tiny_models
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "photos").mkdir()
+        photos = cases.draw_photos(folder / "photos")
+        own = lambda kind: tiny_models.build(folder, kind) if kind.startswith("sd") else tiny_families.build(kind, folder)  # noqa: E731
+        built = functools.cache(own)
+
+        @functools.cache
+        def reference(case: str) -> Path:
+            place = folder / case.replace(" ", "-")
+            place.mkdir()
+            assert cases.started(case, place, photos, built, False).wait().code == 0
+            return place
+
+        caught = 0
+        for number in numbers:
+            what, file, *change = BUGS[number - 1]
+            said = "not caught"
+            for case in sorted(cases.CASES, key=lambda case: case != FIRST.get(file, "ddpm")):
+                place = folder / f"{number}-{case.replace(' ', '-')}"
+                place.mkdir()
+                (place / "cpu").symlink_to(reference(case) / "cpu")
+                ended = cases.gpu_run(case, place, photos, built, functools.partial(plant, file, *change))
+                wrong = next(iter([ended.strip().splitlines()[-1]] if ended else cases.compared(case, place)), None)
+                if wrong:
+                    said, caught = f"{case}: {wrong[:150]}", caught + 1
+                    break
+            print(f"{number:2} {what}: {said}", flush=True)
+        print(f"{caught} of {len(numbers)} caught")
+
+
+if __name__ == "__main__":
+    main(list(map(int, sys.argv[1:])) or list(range(1, len(BUGS) + 1)))

@@ -9,7 +9,7 @@ import re
 
 import diffusers
 import numpy as np
-import pretended
+import pretended_torch
 import pytest
 import torch
 from PIL import Image
@@ -22,26 +22,32 @@ from oneloop.settings import command_line
 diffusers.utils.logging.set_verbosity_error()
 TEXT = {"train_text_encoder": True, "example_cache": "no"}
 NARROW = {"mixed_precision": "bf16", "gradient_checkpointing": True}
-RUN = {"max_train_steps": 4, "num_samples": 2, "logger": "none", "validation_steps": 2, "checkpointing_steps": 2}
+RUN = {"max_train_steps": 4, "num_samples": 2, "logger": "none", "validation_steps": 0, "validate_first": False}
 RUN |= {"logging_steps": 2, "lr_scheduler": "constant", "mixed_precision": "no", "train_batch_size": 2, "resolution": 32}
-CASES = {  # task, its checkpoint, what is not as in RUN; `masks` and `held_out` are short for flags of the data
-    "ddpm": ("ddpm", None, {"random_flip": True, "validation_split": 0.4}),
-    "ddpm buckets": ("ddpm", None, {"buckets": True, "offload_ema": True, "optimizer": "muon", "masks": True}),
+AGAIN = {"validation_steps": 2, "checkpointing_steps": 2}
+"""What a run stops half way with, and is resumed."""
+CASES = {  # task, its checkpoint, what is not as in RUN
+    "ddpm": ("ddpm", None, AGAIN | {"random_flip": True, "validation_split": 0.4}),
+    "ddpm buckets": ("ddpm", None, AGAIN | {"buckets": True, "offload_ema": True, "optimizer": "muon", "masks": True}),
     "ddpm accumulated": ("ddpm", None, {"gradient_accumulation_steps": 2, "optimizer": "adafactor", "max_skipped_updates": 1}),
-    "vae": ("vae", None, {"validation_split": 0.4, "random_flip": True}),
+    "vae": ("vae", None, AGAIN | {"validation_split": 0.4, "random_flip": True}),
     "vae bf16": ("vae", None, {"mixed_precision": "bf16", "use_ema": False, "optimizer": "prodigy", "learning_rate": 1.0}),
     "sd cached": ("lora", "sd", {"masks": True, "buckets": True, "validation_split": 0.4, "validation_steps": 1} | NARROW),
-    "sd text": ("lora", "sd", TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
+    "sd text": ("lora", "sd", AGAIN | TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
     "sdxl text": ("lora", "sdxl", TEXT | {"validation_split": 0.4, "gradient_accumulation_steps": 2}),
     "sdxl cached": ("lora", "sdxl", {"preservation_weight": 0.5, "preservation_prompt": "a dog", "offload_ema": True}),
     "sdxl in the step": ("lora", "sdxl", {"example_cache": "no", "optimizer": "schedulefree"}),
-    "flux offloaded": ("lora", "FluxPipeline", {"group_offload": True, "gradient_checkpointing": True, "validation_split": 0.4}),
+    "flux offloaded": (
+        "lora",
+        "FluxPipeline",
+        AGAIN | {"group_offload": True, "gradient_checkpointing": True, "validation_split": 0.4},
+    ),
     "flux float8": ("lora", "FluxPipeline", NARROW | {"base_precision": "float8", "offload_ema": True}),
     "flux nf4": ("lora", "FluxPipeline", NARROW | {"base_precision": "nf4", "use_ema": False}),
-    "qwen int8": ("lora", "QwenImagePipeline", NARROW | {"base_precision": "int8"}),
+    "qwen int8": ("lora", "QwenImagePipeline", AGAIN | NARROW | {"base_precision": "int8"}),
     "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True}),
     "z-image": ("lora", "ZImagePipeline", {"example_cache": "no", "buckets": True}),
-    "finetune": ("finetune", "sd", {"trains": "attention", "gradient_checkpointing": True, "validation_split": 0.4}),
+    "finetune": ("finetune", "sd", AGAIN | {"trains": "attention", "gradient_checkpointing": True, "validation_split": 0.4}),
     "finetune flux2": ("finetune", "Flux2KleinPipeline", {"offload_ema": True, "buckets": True}),
 }
 BETWEEN = {"read", "save", "settle", "validate"}
@@ -60,8 +66,12 @@ KNOWN = {
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"))
+
+
+def draw_photos(folder):
     """A folder of captioned images of two shapes, and one of masks."""
-    folder, noise = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     for name, mode in (("images", "RGB"), ("masks", "L")):
         (folder / name).mkdir()
         for i in range(12):
@@ -95,12 +105,12 @@ def trained(argv, folder, there):
     held = []
 
     def loss_fn(models, batch, *given):
-        if there and batch["phase"] == "train":
+        if there and batch["phase"] == "train" and cfg.base.validation_steps == 1:
             gc.collect()
             held.append(torch.cuda.memory_allocated())
         yield from module.task.loss_fn(models, batch, *given)
 
-    with pretended.gpu(loop.__file__.removesuffix("/loop.py")) if there else contextlib.nullcontext() as seen:
+    with pretended_torch.gpu(loop.__file__.removesuffix("/loop.py")) if there else contextlib.nullcontext() as seen:
         loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
     if there:
         with open(folder / "seen.jsonl", "a") as file:
@@ -112,8 +122,13 @@ def left(out):
     made = [p for folder in ("checkpoint-*", "samples", "export") for p in sorted(out.glob(f"{folder}/**/*")) if p.is_file()]
     made = {p.relative_to(out).as_posix(): p for p in made if not re.search(r"manifest.json|random_states|README", p.name)}
     content = {name: digest(p) if p.suffix == ".safetensors" else p.read_bytes() for name, p in made.items()}
-    speeds = ("images_per_second", "data_wait")
-    return content | {"metrics": [{k: v for k, v in x.items() if k not in speeds} for x in metrics(out)]}
+    numbers = [{k: rounded(k, v) for k, v in x.items() if k not in ("images_per_second", "data_wait")} for x in metrics(out)]
+    return content | {"metrics": numbers}
+
+
+def rounded(key, value):
+    """Losses of validation, whose batches may lie in memory as no batch of a step does, are compared to 1e-6 of their size."""
+    return float(f"{value:.5e}") if key.startswith("validation/") else value
 
 
 def digest(path):
@@ -135,21 +150,28 @@ def compared(case, folder):
     yield from (f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name))
     parts = [json.loads(text) for text in (folder / "gpu" / "seen.jsonl").read_text().splitlines()]
     for wait in (wait for part in parts for wait in part["waits"] if wait["step"] is not None):
-        function = wait["where"].split()[1].split(".")[0]
-        if wait["during"] not in BETWEEN and function not in (*ONCE, *KNOWN.get(case, ())):
+        functions = set(wait["where"].split()[1].split("."))
+        if wait["during"] not in BETWEEN and not functions & {*ONCE, *KNOWN.get(case, ())}:
             yield f"in step {wait['step']} {wait['where']} waits for {wait['what']}"
-    before, after = parts[-1]["held"][-2:]
-    if CASES[case][2].get("validation_steps") == 1 and after > before + 8192:
-        yield f"a validation leaves {after - before} bytes on the device"
+    held = parts[-1]["held"]
+    if held and held[-1] > held[-2] + 8192:
+        yield f"a validation leaves {held[-1] - held[-2]} bytes on the device"
+
+
+def gpu_run(case, folder, photos, built, patch=lambda: None):
+    """A case on the pretended GPU, to its end; what is wrong with how it ended, in words, or None."""
+    for more in (("--base.max-train-steps", "2"), ()) if AGAIN.items() <= CASES[case][2].items() else ((),):
+        done = started(case, folder, photos, built, True, *more, patch=patch).wait()
+        if done.code or "no samples" in done.err:
+            return done.err
+    return None
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_of_a_cpu_and_no_wait(case, tmp_path, photos, built):
-    """Beside the whole run on the CPU one on the pretended GPU that stops half way and is resumed."""
+    """Beside the whole run on the CPU one on the pretended GPU, which may stop half way and be resumed."""
     whole = started(case, tmp_path, photos, built, False)
-    for more in (("--base.max-train-steps", "2"), ()):
-        part = started(case, tmp_path, photos, built, True, *more).wait()
-        assert part.code == 0 and "no samples" not in part.err, part.err
+    assert gpu_run(case, tmp_path, photos, built) is None
     whole = whole.wait()
     assert whole.code == 0 and "no samples" not in whole.err, whole.err
-    assert not list(compared(case, tmp_path))
+    assert list(compared(case, tmp_path)) == []
