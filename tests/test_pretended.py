@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from warm import flags, fork, metrics, tiny
 
 from oneloop import loop
+from oneloop.inputs import encodings
+from oneloop.machine import placement
 from oneloop.settings import command_line
 
 diffusers.utils.logging.set_verbosity_error()
@@ -29,33 +31,33 @@ AGAIN = {"validation_steps": 2, "checkpointing_steps": 2}
 CASES = {  # task, its checkpoint, what is not as in RUN
     "ddpm": ("ddpm", None, AGAIN | {"random_flip": True, "validation_split": 0.4}),
     "ddpm buckets": ("ddpm", None, AGAIN | {"buckets": True, "offload_ema": True, "optimizer": "muon", "masks": True}),
-    "ddpm accumulated": ("ddpm", None, {"gradient_accumulation_steps": 2, "optimizer": "adafactor", "max_skipped_updates": 1}),
+    "ddpm accumulated": ("ddpm", None, {"gradient_accumulation_steps": 2, "max_skipped_updates": 1, "use_ema": False}),
     "vae": ("vae", None, AGAIN | {"validation_split": 0.4, "random_flip": True}),
-    "vae bf16": ("vae", None, {"mixed_precision": "bf16", "use_ema": False, "optimizer": "prodigy", "learning_rate": 1.0}),
     "sd cached": ("lora", "sd", {"masks": True, "buckets": True, "validation_split": 0.4, "validation_steps": 1} | NARROW),
-    "sd text": ("lora", "sd", AGAIN | TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
+    "sd text": ("lora", "sd", TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
     "sdxl text": ("lora", "sdxl", TEXT | {"validation_split": 0.4, "gradient_accumulation_steps": 2}),
-    "sdxl cached": ("lora", "sdxl", {"preservation_weight": 0.5, "preservation_prompt": "a dog", "offload_ema": True}),
-    "sdxl in the step": ("lora", "sdxl", {"example_cache": "no", "optimizer": "schedulefree"}),
-    "flux offloaded": (
-        "lora",
-        "FluxPipeline",
-        AGAIN | {"group_offload": True, "gradient_checkpointing": True, "validation_split": 0.4},
-    ),
-    "flux float8": ("lora", "FluxPipeline", NARROW | {"base_precision": "float8", "offload_ema": True}),
-    "flux nf4": ("lora", "FluxPipeline", NARROW | {"base_precision": "nf4", "use_ema": False}),
-    "qwen int8": ("lora", "QwenImagePipeline", AGAIN | NARROW | {"base_precision": "int8"}),
-    "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True}),
-    "z-image": ("lora", "ZImagePipeline", {"example_cache": "no", "buckets": True}),
-    "finetune": ("finetune", "sd", AGAIN | {"trains": "attention", "gradient_checkpointing": True, "validation_split": 0.4}),
+    "sdxl cached": ("lora", "sdxl", AGAIN | {"preservation_weight": 0.5, "preservation_prompt": "a dog", "offload_ema": True}),
+    "flux offloaded": ("lora", "FluxPipeline", {"group_offload": True, "gradient_checkpointing": True}),
+    "qwen int8": ("lora", "QwenImagePipeline", NARROW | {"base_precision": "int8"}),
+    "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True, "optimizer": "schedulefree"}),
     "finetune flux2": ("finetune", "Flux2KleinPipeline", {"offload_ema": True, "buckets": True}),
 }
+MORE = {
+    "vae bf16": ("vae", None, {"mixed_precision": "bf16", "use_ema": False, "optimizer": "prodigy", "learning_rate": 1.0}),
+    "sdxl in the step": ("lora", "sdxl", {"example_cache": "no", "optimizer": "adafactor"}),
+    "flux float8": ("lora", "FluxPipeline", AGAIN | NARROW | {"base_precision": "float8", "offload_ema": True}),
+    "flux nf4": ("lora", "FluxPipeline", AGAIN | NARROW | {"base_precision": "nf4"}),
+    "z-image": ("lora", "ZImagePipeline", {"example_cache": "no", "buckets": True}),
+    "finetune": ("finetune", "sd", AGAIN | {"trains": "attention", "gradient_checkpointing": True, "validation_split": 0.4}),
+}
+"""What `python tests/planted.py` runs too, without a bug and with each."""
 BETWEEN = {"read", "save", "settle", "validate"}
 """What `loop.train` calls between steps: there the host may wait."""
 ONCE = ("alphas_cumprod", "_alphas_cumprod")
 """Functions that make a table in the first step."""
 KNOWN = {
-    "ddpm accumulated": ("finite", "step_optimizer"),  # what --base.max-skipped-updates is for; Adafactor's first state
+    "ddpm accumulated": ("finite",),  # what --base.max-skipped-updates is for
+    "sdxl in the step": ("step_optimizer",),  # Adafactor's first state, in the first step alone
     "vae bf16": ("step_optimizer",),  # Prodigy reads its step size
     "qwen int8": ("trim", "qwen_image_velocity"),  # the length of the longest text; diffusers' positions
     "sd3 text": ("sd3_text",),  # diffusers' own encode_prompt
@@ -83,7 +85,7 @@ def draw_photos(folder):
 
 def line(case, folder, photos, built):
     """The command line of a case, whose output is in the folder."""
-    task, model, more = CASES[case]
+    task, model, more = (CASES | MORE)[case]
     own = RUN | more
     if own.pop("masks", False):
         own["mask_data_dir"] = photos / "masks"
@@ -110,6 +112,8 @@ def trained(argv, folder, there):
             held.append(torch.cuda.memory_allocated())
         yield from module.task.loss_fn(models, batch, *given)
 
+    for user in (placement, encodings) if not there else ():
+        user.place = moved(user.place)
     with pretended_torch.gpu(loop.__file__.removesuffix("/loop.py")) if there else contextlib.nullcontext() as seen:
         loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
     if there:
@@ -117,18 +121,24 @@ def trained(argv, folder, there):
             file.write(json.dumps({"waits": list(map(dataclasses.asdict, seen.waits)), "held": held}) + "\n")
 
 
+def moved(place):
+    """Placed, and copied as on the way to a GPU: the last bit of a product may depend on where in memory weights lie."""
+
+    def call(models, *given):
+        place(models, *given)
+        for p in (p for module in models.values() for p in module.parameters() if type(p.data) is torch.Tensor):
+            p.data = p.data.clone()
+
+    return call
+
+
 def left(out):
     """What a run leaves that is a function of its settings: the file's name -> its content; and its metrics without speeds."""
     made = [p for folder in ("checkpoint-*", "samples", "export") for p in sorted(out.glob(f"{folder}/**/*")) if p.is_file()]
     made = {p.relative_to(out).as_posix(): p for p in made if not re.search(r"manifest.json|random_states|README", p.name)}
     content = {name: digest(p) if p.suffix == ".safetensors" else p.read_bytes() for name, p in made.items()}
-    numbers = [{k: rounded(k, v) for k, v in x.items() if k not in ("images_per_second", "data_wait")} for x in metrics(out)]
-    return content | {"metrics": numbers}
-
-
-def rounded(key, value):
-    """Losses of validation, whose batches may lie in memory as no batch of a step does, are compared to 1e-6 of their size."""
-    return float(f"{value:.5e}") if key.startswith("validation/") else value
+    speeds = ("images_per_second", "data_wait")
+    return content | {"metrics": [{k: v for k, v in x.items() if k not in speeds} for x in metrics(out)]}
 
 
 def digest(path):
@@ -160,7 +170,7 @@ def compared(case, folder):
 
 def gpu_run(case, folder, photos, built, patch=lambda: None):
     """A case on the pretended GPU, to its end; what is wrong with how it ended, in words, or None."""
-    for more in (("--base.max-train-steps", "2"), ()) if AGAIN.items() <= CASES[case][2].items() else ((),):
+    for more in (("--base.max-train-steps", "2"), ()) if AGAIN.items() <= (CASES | MORE)[case][2].items() else ((),):
         done = started(case, folder, photos, built, True, *more, patch=patch).wait()
         if done.code or "no samples" in done.err:
             return done.err
