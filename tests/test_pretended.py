@@ -23,6 +23,7 @@ from oneloop.settings import command_line
 
 diffusers.utils.logging.set_verbosity_error()
 TEXT = {"train_text_encoder": True, "example_cache": "no"}
+EACH = {"validation_split": 0.4, "validation_steps": 1}
 NARROW = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 RUN = {"max_train_steps": 4, "num_samples": 2, "logger": "none", "validation_steps": 0, "validate_first": False}
 RUN |= {"logging_steps": 2, "lr_scheduler": "constant", "mixed_precision": "no", "train_batch_size": 2, "resolution": 32}
@@ -33,7 +34,7 @@ CASES = {  # task, its checkpoint, what is not as in RUN
     "ddpm buckets": ("ddpm", None, AGAIN | {"buckets": True, "offload_ema": True, "optimizer": "muon", "masks": True}),
     "ddpm accumulated": ("ddpm", None, {"gradient_accumulation_steps": 2, "max_skipped_updates": 1, "use_ema": False}),
     "vae": ("vae", None, AGAIN | {"validation_split": 0.4, "random_flip": True}),
-    "sd cached": ("lora", "sd", {"masks": True, "buckets": True, "validation_split": 0.4, "validation_steps": 1} | NARROW),
+    "sd cached": ("lora", "sd", AGAIN | NARROW | {"masks": True, "buckets": True} | EACH),
     "sd text": ("lora", "sd", TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
     "sdxl text": ("lora", "sdxl", TEXT | {"validation_split": 0.4, "gradient_accumulation_steps": 2}),
     "sdxl cached": ("lora", "sdxl", AGAIN | {"preservation_weight": 0.5, "preservation_prompt": "a dog", "offload_ema": True}),
@@ -107,6 +108,7 @@ def trained(argv, folder, there):
     held = []
 
     def loss_fn(models, batch, *given):
+        assert not any(p.is_cuda for module in models.values() for p in getattr(module, "offloaded", ()))
         if there and batch["phase"] == "train" and cfg.base.validation_steps == 1:
             gc.collect()
             held.append(torch.cuda.memory_allocated())
@@ -170,7 +172,8 @@ def compared(case, folder):
 
 def gpu_run(case, folder, photos, built, patch=lambda: None):
     """A case on the pretended GPU, to its end; what is wrong with how it ended, in words, or None."""
-    for more in (("--base.max-train-steps", "2"), ()) if AGAIN.items() <= (CASES | MORE)[case][2].items() else ((),):
+    parts = (("--base.max-train-steps", "2"), ()) if "checkpointing_steps" in (CASES | MORE)[case][2] else ((),)
+    for more in parts:
         done = started(case, folder, photos, built, True, *more, patch=patch).wait()
         if done.code or "no samples" in done.err:
             return done.err
