@@ -4,7 +4,7 @@ catch? `python tests/planted.py` says it of all, or of those whose numbers follo
 What each is like: timesteps, noise or tables left on the CPU (Color-diffusion#1, sd_dreambooth_extension#1435); an EMA or an
 optimizer's state that a checkpoint brought back to the CPU (DALLE2-pytorch#87, diffusers#3871, pytorch_optimizer#266,
 accelerate#3372); generators of another device (pytorch#62152); reads and copies that drain the queue at every step
-(OneTrainer#1608, diffusers#9475, diffusers#13564). None is a bug where there is no GPU: on a CPU each gives the same bits.
+(OneTrainer#1608, diffusers#9475, diffusers#13564). None is a bug where there is no GPU.
 """
 
 import functools

@@ -25,6 +25,8 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 Tensor = torch.Tensor
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "unique_dim", "unique_consecutive"}
 """Operations whose result, or its shape, the host has to know."""
+FOREIGN: dict[int, Any] = {}
+"""The device's generators, kept so that no other has their address."""
 COPIES = {"copy_", "_foreach_copy_"}
 SINGLE = {"fill", "fill_", "masked_fill", "masked_fill_"}
 """Operations beside those by element that take a single number from the CPU."""
@@ -190,9 +192,8 @@ class Device(TorchDispatchMode):
     def draw(self, op: Any, placed: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A random operation: by a generator of its device, or that device's own."""
         generators = [x for x in (*args, *kwargs.values()) if isinstance(x, torch._C.Generator)]
-        kinds = {g: "cuda" if getattr(g, "foreign", False) else "cpu" for g in generators}
         wanted = "cuda" if placed else "cpu"
-        for found in kinds.values():
+        for found in ("cuda" if g._cdata in FOREIGN else "cpu" for g in generators):
             if found != wanted:
                 raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
         if generators or not placed:

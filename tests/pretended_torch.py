@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended import CPU, CUDA, SEPARATE, Device, Seen, Tensor, tensors_in
+from pretended import CPU, CUDA, FOREIGN, SEPARATE, Device, Seen, Tensor, tensors_in
 
 
 class Generator(torch._C.Generator):
@@ -18,6 +18,7 @@ class Generator(torch._C.Generator):
     def __new__(cls, device: Any = "cpu") -> Any:
         made = super().__new__(cls)
         made.foreign = torch.device(device).type == "cuda"
+        FOREIGN.update({made._cdata: made} if made.foreign else {})
         return made
 
     device = property(lambda self: CUDA if self.foreign else CPU)
