@@ -336,7 +336,8 @@ def make_learner(
     return Learner(
         state,
         models,
-        called=models | {k: accelerator.prepare_model(m, evaluation_mode=not trains(m)) for k, m in state.models.items()},
+        # They are placed: accelerate would bring what is offloaded.
+        called=models | {k: accelerator.prepare_model(m, False, not trains(m)) for k, m in state.models.items()},
         optims={k: accelerator.prepare(o) for k, o in state.optims.items()},
         weights=weights,
         averages=averages,

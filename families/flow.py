@@ -236,7 +236,7 @@ def flux2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Co
     """One token a latent pixel; positions (t, row, column, l), of which text has l alone. The transformer multiplies sigma and
     the guidance by 1000 in the precision of x, and so it does at inference."""
     text = columns["prompt_embeds"]
-    text_positions = positions(1, text.shape[1], 4, x.device)[:, [0, 0, 0, 2]]  # [T, 4], the last axis counts
+    text_positions = positions(1, text.shape[1], 4, x.device).roll(1, 1)  # [T, 4], the last axis counts
     answer = transformer(
         hidden_states=pack(x, 1),
         timestep=sigma,

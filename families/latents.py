@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from oneloop.tasks import transfer
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -29,7 +31,8 @@ def statistics(vae: nn.Module, eps: float | None = None) -> tuple[Tensor, Tensor
         mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
     else:
         mean, std = torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([1 / config.scaling_factor])
-    return mean.float().view(1, -1, 1, 1).to(device), std.float().view(1, -1, 1, 1).to(device)
+    mean, std = (transfer(x, device).float().view(1, -1, 1, 1) for x in (mean, std))
+    return mean, std
 
 
 def encode(family: Any, vae: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Pair = tuple[nn.Parameter, Tensor]
+Weight = tuple[nn.Module, str, nn.Parameter]
+"""A module, the name of its parameter, and the parameter."""
 
 
 def hold(module: nn.Module, blocks: Iterable[nn.Module]) -> None:
@@ -31,19 +32,24 @@ def recompute(blocks: Iterable[nn.Module]) -> None:
 
     pinned = torch.cuda.is_available()  # from pinned memory a copy does not wait
     for block in blocks:
-        frozen = [p for p in block.parameters() if not p.requires_grad]
-        held = [(p, p.data.pin_memory() if pinned else p.data) for p in frozen]
+        every = [(module, name, p) for module in block.modules() for name, p in module.named_parameters(recurse=False)]
+        held = [weight for weight in every if not weight[2].requires_grad]
+        for *_, p in held if pinned else ():
+            p.data = p.data.pin_memory()
         block.forward = functools.partial(checkpoint, functools.partial(brought, held, block.forward), use_reentrant=False)
 
 
-def brought(held: list[Pair], forward: Callable[..., Any], *args: Any, **more: Any) -> Any:
-    """A call with these parameters on the device of what it is given; they are back afterwards, however it ends: checkpointing
-    leaves a block in the midst when it has what it needs, and what it has are the tensors of then."""
+def brought(held: list[Weight], forward: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """A call with these parameters on the device of what it is given. The modules have their own back afterwards, however it
+    ends: checkpointing leaves a block in the midst when it has what it needs. What the backward pass reads is then still the
+    tensors of the call, for which other parameters stand in: of a parameter whose own data came and went it would find those
+    that came back."""
     device = next(x.device for x in (*args, *more.values()) if isinstance(x, Tensor))
     try:
-        for p, home in held:
-            p.data = home.to(device, non_blocking=True, copy=True)
+        for module, name, p in held:
+            there = p.data.to(device, non_blocking=True, copy=True)
+            setattr(module, name, nn.Parameter(there, requires_grad=False))
         return forward(*args, **more)
     finally:
-        for p, home in held:
-            p.data = home
+        for module, name, p in held:
+            setattr(module, name, p)

@@ -17,7 +17,7 @@ from oneloop.configs import BadInput, require
 from oneloop.families import hub, recorded, tokens
 from oneloop.families.hub import is_local, read
 from oneloop.families.settings import Pretrained
-from oneloop.tasks import Batch, Models, unwrap
+from oneloop.tasks import Batch, Models, transfer, unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -305,16 +305,17 @@ def encode_captions(models: Models, captions: list[str], s: Pretrained) -> dict[
     for tokenizer, name in zip(tokenizers_of(s), ENCODERS, strict=False):
         device = next(models[name].parameters()).device
         settings = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-        words = tokenizer(tokens.spelled(captions, s), return_tensors="pt", **settings).to(device)
-        mask = words.attention_mask if getattr(unwrap(models[name]).config, "use_attention_mask", False) else None
-        encoded = models[name](words.input_ids, attention_mask=mask, output_hidden_states=xl)
+        words = tokenizer(tokens.spelled(captions, s), return_tensors="pt", **settings)
+        masked = getattr(unwrap(models[name]).config, "use_attention_mask", False)
+        mask = transfer(words.attention_mask, device) if masked else None
+        encoded = models[name](transfer(words.input_ids, device), attention_mask=mask, output_hidden_states=xl)
         states.append(encoded.hidden_states[-2] if xl else encoded[0])
         pooled = encoded[0]  # [B, P] from the last of SDXL's encoders
     if not xl:
         return {"prompt_embeds": states[0]}
     embeds = torch.cat(states, -1)
     if config(s, "").get("force_zeros_for_empty_prompt", True):
-        present = torch.tensor([caption != "" for caption in captions], device=embeds.device)
+        present = transfer(torch.tensor([caption != "" for caption in captions]), embeds.device)
         embeds, pooled = embeds * present[:, None, None], pooled * present[:, None]
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

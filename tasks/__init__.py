@@ -254,8 +254,8 @@ class Rng:
 
         numbers = tuple(map(int, numbers))
         keys = torch.tensor([[hash64(seed, stream, n), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
-        if torch.device(device).type == "cuda":  # where torch has the kernels; pinned, so that nothing waits for the copy
-            keys = keys.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda":  # where torch has the kernels
+            keys = transfer(keys, device)
         return cls(keys, device, numbers)
 
     def __len__(self) -> int:
@@ -316,6 +316,15 @@ def masked(error: Tensor, batch: Batch) -> Tensor:
 def hash64(*parts: Any) -> int:
     """A 64-bit hash of the parts, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def transfer(x: Tensor, device: Any) -> Tensor:
+    """A tensor on a device. For one that was just made on the host nothing waits: the copy to a GPU is from pinned memory."""
+    import torch
+
+    if torch.device(device).type != "cuda" or x.is_cuda:
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

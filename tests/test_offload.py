@@ -29,13 +29,14 @@ def test_gradients_are_the_same_and_few_weights_are_there_at_once(built, name, m
 
     def counting(held, forward, *args, **more):
         def inner(*args, **more):
-            alive.extend(weakref.ref(p.data.untyped_storage()) for p, _ in held)
-            assert all(p.data.data_ptr() != home.data_ptr() for p, home in held)
+            there = [(getattr(layer, key), home) for layer, key, home in held]
+            alive.extend(weakref.ref(p.data.untyped_storage()) for p, _ in there)
+            assert all(p is not home and p.data_ptr() != home.data_ptr() for p, home in there)
             most[0] = max(most[0], sum(x() is not None for x in alive))
             return forward(*args, **more)
 
         made = own(held, inner, *args, **more)
-        assert all(p.data.data_ptr() == home.data_ptr() for p, home in held)
+        assert all(getattr(layer, key) is home for layer, key, home in held)
         return made
 
     homes = {key: p.data_ptr() for key, p in net.named_parameters()}

@@ -9,11 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from accelerate import Accelerator
-from torch.utils._python_dispatch import TorchDispatchMode
-from warm import ROOT, cli, flags, fork, metrics, start, tiny
+from warm import ROOT, cli, fork, metrics, start, tiny
 
 from oneloop import data, loop
 from oneloop.inputs import sources
@@ -24,59 +22,10 @@ from oneloop.settings import command_line
 from oneloop.tasks import Rng, hash64
 from oneloop.training.guard import Guard, NonFinite
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::equal"}
-
-
-class NoWaiting(TorchDispatchMode):
-    """Fails on what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function._schema.name not in WAITS, f"{function} waits for the device"
-        return function(*args, **(kwargs or {}))
-
-
-def command(folder, task, **more):
-    """A tiny run of any of the tasks, that logs, shows and saves at its end alone."""
-    settings = {"base__logging_steps": 100} | more
-    if task != "lora":
-        return tiny(folder, task=task, **settings)
-    given = tiny(folder, data__resolution=32, **settings)
-    own = given.index("--ddpm.model_config")  # two flags of the other task
-    model = tiny_models.build(folder / "model", "sd")
-    lora = {"lora.pretrained_model_name_or_path": model, "lora.num_inference_steps": 2, "data.example_cache": "no"}
-    return [*flags("lora", lora), *given[1:own], *given[own + 4 :]]
-
 
 def in_fork(folder, function):
     result = fork(function, folder).wait()
     assert result.code == 0, result.err
-
-
-@pytest.mark.parametrize("task", ["ddpm", "vae", "lora"])
-def test_nothing_waits(tmp_path, task):
-    """The third update as on a GPU, where verdicts are read late, from its loss to the next one's."""
-    module, cfg = command_line.parse(command(tmp_path, task, steps=4))
-
-    def check():
-        guard, seen, mode = Guard.__init__, [], NoWaiting()
-
-        def late(self, *arguments):
-            guard(self, *arguments)
-            self.now = False
-
-        def loss_fn(*arguments):
-            seen.append(arguments)
-            if len(seen) == 3:
-                mode.__enter__()
-            elif len(seen) == 4:
-                mode.__exit__(None, None, None)
-            yield from module.task.loss_fn(*arguments)
-
-        Guard.__init__ = late
-        loop.run(dataclasses.replace(module.task, loss_fn=loss_fn), cfg)
-        assert len(seen) == 4
-
-    in_fork(tmp_path, check)
 
 
 def plain_loop(task, cfg, fused):
@@ -160,7 +109,7 @@ def test_late_verdicts_name_their_step(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="there is no GPU in this machine")
 def test_nothing_waits_on_a_gpu(tmp_path):
-    """The same, as CUDA sees it."""
+    """What test_pretended.py holds of a pretended one, as CUDA sees it."""
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -34,17 +34,20 @@ class Ema:
             torch._foreach_copy_(values, averaged)
             return 0.0
         narrow = values and self.weights[0].dtype != values[0].dtype  # what trains is all of one type
-        if values and (self.offloaded or narrow):  # one at a time to where the weights are: the same arithmetic, the same bits
+        if values and (self.offloaded or narrow):  # one at a time to where the weights are: the same bits; nothing waits for it
             for value, weight in zip(values, self.weights, strict=True):
-                value.copy_(torch.lerp(value.to(weight.device), weight.to(value.dtype), 1 - decay))
+                there = value.to(weight.device, non_blocking=True)
+                value.copy_(torch.lerp(there, weight.to(value.dtype), 1 - decay), non_blocking=True)
         elif values:
             torch._foreach_lerp_(values, self.weights, 1 - decay)
         return decay
 
 
 def begin(weights: Mapping[str, Tensor], offload: bool) -> dict[str, Tensor]:
-    """An average of one value: copies of the weights in float32, where they are or in the machine's memory."""
-    return {key: p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for key, p in weights.items()}
+    """An average of one value: copies of the weights in float32, where they are or in the machine's memory, then pinned for a
+    GPU."""
+    copied = {key: p.detach().to("cpu" if offload else p.device, torch.float32, copy=True) for key, p in weights.items()}
+    return {key: x.pin_memory() if weights[key].is_cuda and not x.is_cuda else x for key, x in copied.items()}
 
 
 def decay_at(step: int, largest: float, power: float) -> float:

@@ -69,7 +69,9 @@ class Guard:
 
     def check_weights(self, weights: Mapping[str, Tensor], ema: Mapping[str, Tensor]) -> None:
         """Before anything is written or shown: weights and EMA must be finite, for a finite loss and gradient do not make them
-        so (a learning rate may overflow). This waits for the device."""
+        so (a learning rate may overflow). This waits for the device, and for what is on its way to an offloaded EMA."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
         tensors = {f"the weights {k}": v for k, v in weights.items()} | {f"the EMA of {k}": v for k, v in ema.items()}
         fine = [x.detach().isfinite().all().to(self.accelerator.device) for x in tensors.values()]
         bad = [name for name, good in zip(tensors, torch.stack(fine).tolist() if fine else (), strict=True) if not good]
