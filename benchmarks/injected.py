@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.official import CAPTION, SIDE, STEPS, Script, parsed, watched
+from benchmarks.official import CAPTION, SENTENCE, SIDE, STEPS, TOKEN, Script, parsed, watched
 
 
 def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: list[str]) -> None:
@@ -51,7 +51,11 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": SIDE, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
     flags |= {"lr_warmup_steps": 0, "mixed_precision": "no", "seed": 0}
-    if script.dreambooth:
+    if script.task == "textual_inversion":
+        flags |= {"train_data_dir": folder / "images", "placeholder_token": TOKEN, "initializer_token": "dog", "num_vectors": 2}
+        flags["lr_scheduler"] = "constant"
+        inject_sentence()
+    elif script.dreambooth:
         flags |= {"instance_data_dir": folder / "images", "instance_prompt": CAPTION}
     else:
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
@@ -72,6 +76,17 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     with watched(model, out):
         runpy.run_path(str(path), run_name="__main__")
     (out / "seen.json").write_text(json.dumps({key: seen[key] for key in ("shift", "layers")}))
+
+
+def inject_sentence() -> None:
+    """One sentence, and no image mirrored."""
+    import random
+
+    import torchvision
+
+    flip = torchvision.transforms.RandomHorizontalFlip
+    random.choice = lambda sentences: SENTENCE
+    torchvision.transforms.RandomHorizontalFlip = lambda p: flip(p=0.0)
 
 
 def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:

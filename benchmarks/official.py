@@ -1,4 +1,4 @@
-"""The official scripts beside `lora` and `finetune`: the same checkpoint, image, noise and noise levels, step by step.
+"""The official scripts beside `lora`, `finetune` and `textual_inversion`: the same checkpoint, image and draws, step by step.
 
     python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 
@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-STEPS, SIDE, CAPTION = 24, 32, "a dog"
+STEPS, SIDE, CAPTION, TOKEN, SENTENCE = 24, 32, "a dog", "<dog>", "a photo of a {}"
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,20 @@ class Script:
     """Those without which it trains another objective (docs/lora.md says which)."""
     task: str = "lora"
     clips: bool = True
-    """Whether gradients are clipped there: not where the list of parameters is an iterator, which the optimizer has used up."""
+    """Whether gradients are clipped there: not in textual inversion, and not where the list of parameters is an iterator,
+    which the optimizer has used up."""
     pinned: bool = False
     """It draws each image's posterior once, so that the checkpoint's VAE must have none."""
 
     @property
     def dreambooth(self) -> bool:
-        """Whether it takes one prompt for a folder of images, and can encode those once."""
+        """Whether it takes one prompt for a folder of images."""
         return self.path.startswith("dreambooth")
+
+    @property
+    def caches(self) -> bool:
+        """Whether it can encode images once."""
+        return self.dreambooth and self.task == "lora"
 
 
 SCRIPTS = {
@@ -71,7 +77,14 @@ SCRIPTS = {
     "krea2": Script("dreambooth/train_dreambooth_lora_krea2", "Krea2Pipeline", ("--lora_alpha", "4")),
     "sana": Script("dreambooth/train_dreambooth_lora_sana", "SanaPipeline"),
     "lumina2": Script("dreambooth/train_dreambooth_lora_lumina2", "Lumina2Pipeline"),
+    "textual_inversion": Script("textual_inversion/textual_inversion", "sd", task="textual_inversion", clips=False),
+    "textual_inversion_sdxl": Script("textual_inversion/textual_inversion_sdxl", "sdxl", task="textual_inversion", clips=False),
     "finetune_sd": Script("text_to_image/train_text_to_image", "sd", task="finetune"),
+    "finetune_dreambooth": Script("dreambooth/train_dreambooth", "sd", task="finetune"),
+    "finetune_flux": Script("dreambooth/train_dreambooth_flux", "FluxPipeline", ("--guidance_scale", "1"), "finetune"),
+    "finetune_sd3": Script(
+        "dreambooth/train_dreambooth_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "finetune"
+    ),
     "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
 }
 
@@ -133,10 +146,14 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
     }
     if not script.clips:
         flags["base.max-grad-norm"] = 0
+    if script.task == "textual_inversion":
+        flags |= {"placeholder-tokens": TOKEN, "initializer-tokens": "dog", "num-vectors": 2}
+        flags["data.trigger"] = SENTENCE.format(TOKEN)
     switches = ("--base.no-use-ema", "--base.no-validate-first")
     if script.task == "lora":
         flags["init-lora"] = folder / "start"
-    pairs = ((name if "." in name else f"{script.task}.{name}", str(value)) for name, value in flags.items())
+    group = script.task.replace("_", "-")
+    pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
     module, cfg = command_line.parse(
         [script.task, *(word for name, value in pairs for word in (f"--{name}", value)), *switches]
     )
@@ -173,6 +190,8 @@ def make_set(script: Script, folder: Path) -> None:
     for place in ("images", "photos"):
         (folder / place).mkdir()
         Image.fromarray(picture.numpy()).save(folder / place / "a.png")
+    if script.task == "textual_inversion":  # its sentences are its own
+        return
     (folder / "photos" / "a.txt").write_text(CAPTION)
     if not script.dreambooth:
         (folder / "images" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": CAPTION}))
@@ -186,7 +205,25 @@ def weights(script: Script, out: Path) -> dict[str, Any]:
     if script.task == "lora":  # scripts of Stable Diffusion write an older form
         made = load_file(out / "pytorch_lora_weights.safetensors")
         return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
-    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    if script.task == "textual_inversion":
+        return vectors(out)
+    (part,) = (out / name for name in ("unet", "transformer") if (out / name).is_dir())
+    return load_file(part / "diffusion_pytorch_model.safetensors")
+
+
+def vectors(out: Path) -> dict[str, Any]:
+    """Those of each text encoder: what a side learned, or, of a checkpoint, what they began as."""
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    if (out / "model_index.json").is_file() and out.name == "model":
+        parts = DiffusionPipeline.from_pretrained(out).components
+        both = [(parts.get(f"text_encoder{n}"), parts.get(f"tokenizer{n}")) for n in ("", "_2")]
+        made = [m.get_input_embeddings().weight[words("dog").input_ids[1]].detach()[None] for m, words in both if m is not None]
+    else:
+        files = sorted(out.glob("learned_embeds*.safetensors"))  # the script's are one for each encoder
+        made = [x for file in files for _, x in sorted(load_file(file).items(), reverse=True)]  # ours have clip_l and clip_g
+    return {f"tokens.{i}": x for i, x in enumerate(made)}
 
 
 def compare(folder: Path, checkout: Path, name: str) -> str:
@@ -203,7 +240,7 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     make_set(script, folder)
     theirs = lambda out, flags: lambda: run_theirs(script, folder, out, checkout, [*script.flags, *flags])  # noqa: E731
     sides = {"theirs": theirs(folder / "theirs", [])}
-    if script.dreambooth:
+    if script.caches:
         sides["cached"] = theirs(folder / "cached", ["--cache_latents"])
     for side, run in (sides | {"ours": lambda: run_ours(script, folder, folder / "ours")}).items():
         (folder / side).mkdir()
@@ -220,7 +257,7 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     parts = {"script alone": seen["layers"][0], "task alone": seen["layers"][1], "without gradient, left out": sorted(silent)}
     layers = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
     shift = " / ".join(f"{x:.2f}" for x in seen["shift"])
-    seconds = [1e3 * side["seconds"] for side in (read("cached") if script.dreambooth else theirs, ours)]
+    seconds = [1e3 * side["seconds"] for side in (read("cached") if script.caches else theirs, ours)]
     norm = f"{far('norm'):.0e}" if any(theirs["norm"]) else "not clipped there"
     cells = [f"{far('loss'):.0e}", norm, f"{wide:.0e} of {moved:.0e}", layers or "same", shift]
     return f"| {' | '.join([name, *cells, ' / '.join(f'{x:.2f}' for x in seconds)])} |"

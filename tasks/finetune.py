@@ -45,13 +45,12 @@ class Settings(Pretrained):
     model_config: Name | None = None
     """With from_scratch: a config.json of the UNet or transformer, of another size than the checkpoint's."""
     save_dtype: Live[Literal["float32", "bfloat16", "float16"]] = "float32"
-    """Precision of the exported UNet or transformer; the run's own checkpoints have float32."""
+    """Precision of the exported UNet or transformer; the state to resume from has that of --base.weights."""
 
     def __post_init__(self):
         check(self, "finetune")
         require(len(self.trains) > 0, "finetune.trains", self.trains, "at least one name, or all")
-        alone = "all" not in self.trains or len(self.trains) == 1
-        require(alone, "finetune.trains", self.trains, "all without other names")
+        require("all" not in self.trains or len(self.trains) == 1, "finetune.trains", self.trains, "all without other names")
         scratch = self.model_config is None or self.from_scratch
         require(scratch, "finetune.model_config", self.model_config, "--finetune.from-scratch beside it")
         if self.from_scratch and (self.single_file or self.trains != ("all",)):
@@ -154,10 +153,9 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
     wanted -= unread(models, s, under("rehearsal", given)) if own is transformer else set()
     for key, p in module.named_parameters():
         p.requires_grad_(key in wanted)
-    for name in own.trainable(s) if s.train_text_encoder else ():
-        if name in models:
-            for key, p in models[name].named_parameters():
-                p.requires_grad_(text_to_image.reads(s, name, key))
+    for name in models.keys() & own.trainable(s) if s.train_text_encoder else ():
+        for key, p in models[name].named_parameters():
+            p.requires_grad_(text_to_image.reads(s, name, key))
     prompts = under("prompts", given)
     return models | ({"prompts": text_to_image.held(prompts)} if prompts else {})
 
@@ -165,9 +163,7 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
 def unread(models: Models, s: Settings, columns: Mapping[str, Tensor]) -> set[str]:
     """Parameters of the transformer that no gradient reaches: several processes would wait for them."""
     module = models[transformer.TRAINED]
-    leaves = [
-        name for name, m in module.named_modules() if not any(True for _ in m.children()) and any(True for _ in m.parameters())
-    ]
+    leaves = [name for name, m in module.named_modules() if not [*m.children()] and [*m.parameters()]]
     loss = functools.partial(transformer.rehearsal, models, s, dict(columns))
     silent = adapters.silent(module, leaves, loss, zero=False)
     return {f"{name}.{key}" for name in silent for key, _ in module.get_submodule(name).named_parameters()}

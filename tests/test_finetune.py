@@ -84,6 +84,36 @@ def test_the_loss_is_that_of_lora_and_reaches_all_that_trains(built, name):
     assert not own and all(not p.requires_grad for k, m in models.items() if k != net for p in m.parameters())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_an_image(built, name):
+    """Over 32 fixed draws of noise and its level of one image the loss falls; what does not train stays."""
+    cfg = config(built(name))
+    models = finetune.make_models(cfg)
+    net = models[text_to_image.family(cfg.finetune).TRAINED]
+    x = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = {key: torch.tensor([[SIDE, SIDE]]) for key in ("original_size", "target_size")}
+    batch["crop_top_left"] = torch.zeros(1, 2, dtype=torch.long)
+    with torch.no_grad():
+        batch |= text_to_image.encode_images(models, x, cfg) | text_to_image.encode_captions(models, CAPTIONS[:1], cfg)
+
+    def loss(numbers):
+        wide = {key: value.expand(len(numbers), *value.shape[1:]) for key, value in batch.items()}
+        return next(finetune.loss_fn(models, wide, Rng.of(9, numbers), cfg)).value
+
+    frozen = {key: p.clone() for key, p in net.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=5e-3)
+    with torch.no_grad():
+        before = loss(range(32)).item()
+    for step in range(16):
+        loss(range(100 + 4 * step, 104 + 4 * step)).backward()
+        optimizer.step(), optimizer.zero_grad()
+    with torch.no_grad():
+        after = loss(range(32)).item()
+    assert after < 0.8 * before, (before, after)
+    assert all(torch.equal(dict(net.named_parameters())[key], x) for key, x in frozen.items())
+    assert bool(frozen) == (name == "QwenImagePipeline")
+
+
 def test_what_trains(built):
     every = trained(config(built("sd")))
     assert (
@@ -144,7 +174,7 @@ def test_a_run_resumes_equal_and_its_export_draws_the_same(tmp_path, built, phot
     assert "no samples" not in in_fork(tmp_path, runs).err
 
 
-@pytest.mark.parametrize("name", ["sd", "QwenImagePipeline"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):  # noqa: F811
     text = {"finetune__train_text_encoder": True} if name == "sd" else {}
     line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False, **text)
