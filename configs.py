@@ -195,8 +195,8 @@ class Data:
     class_data_dir: Live[Folder | None] = None
     """Folder of images of the class, half of the examples, which keep the model from forgetting what else is one."""
     num_class_images: Live[Annotated[int, Range(0, 10**6)]] = 0
-    """So many images of class_data_dir are trained on: those that it lacks are drawn of class_prompt by the model as it was,
-    before training, and stay there for other runs. 0: all that it has, and none is drawn."""
+    """At least so many images of class_data_dir are trained on: all its own, and those that it lacks, which are drawn of
+    class_prompt by the model as it was, before training, and stay there for other runs. 0: what it has, and none is drawn."""
     class_prompt: Live[Words | None] = None
     """Their caption, such as "a photo of a dog", or what stands before it. None: their own captions."""
     prior_loss_weight: Amount = 1.0
@@ -284,6 +284,8 @@ class Data:
         for side in self.more_resolutions:
             require(side < self.resolution, "data.more_resolutions", side, f"less than the resolution, {self.resolution}")
         if self.num_class_images:
+            plain = "none with --data.num-class-images, whose images are drawn of data.class_prompt as it is"
+            require(not self.caption_templates, "data.caption_templates", self.caption_templates, plain)
             beside, prompt = "with --data.num-class-images", self.class_prompt
             require(self.class_data_dir is not None, "data.class_data_dir", None, f"a folder {beside}")
             drawable = bool(prompt) and "{label}" not in prompt

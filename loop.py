@@ -315,8 +315,8 @@ def make_learner(
     state = TrainState(placement.saved(models, task), task.make_optim(models, cfg))
     state.step, state.examples, state.skipped = (manifest[name] for name in ("step", "examples", "skipped"))
     weights = trained(models)
-    for optim in state.optims.values() if base.weights != "float32" else ():
-        rounding.attach(optim, base.seed)
+    for k, optim in state.optims.items() if base.weights != "float32" else ():
+        rounding.attach(optim, base.seed, k)
     if base.use_ema:
         state.ema = ema.begin(weights, base.offload_ema)
     decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731

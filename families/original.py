@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from oneloop.configs import BadInput
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -122,9 +124,25 @@ def open_clip(state: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, T
             yield name, x.T if key == "text_projection.weight" else x
 
 
+def check(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet that the original code cannot have.
+
+    Raises:
+        BadInput: with what it has.
+    """
+    layers = config["layers_per_block"]
+    has = {f"layers_per_block {layers}": not isinstance(layers, int)}
+    has |= {name: bool(config.get(name)) for name in ("time_cond_proj_dim", "encoder_hid_dim_type", "class_embed_type")}
+    if found := [name for name, there in has.items() if there]:
+        raise BadInput(f"--original: this UNet has {', '.join(found)}, which has no name in the original code; leave it out")
+
+
 def state(pipeline: Any) -> dict[str, Tensor]:
     """All weights of a pipeline of Stable Diffusion or SDXL, by their original names. A Stable Diffusion 2 has 23 of its text
-    encoder's 24 layers, as diffusers has: the last is read by nothing."""
+    encoder's 24 layers, as diffusers has: the last is read by nothing. An SDXL says whether it predicts v, and down to no
+    signal, as ComfyUI looks for it (comfy/supported_models.py: read, not run)."""
+    import torch
+
     second = getattr(pipeline, "text_encoder_2", None)
     made = [*unet(pipeline.unet.state_dict(), pipeline.unet.config), *vae(pipeline.vae.state_dict())]
     for i, encoder in enumerate([pipeline.text_encoder] + [second] * (second is not None)):
@@ -132,4 +150,7 @@ def state(pipeline: Any) -> dict[str, Tensor]:
         prefix = "cond_stage_model." if second is None else f"conditioner.embedders.{i}."
         openai = encoder.config.hidden_act == "quick_gelu" and "text_projection.weight" not in words
         made += (clip if openai else open_clip)(words, prefix)
+    said = getattr(getattr(pipeline, "scheduler", None), "config", {})
+    if second is not None and said.get("prediction_type") == "v_prediction":
+        made += [(name, torch.tensor([])) for name in ("v_pred", *["ztsnr"] * bool(said.get("rescale_betas_zero_snr")))]
     return dict(made)

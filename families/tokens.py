@@ -160,12 +160,13 @@ def file(i: int) -> str:
 def save(models: Models, path: Path, s: Tokens, encoders: tuple[str, ...]) -> str:
     """Write the vectors as float32, [V, D] by the token, or, of two text encoders, by KEYS. Returns the lines of Python that
     load them into `pipeline`, for `str.format`."""
+    import torch
     from safetensors.torch import save_file
 
     lines = "from safetensors.torch import load_file\n" * (len(encoders) > 1 and bool(s.placeholder_tokens))
     for i, token in enumerate(s.placeholder_tokens):
         rows = slice(i * s.num_vectors, (i + 1) * s.num_vectors)
-        several = [models[MODELS[encoder]].weight[rows].detach().to("cpu").clone() for encoder in encoders]
+        several = [models[MODELS[encoder]].weight[rows].detach().to("cpu", torch.float32, copy=True) for encoder in encoders]
         keys = KEYS if len(several) > 1 else (token,)
         save_file(dict(zip(keys, several, strict=True)), path / file(i), {"format": "pt", "token": token})
         word = repr(token).replace("{", "{{").replace("}", "}}")

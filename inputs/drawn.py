@@ -84,6 +84,10 @@ def look(wanted: Wanted) -> tuple[list[int], str | None]:
     images = [path for path in paths if ending(path) in endings()]
     there = {number_of(path) for path in images}
     missing, other = [], None
+    for path in (path for path in images if "/" in path and number_of(path.rpartition("/")[2]) is not None):
+        of = (_said(wanted.folder / path, flag) or {}).get("of", wanted.of)
+        if differ := _differences(of, wanted.of) if isinstance(of, dict) else "":
+            raise BadInput(f"{flag} has images of something else: {differ} ({shown(path)}); {OTHERWISE}")
     for number in range(wanted.count - sum(number_of(path) is None for path in images)):
         said = _said(wanted.path(number), flag) if number in there else None
         if said is None:

@@ -121,6 +121,8 @@ def trains(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
+BATCH_NORM = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+"""What computes in float32 whatever its input: its running statistics are."""
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -139,14 +141,15 @@ def place(
         raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
     narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for name, module in models.items():
-        training = trains(module)
+        training, other = trains(module), torch.float32 if name in float32 else narrow
         if not training and not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             continue
         stays = getattr(module, "offloaded", frozenset())
+        batch = {p for m in module.modules() if isinstance(m, BATCH_NORM) for p in m.parameters(False)}
         for p in module.parameters():
             if type(p.data) is Tensor and p.dtype in WIDE:  # what is stored in less stays so
                 where = p.device if p in stays else accelerator.device
-                p.data = p.data.to(where, weights if p.requires_grad else torch.float32 if name in float32 else narrow)
+                p.data = p.data.to(where, torch.float32 if p in batch else weights if p.requires_grad else other)
         if stays:
             for x in itertools.chain(module.parameters(), module.buffers()):
                 x.data = x.data if x in stays else x.data.to(accelerator.device)

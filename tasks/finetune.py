@@ -9,6 +9,7 @@ changed, which load.py puts on the base; `python loop.py merge RUN --to FOLDER` 
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Name, check, read_model_config, require
 from oneloop.families import adapters, hub, stable_diffusion, text_to_image, transformer
 from oneloop.families.objective import objective
-from oneloop.families.settings import Pretrained, flag
+from oneloop.families.settings import Pretrained, check_apart
 from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
 from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean
 from oneloop.training import optimizers
@@ -53,9 +54,7 @@ class Settings(Pretrained):
         require("all" not in self.trains or len(self.trains) == 1, "finetune.trains", self.trains, "all without other names")
         scratch = self.model_config is None or self.from_scratch
         require(scratch, "finetune.model_config", self.model_config, "--finetune.from-scratch beside it")
-        if self.from_scratch and (self.single_file or self.trains != ("all",)):
-            other = flag("finetune", "single_file" if self.single_file else "trains")
-            raise BadInput(f"--finetune.from-scratch with {other}: they do not go together; leave one out")
+        check_apart(self, "finetune", {"from_scratch": ("single_file", "trains")})
 
 
 @dataclass(frozen=True)
@@ -197,8 +196,9 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
             models[part].save_config(path / part)
             state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in models[part].state_dict().items()}
             save_torch_state_dict(state, path / part, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
-        else:
-            models[name].save_pretrained(path / name)
+        else:  # in float32: transformers opens a model in what it was saved in, diffusers in float32
+            module = models[name] if models[name].dtype == torch.float32 else copy.deepcopy(models[name]).float()
+            module.save_pretrained(path / name)
     lines = family(s).base_lines(s, folders)
     if part not in folders:
         changed = {

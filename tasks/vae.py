@@ -369,7 +369,7 @@ def latent_scale(vae: nn.Module, examples: Iterable[Batch]) -> tuple[float, floa
     """Mean and standard deviation of all latents of the examples: of posterior samples, without drawing them."""
     count = first = second = 0.0
     for batch in examples:
-        posterior = vae.encode(batch["pixel_values"]).latent_dist
+        posterior = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist
         mean = posterior.mean.double()
         count, first = count + mean.numel(), first + mean.sum()
         second = second + (mean.square() + posterior.logvar.double().exp()).sum()

@@ -1,6 +1,8 @@
 """training/rounding.py: bfloat16 weights that are right on average, in runs that resume to the same bits."""
 
 import copy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +37,11 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
     assert ((several.mean(0) - x).abs() < 5 * step * 0.5 / 4000**0.5).all()
     exact = torch.tensor([0.0, 1.0, -2.5, 1e30]).bfloat16().float()
     assert torch.equal(rounding.rounded(exact, generator).float(), exact)
+    odd = torch.tensor([0x7FFFFFFF, 0x7F800000, -0x800000], dtype=torch.int32).view(torch.float32)  # nan, inf, -inf
+    assert (
+        torch.equal(rounding.rounded(odd, generator).isnan(), odd.isnan())
+        and not rounding.rounded(odd, generator).isfinite().any()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +53,7 @@ def test_steps_are_the_float32_ones_rounded(kind, monkeypatch):
     narrow = [torch.nn.Parameter(p.detach().bfloat16()) for p in wide[:-1]] + [torch.nn.Parameter(wide[-1].detach().clone())]
     whole, ours = made(kind, wide, 1e-2), made(kind, narrow, 1e-2)
     monkeypatch.setattr(rounding, "TOGETHER", 2 * 96 * 64)
-    rounding.attach(ours, 0)
+    rounding.attach(ours, 0, "all")
     addresses = [p.data_ptr() for p in narrow]
     before = [p.detach().clone() for p in narrow]
     for _ in range(3):
@@ -79,20 +86,38 @@ def test_what_was_saved_goes_on_in_the_same_bits(kind):
             optimizer.step()
 
     optimizer = made(kind, params)
-    rounding.attach(optimizer, 0)
+    rounding.attach(optimizer, 0, "all")
     steps(params, optimizer, range(3))
     again = [torch.nn.Parameter(p.detach().clone()) for p in params]
     resumed = made(kind, again)
-    rounding.attach(resumed, 0)
+    rounding.attach(resumed, 0, "all")
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(params, optimizer, range(3, 6)), steps(again, resumed, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(params, again, strict=True))
     other = [torch.nn.Parameter(p.detach().clone()) for p in params]
     unlike = made(kind, other)
-    rounding.attach(unlike, 1)
+    rounding.attach(unlike, 1, "all")
     unlike.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(params, optimizer, [6]), steps(other, unlike, [6])
     assert not torch.equal(params[0], other[0])  # another seed
+
+
+def test_parameters_and_optimizers_draw_for_themselves():
+    """Equal ones, with equal gradients: of one part, of the other part of muon, and of another optimizer."""
+    torch.manual_seed(0)
+    start, params = torch.randn(64, 8).bfloat16(), []
+    for kind, name in (("muon", "one"), ("muon", "other"), ("adamw", "third")):
+        several = [torch.nn.Parameter(start.clone()) for _ in range(2)] + [torch.nn.Parameter(start[:, 0].clone())]
+        optimizer = made(kind, several)
+        rounding.attach(optimizer, 0, name)
+        for _ in range(3):
+            for p in several:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        params.append(several)
+    matrices = [p for several in params for p in several[:2]]
+    assert not any(torch.equal(p, q) for i, p in enumerate(matrices) for q in matrices[:i])
+    assert not torch.equal(params[0][2], params[1][2])
 
 
 def test_steps_that_the_nearest_value_would_lose_are_taken():
@@ -102,7 +127,7 @@ def test_steps_that_the_nearest_value_would_lose_are_taken():
         p = torch.nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
         optimizer = made("adamw", [p])
         if attached:
-            rounding.attach(optimizer, 0)
+            rounding.attach(optimizer, 0, "all")
         for _ in range(100):
             p.grad = torch.ones_like(p)
             optimizer.step()
@@ -112,16 +137,21 @@ def test_steps_that_the_nearest_value_would_lose_are_taken():
 
 
 def test_runs_resume_in_the_same_bits_and_export(tmp_path, built):
-    """A model of its own, and one that is fine-tuned; the EMA is float32, what trains and its export are bfloat16."""
+    """Models of their own, two optimizers of them, and one that is fine-tuned with its text encoder, whose load.py draws; the
+    EMA is float32, what trains and its export are bfloat16."""
     photos, run = draw_photos(tmp_path / "photos"), {"base.max_train_steps": 4, "base.checkpointing_steps": 2}
     own = tiny(tmp_path, "ddpm", **run, **NARROW)
-    tuned = finetune(tmp_path, built("sd"), photos, "tuned", **{k.replace(".", "__"): v for k, v in (run | NARROW).items()})
-    ends_equal(tmp_path, {"ddpm": own, "tuned": tuned})
+    more = {key.replace(".", "__"): value for key, value in (run | NARROW).items()}
+    tuned = finetune(tmp_path, built("sd"), photos, "tuned", finetune__train_text_encoder=True, **more)
+    pair = tiny(tmp_path, "pair", 4, "vae", **run, **NARROW)
+    ends_equal(tmp_path, {"ddpm": own, "tuned": tuned, "pair": pair})
+    done = subprocess.run([sys.executable, "load.py"], cwd=tmp_path / "tuned" / "checkpoint-4", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for name in ("ddpm", "tuned"):
         state = tmp_path / name / "checkpoint-4" / "state"
         weights, average = load_file(state / "model.safetensors"), load_file(state / "ema.safetensors")
         assert {x.dtype for x in average.values()} == {torch.float32}
-        assert {weights[key.partition(".")[2]].dtype for key in average} == {torch.bfloat16}
+        assert {x.dtype for x in weights.values() if x.is_floating_point()} == {torch.bfloat16}
     exported = load_file(tmp_path / "tuned" / "export" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(x.bfloat16(), average[f"unet.{key}"].bfloat16()) for key, x in exported.items())
 

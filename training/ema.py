@@ -33,7 +33,7 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        narrow = values and self.weights[0].dtype != values[0].dtype  # what trains is all of one type
+        narrow = any(weight.dtype != torch.float32 for weight in self.weights)
         if values and (self.offloaded or narrow):  # one at a time to where the weights are: the same bits; nothing waits for it
             for value, weight in zip(values, self.weights, strict=True):
                 there = value.to(weight.device, non_blocking=True)

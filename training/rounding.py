@@ -23,18 +23,20 @@ TOGETHER = 2**26
 
 
 def rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Finite float32 numbers -> one of the two bfloat16 beside each, the nearer the likelier; what is one already stays.
+    """float32 numbers -> one of the two bfloat16 beside each, the nearer the likelier; what is one, or not finite, stays.
 
     A bfloat16 is the upper half of a float32: a uniform number below 2^16 is added to the bits, and the lower half cut off.
     """
     draw = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
-    return ((x.contiguous().view(torch.int32) + draw) & -(2**16)).view(torch.float32).bfloat16()
+    made = ((x.contiguous().view(torch.int32) + draw) & -(2**16)).view(torch.float32)
+    return made.where(x.isfinite(), x).bfloat16()
 
 
-def attach(optimizer: Optimizer, seed: int) -> None:
-    """Have an optimizer step in float32, with state in float32, on parameters that are bfloat16; others it steps as before."""
-    for part in getattr(optimizer, "parts", [optimizer]):
-        part.step = functools.partial(_step, part, part.step, hash64(seed, "rounding"))
+def attach(optimizer: Optimizer, seed: int, name: str) -> None:
+    """Have an optimizer step in float32, with state in float32, on parameters that are bfloat16; others it steps as before. Its
+    name tells its draws from those of others."""
+    for i, part in enumerate(getattr(optimizer, "parts", [optimizer])):
+        part.step = functools.partial(_step, part, part.step, hash64(seed, "rounding", name, i))
     kept: dict[int, dict[str, Any]] = {}
 
     def before(optimizer: Optimizer, given: dict[str, Any]) -> None:
@@ -61,8 +63,9 @@ def _step(optimizer: Optimizer, step: Callable[[], Any], seed: int, closure: Any
     lists = [group["params"] for group in groups]
     taken = groups[0]["rounded"] = groups[0].get("rounded", 0) + 1
     moving = [(i, p) for i, params in enumerate(lists) for p in params if p.grad is not None]
+    places = {p: place for place, p in enumerate(p for params in lists for p in params)}
     try:
-        for number, some in enumerate(_chunks(moving)):
+        for some in _chunks(moving):
             copies = [(i, p, _copy(p) if p.dtype == torch.bfloat16 else p) for i, p in some]
             for j, group in enumerate(groups):
                 group["params"] = [q for i, _, q in copies if i == j]
@@ -71,7 +74,7 @@ def _step(optimizer: Optimizer, step: Callable[[], Any], seed: int, closure: Any
             _hand_over(optimizer, ((q, p) for _, p, q in copies))
             for _, p, q in copies:
                 if q is not p:
-                    generator = torch.Generator(p.device).manual_seed(hash64(seed, "weights", taken, number))
+                    generator = torch.Generator(p.device).manual_seed(hash64(seed, taken, places[p]))
                     p.detach().copy_(rounded(q.detach(), generator))
     finally:
         for group, params in zip(groups, lists, strict=True):

@@ -78,6 +78,10 @@ def main(settings: Settings) -> None:
     for name, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             module.to(torch.float32 if name == "vae" else getattr(torch, settings.dtype))
+    if settings.original:
+        original.check(pipeline.unet.config)
+        if (predicts := stable_diffusion.prediction_type(s)) != "epsilon" and not stable_diffusion.is_xl(s):
+            print(f"the file cannot say that its model predicts {predicts}: tell the program that reads it")
     to = Path(settings.to).expanduser()
     staged = files.staged(to)
     try:
