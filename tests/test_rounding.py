@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_contract import command as consistency
 from test_finetune import command as finetune
 from test_lora import draw_photos
 from test_optimizers import ends_equal, installed
@@ -187,3 +188,14 @@ def test_what_does_not_go_is_a_line(flags, says):
     with pytest.raises((BadInput, SystemExit)) as refused:
         command_line.parse(["ddpm", *flags])
     assert says in str(refused.value)
+
+
+def test_batch_norms_and_followers_stay_float32(tmp_path):
+    more = {name.replace(".", "__"): value for name, value in NARROW.items()}
+    done = cli(tmp_path, *consistency(tmp_path, "out", consistency__moving=True, **more))
+    assert done.code == 0, done.err
+    state = next((tmp_path / "out").glob("checkpoint-*/state"))
+    kinds = {key: x.dtype for key, x in load_file(state / "model.safetensors").items() if x.is_floating_point()}
+    assert set(kinds.values()) == {torch.float32, torch.bfloat16}, kinds
+    assert {key for key, kind in kinds.items() if kind == torch.float32} == {key for key in kinds if "norm" in key}
+    assert {x.dtype for x in load_file(state / "ema.safetensors").values()} == {torch.float32}
