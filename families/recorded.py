@@ -45,7 +45,8 @@ def _on_meta(kind: str, config: str, dtype: torch.dtype) -> nn.Module:
     import torch
 
     with torch.device("meta"):
-        return getattr(diffusers, kind).from_config(json.loads(config)).to(dtype).eval()
+        made = getattr(diffusers, kind).from_config(json.loads(config)).eval()
+        return torch.nn.Module.to(made, dtype)  # diffusers' own warns of weights, of which this has none
 
 
 def stand_in(config: dict[str, Any], dtype: torch.dtype) -> StandIn:

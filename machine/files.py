@@ -160,11 +160,18 @@ def strangers(folder: Path, names: set[str]) -> list[str]:
     return sorted(names_there - names)
 
 
+def as_masked(folder: Path) -> list[Path]:
+    """Give every file in a new folder the mode that the umask leaves, which the folder has: safetensors writes for the owner
+    alone. Returns them in order."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        path.chmod(folder.stat().st_mode & 0o666)
+    return files
+
+
 def listed(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file in a folder as its name -> size and xxh3, flushed and with the mode that the umask leaves."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:  # safetensors writes for the owner alone
-        path.chmod(folder.stat().st_mode & 0o666)
+    files = as_masked(folder)
     with ThreadPoolExecutor(4) as pool:
         flushes, hashes = pool.map(flush, files), list(pool.map(xxh3, files))
         list(flushes)

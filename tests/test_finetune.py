@@ -214,6 +214,9 @@ def test_from_scratch_and_merged(tmp_path, built, photos, name):  # noqa: F811
     half, whole = (merge("out", f"scratch-{x}", x) for x in (0.5, 1))
     assert half.code == 2 and "--strength is 0.5; expected 1 of a model that was trained from scratch" in half.err
     assert whole.code == 0, whole.err
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "scratch-1").rglob("*.*")} == {
+        (tmp_path / "own.json").stat().st_mode & 0o777
+    }
     drawn_with = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "scratch-1").components[part].state_dict()
     own = load_file(tmp_path / "out" / "export" / part / "diffusion_pytorch_model.safetensors")
     assert own.keys() == drawn_with.keys() and all(torch.equal(drawn_with[key], x) for key, x in own.items())

@@ -84,13 +84,16 @@ def main(settings: Settings) -> None:
             print(f"the file cannot say that its model predicts {predicts}: tell the program that reads it")
     to = Path(settings.to).expanduser()
     staged = files.staged(to)
+    made = staged / to.name
     try:
+        staged.mkdir()
         if settings.to.endswith(".safetensors"):
             state = original.state(pipeline) if settings.original else getattr(pipeline, part).state_dict()
-            save_file({key: x.contiguous() for key, x in state.items()}, staged, {"format": "pt"})
+            save_file({key: x.contiguous() for key, x in state.items()}, made, {"format": "pt"})
         else:
-            pipeline.save_pretrained(staged)
-        staged.rename(to)
+            pipeline.save_pretrained(made)
+        files.as_masked(staged)
+        made.rename(to)
     except OSError as error:
         raise checkpoint.StorageError(f"writing {to} failed: {error.strerror or error}") from None
     finally:
