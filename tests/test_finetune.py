@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_lora_families import CAPTIONS, SIDE, in_fork, photos  # noqa: F401  a fixture
-from warm import cli, cli_many, digest, distance, flags
+from warm import brief, cli, cli_many, digest, distance, flags
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
@@ -36,17 +36,8 @@ def config(model, task=finetune, **settings):
 
 def command(folder, model, photos, out="out", **more):  # noqa: F811
     """A command line for two steps of `finetune`."""
-    settings = {
-        "base.output_dir": folder / out,
-        "base.max_train_steps": 2,
-        "base.num_samples": 1,
-        "base.logger": "none",
-        "base.validation_steps": 0,
-        "base.lr_scheduler": "constant",
+    settings = brief(folder, out, photos, SIDE) | {
         "base.ema_power": 0,
-        "data.train_data_dir": photos,
-        "data.resolution": SIDE,
-        "data.train_batch_size": 2,
         "finetune.pretrained_model_name_or_path": model,
         "finetune.learning_rate": 1e-3,
         "finetune.num_inference_steps": 2,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_lora_families import SIDE, in_fork, photos  # noqa: F401  a fixture
-from warm import cli, cli_many, digest, flags, start, start_many
+from warm import brief, cli, cli_many, digest, flags, start, start_many
 
 from oneloop.configs import Base, Data
 from oneloop.families import text_to_image
@@ -44,22 +44,17 @@ def built(built):
 
 def command(folder, model, photos, out="out", task="lora", **more):  # noqa: F811
     """A command line for two steps, after six class images."""
-    settings = {
-        "base.output_dir": folder / out,
-        "base.max_train_steps": 2,
-        "base.num_samples": 1,
-        "base.logger": "none",
-        "base.validation_steps": 0,
-        "base.lr_scheduler": "constant",
-        "data.train_data_dir": photos,
-        "data.class_data_dir": folder / "class",
-        "data.class_prompt": PROMPT,
-        "data.num_class_images": 6,
-        "data.resolution": SIDE,
-        "data.train_batch_size": 2,
-        f"{task}.pretrained_model_name_or_path": model,
-        f"{task}.num_inference_steps": 2,
-    } | ({"lora.rank": 2} if task == "lora" else {})
+    settings = (
+        brief(folder, out, photos, SIDE)
+        | {
+            "data.class_data_dir": folder / "class",
+            "data.class_prompt": PROMPT,
+            "data.num_class_images": 6,
+            f"{task}.pretrained_model_name_or_path": model,
+            f"{task}.num_inference_steps": 2,
+        }
+        | ({"lora.rank": 2} if task == "lora" else {})
+    )
     settings |= {name.replace("__", "."): value for name, value in more.items()}
     return flags(task, {name: value for name, value in settings.items() if value is not None})
 

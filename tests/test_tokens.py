@@ -11,7 +11,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from safetensors.torch import load_file
 from test_lora_families import SIDE, in_fork, photos  # noqa: F401  a fixture
 from tiny_models import edit
-from warm import cli, cli_many, digest, distance, flags
+from warm import brief, cli, cli_many, digest, distance, flags
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
@@ -51,26 +51,21 @@ def config(model, task=textual_inversion, recompute=False, **settings):
 
 def command(folder, model, photos, out="out", task="textual_inversion", **more):  # noqa: F811
     """A command line for two steps, with a `<dog>` of two vectors."""
-    settings = {
-        "base.output_dir": folder / out,
-        "base.max_train_steps": 2,
-        "base.num_samples": 1,
-        "base.logger": "none",
-        "base.validation_steps": 0,
-        "base.lr_scheduler": "constant",
-        "base.ema_power": 0,
-        "data.train_data_dir": photos,
-        "data.resolution": SIDE,
-        "data.train_batch_size": 2,
-        "data.trigger": "<dog>",
-        "task.pretrained_model_name_or_path": model,
-        "task.placeholder_tokens": "<dog>",
-        "task.initializer_tokens": "dog",
-        "task.num_vectors": 3,
-        "task.token_learning_rate": 0.05,
-        "task.num_inference_steps": 2,
-        "task.validation_prompts": TEXTS[0],
-    } | {name.replace("__", "."): value for name, value in more.items()}
+    settings = (
+        brief(folder, out, photos, SIDE)
+        | {
+            "base.ema_power": 0,
+            "data.trigger": "<dog>",
+            "task.pretrained_model_name_or_path": model,
+            "task.placeholder_tokens": "<dog>",
+            "task.initializer_tokens": "dog",
+            "task.num_vectors": 3,
+            "task.token_learning_rate": 0.05,
+            "task.num_inference_steps": 2,
+            "task.validation_prompts": TEXTS[0],
+        }
+        | {name.replace("__", "."): value for name, value in more.items()}
+    )
     return flags(task, {name.replace("task.", f"{task}."): value for name, value in settings.items()})
 
 

@@ -199,6 +199,21 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddp
     return flags(task, settings)
 
 
+def brief(folder: Path, out: str, photos: Path, side: int) -> dict[str, object]:
+    """Settings of two steps on photographs, for a task on a text-to-image checkpoint."""
+    return {
+        "base.output_dir": folder / out,
+        "base.max_train_steps": 2,
+        "base.num_samples": 1,
+        "base.logger": "none",
+        "base.validation_steps": 0,
+        "base.lr_scheduler": "constant",
+        "data.train_data_dir": photos,
+        "data.resolution": side,
+        "data.train_batch_size": 2,
+    }
+
+
 def flags(task: str, settings: dict[str, object]) -> list[str]:
     """A command line from settings named as flags are; a tuple is several values."""
     made = [task]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,11 @@ class Ema:
     averaged: Callable[[], list[Tensor] | None] = lambda: None
     """What the optimizers average themselves, in the same order: then the values are that."""
 
+    @functools.cached_property
+    def apart(self) -> bool:
+        """Whether values and weights are in other places, or of other types."""
+        return self.offloaded or any(weight.dtype != torch.float32 for weight in self.weights)
+
     @torch.no_grad()
     def update(self, step: int, total: int) -> float:
         """values <- decay values + (1 - decay) weights, in place; returns the decay."""
@@ -33,8 +39,7 @@ class Ema:
         if averaged is not None:
             torch._foreach_copy_(values, averaged)
             return 0.0
-        narrow = any(weight.dtype != torch.float32 for weight in self.weights)
-        if values and (self.offloaded or narrow):  # one at a time to where the weights are: the same bits; nothing waits for it
+        if values and self.apart:  # one at a time to where the weights are: the same bits; nothing waits for it
             for value, weight in zip(values, self.weights, strict=True):
                 there = value.to(weight.device, non_blocking=True)
                 value.copy_(torch.lerp(there, weight.to(value.dtype), 1 - decay), non_blocking=True)
