@@ -63,6 +63,9 @@ class Base:
     have another order: the weights end close to those of a run without it, not equal to them."""
     gradient_checkpointing: Live[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    fused_backward_pass: Live[bool] = False
+    """Each parameter steps in the backward pass, when its gradient is complete, and lets go of it: gradients take no memory.
+    The same bits as without it; with max_grad_norm 0, one process, and neither accumulation, fp16 nor skipped updates."""
     max_grad_norm: Live[Amount] = 1.0
     """Gradients are scaled down to this norm, for each optimizer; 0 leaves them."""
     scale_lr: Live[bool] = False
@@ -118,6 +121,11 @@ class Base:
         check(self, "base")
         narrow = self.weights == "float32" or self.mixed_precision == "bf16"
         require(narrow, "base.weights", self.weights, "--base.mixed-precision bf16 beside it")
+        if self.fused_backward_pass:
+            beside = "with --base.fused-backward-pass, which never has all gradients at once"
+            for name, only in {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "max_skipped_updates": 0}.items():
+                require(getattr(self, name) == only, f"base.{name}", getattr(self, name), f"{only} {beside}")
+            require(self.mixed_precision != "fp16", "base.mixed_precision", "fp16", f"auto, bf16 or no {beside}")
 
 
 @dataclass(frozen=True)

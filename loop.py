@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, optimizers, prior, rounding, validation
+from oneloop.training import ema, fused, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
@@ -124,6 +124,8 @@ class Learner:
     """Optimizer -> its parameters."""
     peaks: dict[str, list[float]]
     """Optimizer -> the peak learning rate of each of its groups."""
+    fused: dict[str, fused.Fused]
+    """Optimizer -> what steps it in the backward pass, where that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,7 @@ def make_learner(
     if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
         several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
         raise BadInput(f"--base.mixed-precision is 'fp16'; expected auto, bf16 or no: {several}")
+    fused.check(base, accelerator)
     if base.compile:
         compilation.compile_models(
             {k: m for k, m in state.models.items() if trains(m)}, accelerator.device, base.gradient_accumulation_steps
@@ -344,6 +347,7 @@ def make_learner(
         shared=[models[name] for name in dict.fromkeys([*task.keeps, *(follow.of for follow in task.follows.values())])],
         params={k: [p for group in o.param_groups for p in group["params"]] for k, o in state.optims.items()},
         peaks={k: [group["lr"] * scale for group in o.param_groups] for k, o in state.optims.items()},
+        fused={k: fused.Fused(o) for k, o in state.optims.items()} if base.fused_backward_pass else {},
     )
 
 
@@ -423,7 +427,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
     if validates(run) and not on_main(accelerator, drawn):  # before the first step; or saved, and killed before this
         validate(run)
     while state.step < run.total and not signals.agreed():
-        factor = run.factor_at(state.step)
+        factor = set_rates(run)
         for batch in meter.fetch(batches, base.gradient_accumulation_steps):
             numbers, rows = batch["n"].tolist(), batch["index"]
             rng = Rng.of(base.seed, numbers, device=accelerator.device)
@@ -431,7 +435,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
             with accelerator.accumulate(*(learner.called[name] for name in state.models)):
                 made = losses(run, batch, rng, learner.called, state.step, "train")
                 for loss in in_order(made, base.gradient_accumulation_steps):
-                    with no_leak(loss, learner.params):
+                    with no_leak(loss, learner.params), fused.stepping(learner.fused, loss):
                         accelerator.backward(loss.value)
                     run.guard.watch(loss, rows)
                     meter.descended(loss)
@@ -439,7 +443,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
                         if loss.name not in compared:
                             same_gradients(accelerator, loss.name, learner.params[loss.name])
                             compared.add(loss.name)
-                        step_optimizer(run, loss.name, factor, meter)
+                        step_optimizer(run, loss.name, meter)
         state.step, state.examples = state.step + 1, state.examples + per_step
         share(accelerator, (buffer for module in learner.shared for buffer in module.buffers()))
         decay, *_ = [average.update(state.step, run.total) for average in learner.averages]
@@ -480,13 +484,21 @@ def losses(run: Run, batch: Batch, rng: Rng, models: Models, step: int, phase: s
         yield loss
 
 
-def step_optimizer(run: Run, name: str, factor: float, meter: Meter) -> None:
-    """One optimizer step at `factor` times its peak learning rate, with its gradient clipped."""
-    optim = run.learner.optims[name]
-    norm = run.accelerator.clip_grad_norm_(run.learner.params[name], run.cfg.base.max_grad_norm or math.inf)
+def set_rates(run: Run) -> float:
+    """The learning rates of the step that follows; returns the factor on their peaks."""
+    factor = run.factor_at(run.learner.state.step)
+    for name, optim in run.learner.optims.items():
+        for group, peak in zip(optim.param_groups, run.learner.peaks[name], strict=True):
+            group["lr"] = peak * factor
+    return factor
+
+
+def step_optimizer(run: Run, name: str, meter: Meter) -> None:
+    """One optimizer step, with its gradient clipped; one that stepped in the backward pass has none left."""
+    optim, params, largest = run.learner.optims[name], run.learner.params[name], run.cfg.base.max_grad_norm or math.inf
+    fused = run.learner.fused.get(name)
+    norm = fused.norm() if fused else run.accelerator.clip_grad_norm_(params, largest)
     meter.add("grad_norm", name, norm)
-    for group, peak in zip(optim.param_groups, run.learner.peaks[name], strict=True):
-        group["lr"] = peak * factor
     if run.guard.allows(name, norm):
         optim.step()
     optim.zero_grad()

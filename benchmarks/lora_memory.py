@@ -159,7 +159,10 @@ def main() -> None:
         one = every["bf16"]
         count = f"{one.weights / 2e9:.1f}"
         if parts:
-            cells = [gib(x) for x in (one.weights, 2 * one.adapters, one.optimizer + one.ema, one.activations, one.recomputed)]
+            cells = [
+                gib(x)
+                for x in (one.weights, one.adapters + one.gradients, one.optimizer + one.ema, one.activations, one.recomputed)
+            ]
         else:
             peaks = {precision: each.peak(True) for precision, each in every.items()}
             known = bool(MODELS[name][-1])

@@ -28,7 +28,8 @@ class Footprint:
     weights: int
     """The frozen model, as it is stored."""
     adapters: int
-    """In float32; as much again for their gradients."""
+    """In float32."""
+    gradients: int
     optimizer: int
     ema: int
     activations: int
@@ -38,7 +39,7 @@ class Footprint:
 
     def peak(self, recompute: bool, beside: int = 0) -> int:
         """With gradient checkpointing or without; `beside`: encoders that stay on the device, as without a cache they do."""
-        lasting = self.weights + 2 * self.adapters + self.optimizer + self.ema
+        lasting = self.weights + self.adapters + self.gradients + self.optimizer + self.ema
         return lasting + (self.recomputed if recompute else self.activations) + beside
 
 
@@ -51,7 +52,7 @@ def of(module: nn.Module, kept: Kept, precision: str = "bf16", optimizer: str = 
     activations = kept.with_copies({internals.storage_id(p.untyped_storage()): 2 * p.numel() for p in narrow})
     numbers = sum(p.numel() for p in adapters.values())
     state = sum(state_bytes(optimizer, tuple(p.shape), "lora_B" in name) for name, p in adapters.items())
-    return Footprint(weight_bytes(module, precision), 4 * numbers, state, 4 * numbers * ema, *activations)
+    return Footprint(weight_bytes(module, precision), 4 * numbers, 4 * numbers, state, 4 * numbers * ema, *activations)
 
 
 def stored_narrow(module: nn.Module, precision: str) -> frozenset[str]:

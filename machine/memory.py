@@ -26,11 +26,13 @@ def stored(p: torch.Tensor) -> int:
     return p.nbytes + beside
 
 
-def bytes_of(models: Models, state: Any, device: torch.device) -> dict[str, int]:
-    """Bytes on the device that last from step to step: weights, gradients, EMA and optimizer states."""
+def bytes_of(models: Models, state: Any, device: torch.device, fused: bool) -> dict[str, int]:
+    """Bytes on the device that last from step to step: weights, gradients, EMA and optimizer states. `fused`: of gradients the
+    largest alone."""
     once = {id(p): p for m in models.values() for p in m.parameters()}  # a model that follows another shares what is frozen
     weights = sum(stored(p) for p in once.values() if p.device.type == device.type)
-    gradients = sum(p.nbytes for o in state.optims.values() for group in o.param_groups for p in group["params"])
+    sizes = [p.nbytes for o in state.optims.values() for group in o.param_groups for p in group["params"]]
+    gradients = max(sizes, default=0) if fused else sum(sizes)
     return {
         "weights": weights,
         "gradients and optimizer": gradients + sum(map(remembered, state.optims.values())),
@@ -83,7 +85,7 @@ class Memory(contextlib.AbstractContextManager):
 
     def explain(self, complaint: str) -> str:
         """The line: what took the memory, and the three changes that would save most of it."""
-        parts = bytes_of(self.models, self.state, self.device) if self.state else {}
+        parts = bytes_of(self.models, self.state, self.device, self.cfg.base.fused_backward_pass) if self.state else {}
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if cuda else peak_host() * 2**30
         asked = re.search(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMG]iB)", complaint)
@@ -116,6 +118,8 @@ class Memory(contextlib.AbstractContextManager):
         if getattr(getattr(self.cfg, group), "optimizer", None) == "adamw":
             less = lambda kind: sum(8 * p.numel() - state_bytes(kind, tuple(p.shape)) for p in trained)  # noqa: E731
             yield f"--{group.replace('_', '-')}.optimizer adamw8bit {another}", less("adamw8bit")
+        if not base.fused_backward_pass and base.gradient_accumulation_steps == 1:
+            yield "--base.fused-backward-pass --base.max-grad-norm 0", sum(p.nbytes for p in trained)
         if parts.get("averages") and self.device.type != "cpu":
             yield "--base.offload-ema", parts["averages"]
         elif parts.get("averages"):

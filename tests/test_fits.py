@@ -39,7 +39,11 @@ def test_it_counts_what_is_there(tmp_path):
     seen, loss = held(ddpm.task, cfg)
     numbers = sum(p.numel() for p in seen.models["unet"].parameters())
     found = fits.counted(seen, ddpm.task, cfg)
-    assert (found.weights, found.adapters, found.optimizer, found.ema) == (0, 4 * numbers, 8 * numbers, 4 * numbers)
+    sizes = (found.weights, found.adapters, found.gradients, found.optimizer, found.ema)
+    assert sizes == (0, 4 * numbers, 4 * numbers, 8 * numbers, 4 * numbers)
+    fused = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, max_grad_norm=0, fused_backward_pass=True))
+    largest = 4 * max(p.numel() for p in seen.models["unet"].parameters())
+    assert fits.counted(seen, ddpm.task, fused) == dataclasses.replace(found, gradients=largest)
     assert 0 < found.recomputed < found.activations == seen.kept.every and loss.value.requires_grad
     half = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, mixed_precision="bf16", offload_ema=True))
     narrow = fits.counted(seen, ddpm.task, half)

@@ -283,14 +283,17 @@ def test_what_takes_the_memory(tmp_path):
     state = loop.TrainState({"a": models["a"]}, sgd, {"a.weight": models["a"].weight})
     memory = memory_module.Memory(settings(tmp_path, {"train_batch_size": 3}, mixed_precision="no"), torch.device("meta"))
     memory.watch(models, state)
-    assert {name: n / 2**30 for name, n in memory_module.bytes_of(models, state, torch.device("meta")).items()} == {
+    parts = memory_module.bytes_of(models, state, torch.device("meta"), False)
+    assert {name: n / 2**30 for name, n in parts.items()} == {
         "weights": 1.0,
         "gradients and optimizer": 0.75,
         "averages": 0.25,
     }
-    ways = dict(memory.ways(memory_module.bytes_of(models, state, torch.device("meta")), 6 * 2**30))
+    assert memory_module.bytes_of(models, state, torch.device("meta"), True) == parts  # of a single parameter
+    ways = dict(memory.ways(parts, 6 * 2**30))
     saved = {flags.split()[0]: n / 2**30 for flags, n in ways.items()}
     computed = {"data.train-batch-size": 4.0, "base.mixed-precision": 3.375, "base.offload-ema": 0.25, "data.resolution": 4.5}
+    computed["base.fused-backward-pass"] = 0.25
     assert saved == pytest.approx({f"--{flag}": gib for flag, gib in computed.items()})
     with pytest.raises(memory_module.OutOfMemory, match=r"and 2.00 more were asked for; .* most: --data.resolution 4 "), memory:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")

@@ -64,6 +64,7 @@ def check(s: Any, group: str, base: Any) -> None:
         require(s.learning_rate >= 0.01, f"{group}.learning_rate", s.learning_rate, expected)
     if chosen in ("prodigy", "schedulefree"):  # they look at all their parameters at once
         require(base.weights == "float32", "base.weights", base.weights, f"float32 with {flag}")
+        require(not base.fused_backward_pass, "base.fused_backward_pass", True, f"false with {flag}")
     if chosen == "schedulefree":
         constant = f"constant or constant_with_warmup with {flag}, whose average takes the place of a falling rate"
         require(base.lr_scheduler.startswith("constant"), "base.lr_scheduler", base.lr_scheduler, constant)

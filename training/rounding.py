@@ -3,13 +3,13 @@
 A bfloat16 has 8 bits of precision: rounded to the nearest, a step of less than 1/512 of a weight is lost. Rounded to either
 neighbour, the nearer the likelier, a weight is right on average (Gupta et al. 2015, Deep Learning with Limited Numerical
 Precision, section 3, arXiv:1502.02551; Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv:2010.06192). The draw is keyed
-by the seed and the number of the step, so that a resumed run, and every process, rounds alike.
+by the seed, the parameter and the number of its step, so that a resumed run, and every process, rounds alike.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,10 @@ def attach(optimizer: Optimizer, seed: int, name: str) -> None:
     """Have an optimizer step in float32, with state in float32, on parameters that are bfloat16; others it steps as before. Its
     name tells its draws from those of others."""
     for i, part in enumerate(getattr(optimizer, "parts", [optimizer])):
-        part.step = functools.partial(_step, part, part.step, hash64(seed, "rounding", name, i))
+        seeds = [
+            (p, hash64(seed, "rounding", name, i, n)) for n, p in enumerate(p for g in part.param_groups for p in g["params"])
+        ]
+        part.step = functools.partial(_step, part, part.step, dict(seeds))
     kept: dict[int, dict[str, Any]] = {}
 
     def before(optimizer: Optimizer, given: dict[str, Any]) -> None:
@@ -56,14 +59,12 @@ def attach(optimizer: Optimizer, seed: int, name: str) -> None:
     optimizer.register_load_state_dict_post_hook(after)
 
 
-def _step(optimizer: Optimizer, step: Callable[[], Any], seed: int, closure: Any = None) -> None:
+def _step(optimizer: Optimizer, step: Callable[[], Any], seeds: Mapping[Tensor, int], closure: Any = None) -> None:
     """One step: a few parameters at a time have float32 copies, to which their state belongs meanwhile."""
     assert closure is None
     groups = optimizer.param_groups
     lists = [group["params"] for group in groups]
-    taken = groups[0]["rounded"] = groups[0].get("rounded", 0) + 1
     moving = [(i, p) for i, params in enumerate(lists) for p in params if p.grad is not None]
-    places = {p: place for place, p in enumerate(p for params in lists for p in params)}
     try:
         for some in _chunks(moving):
             copies = [(i, p, _copy(p) if p.dtype == torch.bfloat16 else p) for i, p in some]
@@ -74,7 +75,9 @@ def _step(optimizer: Optimizer, step: Callable[[], Any], seed: int, closure: Any
             _hand_over(optimizer, ((q, p) for _, p, q in copies))
             for _, p, q in copies:
                 if q is not p:
-                    generator = torch.Generator(p.device).manual_seed(hash64(seed, taken, places[p]))
+                    state = optimizer.state[p]
+                    state["rounded"] = state.get("rounded", 0) + 1  # how often this parameter was
+                    generator = torch.Generator(p.device).manual_seed(hash64(seeds[p], state["rounded"]))
                     p.detach().copy_(rounded(q.detach(), generator))
     finally:
         for group, params in zip(groups, lists, strict=True):

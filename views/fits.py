@@ -74,10 +74,13 @@ def counted(held: Held, task: Task, cfg: Any, precision: str = "auto", optimizer
         else:
             weights += sum(p.numel() for p in own if not p.requires_grad) * (4 if name in task.float32 else width)
     numbers = sum(p.numel() for p in trained)
+    largest = max((p.numel() for p in trained), default=0)
+    gradients = largest if cfg.base.fused_backward_pass else numbers
     state = sum(optimizers.state_bytes(chosen, tuple(p.shape)) for p in trained)
     ema = 4 * numbers * (cfg.base.use_ema and not cfg.base.offload_ema)
     both = (n * min(width, held.wide) // held.wide for n in held.kept.with_copies(copies))
-    return Footprint(weights, (2 if cfg.base.weights == "bf16" else 4) * numbers, state, ema, *both)
+    size = 2 if cfg.base.weights == "bf16" else 4
+    return Footprint(weights, size * numbers, size * gradients, state, ema, *both)
 
 
 def ways(held: Held, task: Task, cfg: Any) -> Iterator[tuple[str, int]]:

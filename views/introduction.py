@@ -20,7 +20,7 @@ def introduce(accelerator: Accelerator, cfg: Any, source: Source, models: Models
     size, accumulated, processes = cfg.data.train_batch_size, cfg.base.gradient_accumulation_steps, accelerator.num_processes
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     update = size * processes * accumulated
-    lasts = sum(bytes_of(models, state, accelerator.device).values())
+    lasts = sum(bytes_of(models, state, accelerator.device, cfg.base.fused_backward_pass).values())
     ranges, columns = {"image": "float32 in [-1, 1]", "mask": "float32 in [0, 1]"}, source.columns  # as the loss sees them
     kind = lambda k, v: ranges.get(columns[k].kind if k in columns else "", str(v.dtype)[6:])  # noqa: E731
     shapes = ", ".join(f"{k} {list(v.shape)} {kind(k, v)}" if isinstance(v, Tensor) else k for k, v in first.items())
