@@ -57,10 +57,17 @@ class Base:
     """auto: bf16 where the hardware computes it, else no."""
     weights: Literal["float32", "bf16"] = "float32"
     """What holds the weights that train. bf16, with mixed_precision bf16: 4 bytes fewer for each, 2 of the weight and 2 of its
-    gradient; steps are taken in float32 and rounded at random, right on average. Samples and exports are then bf16 too."""
+    gradient, and no casts; steps are taken in float32 and rounded at random, right on average. Samples and exports are bf16."""
     compile: Live[bool] = False
     """Compile what trains, by torch.compile: quicker steps after a start that says what it cost and when it is repaid. Sums
     have another order: the weights end close to those of a run without it, not equal to them."""
+    attention: Live[
+        Literal["auto", "native", "flash", "flash_varlen", "_flash_3", "_flash_varlen_3", "flex", "xformers"]
+        | Literal["_native_cudnn", "_native_efficient", "_native_flash", "_native_math"]
+    ] = "auto"
+    """Kernels of attention, by diffusers' names, for models that have the choice: transformers. auto: PyTorch's own."""
+    deterministic: Live[bool] = False
+    """Kernels whose sums have one order, where a GPU has several."""
     gradient_checkpointing: Live[bool] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     fused_backward_pass: Live[bool] = False
@@ -112,6 +119,8 @@ class Base:
     """Only say what the run would take in time, memory and disk, from a few real steps; nothing is left behind."""
     assume_gpu: Live[Annotated[float, Range(0, 100_000, without=0)] | None] = None
     """With dry_run: say whether the run fits on a GPU of so many GB, which need not be there, and what would make it fit."""
+    profile_steps: Live[CountOrZero] = 0
+    """Trace so many of the first steps with torch's profiler, into the output folder's profile."""
     push_to_hub: Live[bool] = False
     """Upload the export at the end; the login is taken from the environment or `hf auth login`."""
     hub_model_id: Live[Name | None] = None

@@ -50,6 +50,7 @@ from oneloop.inputs import encodings, listing, sources, store
 from oneloop.machine import compilation, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.files import flaws
+from oneloop.machine.kernels import kernels
 from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import (
     altered,
@@ -69,6 +70,7 @@ from oneloop.training import ema, fused, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
+from oneloop.training.profiling import profiled
 from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
@@ -180,6 +182,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         closing(report),
         saves,
         memory,
+        kernels(cfg.base),
         company(accelerator),
         Signals(accelerator) as signals,
     ):
@@ -247,7 +250,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         if examples.reside(accelerator.device):
             report.say(f"the decoded images stay on {accelerator.device}")
         warm_up(this, first)
-        with contextlib.closing(stream(this)) as batches:
+        traces = out / "profile" if accelerator.is_main_process else None
+        with contextlib.closing(profiled(stream(this), cfg.base, traces, report.say)) as batches:
             saved = train(this, batches, signals, saved)
         if code := signals.agreed():
             report.say(f"stopped by a signal after step {learner.state.step}; saved {saved}; the same command resumes")

@@ -589,9 +589,21 @@ def hunyuan_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, col
     )[0]
 
 
+def hunyuan_image_prepare(transformer: nn.Module) -> None:
+    """Embeddings of time in the type of the weights: the model gives them that of the timestep, which stays float32."""
+    for embedding in transformer.time_guidance_embed.children():
+        embedding.register_forward_pre_hook(_as_weights)
+
+
+def _as_weights(embedding: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    weights = next(embedding.parameters(), None)  # sinusoids have none
+    return given if weights is None else tuple(x.to(weights.dtype) for x in given)
+
+
 HUNYUAN_IMAGE = Family(
     text=hunyuan_image_text,
     velocity=hunyuan_image_velocity,
+    prepare=hunyuan_image_prepare,
     targets=(*JOINT, *FEED_FORWARD, "proj_mlp"),
     length=1000,
     encoders=2,

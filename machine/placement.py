@@ -21,7 +21,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from oneloop.configs import BadInput
+from oneloop.machine.kernels import choose_attention
 from oneloop.machine.memory import is_out_of_memory
+from oneloop.machine.narrow import narrow, widen
 from oneloop.tasks import Batch, Encoders, Follow, Images, Models, Rng, Task, hash64
 
 
@@ -29,6 +31,7 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator, constants: Mappi
     """The task's models, seeded and placed; with what its encoders left, without the encoders."""
     torch.manual_seed(hash64(cfg.base.seed, "models"))
     models = task.make_models(cfg) if constants is None else task.make_models(cfg, constants)
+    choose_attention(models, cfg.base.attention)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32, DTYPES[cfg.base.weights])
     return models | followers(models, task.follows)
 
@@ -49,6 +52,7 @@ def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
             raise ValueError(f"the task's {name!r} cannot copy {follow.of!r}: its forward is a closure; make it a method")
         shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
         made[name] = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
+        widen(made[name])
         for own, other in zip(made[name].modules(), model.modules(), strict=True):
             own._buffers = other._buffers
         for key, p in made[name].named_parameters():
@@ -139,9 +143,9 @@ def place(
     if recompute and not recomputes:
         kinds = ", ".join(type(m).__name__ for m in models.values() if trains(m))
         raise BadInput(f"--base.gradient-checkpointing: no model that trains ({kinds}) can recompute")
-    narrow = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    lower = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     for name, module in models.items():
-        training, other = trains(module), torch.float32 if name in float32 else narrow
+        training, other = trains(module), torch.float32 if name in float32 else lower
         if not training and not any(True for _ in itertools.chain(module.parameters(), module.buffers())):
             continue
         stays = getattr(module, "offloaded", frozenset())
@@ -155,6 +159,8 @@ def place(
                 x.data = x.data if x in stays else x.data.to(accelerator.device)
         else:
             module.to(accelerator.device)
+        if training and weights == torch.bfloat16:
+            narrow(module)
         if not (training and module.training):  # else what trains says itself which of its parts are in eval()
             module.train(training)
     for enable in recomputes if recompute else ():

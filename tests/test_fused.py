@@ -113,11 +113,12 @@ def test_another_losss_parameters_are_left_alone(tmp_path):
     made = {"a": Scale(1.0), "b": Scale(1.0)}
 
     def leaks(models, batch, rng, cfg):
+        yield Loss("b", models["b"](torch.ones(3)).sum())
         yield Loss("a", models["b"](models["a"](torch.ones(3))).sum())
 
     with pytest.raises(ValueError, match="not its own"):
-        loop.run(toy(leaks, lambda cfg: made), settings(tmp_path / "out", max_grad_norm=0, fused_backward_pass=True))
-    assert torch.equal(made["b"].w, torch.ones(3)) and not torch.equal(made["a"].w, torch.ones(3))
+        loop.run(toy(leaks, lambda cfg: made, 0.5), settings(tmp_path / "out", max_grad_norm=0, fused_backward_pass=True))
+    assert torch.equal(made["b"].w, torch.full((3,), 0.5)) and not torch.equal(made["a"].w, torch.ones(3))
 
 
 def test_what_is_not_finite_stops_and_is_not_saved(tmp_path):
