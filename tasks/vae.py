@@ -167,6 +167,7 @@ def make_models(cfg: Config) -> Models:
         for part in (vae.decoder, vae.post_quant_conv):
             part.requires_grad_(True) if part is not None else None
     vae.forward = MethodType(autoencode, vae)  # what trains is called through its forward
+    vae.decoder.conv_out.register_forward_pre_hook(_keep)
     if s.disc_weight:
         models["discriminator"] = patchgan(s.disc_channels, s.disc_layers)
     return models
@@ -197,10 +198,17 @@ def pretrained(cfg: Config) -> nn.Module:
 def autoencode(vae: nn.Module, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The autoencoder's forward: x [B, 3, H, W] in [-1, 1] and standard normal noise of the latent's shape to the
     reconstruction [B, 3, H, W], the posterior's mean and log variance [B, C, h, w], and what the decoder's last layer saw."""
-    posterior, seen = vae.encode(x).latent_dist, []
-    with vae.decoder.conv_out.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0])):
-        y = vae.decode(posterior.mean + posterior.std * noise).sample
-    return y, posterior.mean, posterior.logvar, seen[0]
+    posterior, last = vae.encode(x).latent_dist, vae.decoder.conv_out
+    last.seen = None
+    y = vae.decode(posterior.mean + posterior.std * noise).sample
+    seen, last.seen = last.seen, False
+    return y, posterior.mean, posterior.logvar, seen
+
+
+def _keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+    """What the last layer is given, while the autoencoder's own forward waits for it."""
+    if getattr(layer, "seen", False) is None:
+        layer.seen = given[0]
 
 
 def patchgan(channels: int, layers: int) -> nn.Module:
