@@ -32,7 +32,8 @@ def to_rgb(image: Image.Image, say: Callable[[str], Any] = lambda change: None) 
     profile, transparency laid on white. `say` is called with what else was changed.
 
     Floating-point images are read as [0, 1], [0, 255] or [0, 65535], in the smallest whose maximum is at least half of theirs;
-    what lies beyond is clipped. An image of a larger range has its half empty: nothing is lost that could be seen.
+    what lies beyond is clipped. An image of a larger range has its half empty: nothing is lost that could be seen. Integers of
+    32 bits are read as 8 bits where all fit, else as 16, else up to their largest.
 
     Raises:
         ValueError: a floating-point image that is not finite, or falls below zero by more than a twentieth of its range.
@@ -43,8 +44,10 @@ def to_rgb(image: Image.Image, say: Callable[[str], Any] = lambda change: None) 
         x = np.asarray(image).astype(np.float64)
         if image.mode == "F":
             top = next((t for t in (1.0, 255.0, 65535.0) if x.max() <= 2 * t), x.max())
+        elif image.mode == "I":  # 32 bits, of which a file uses 8, 16 or all
+            top = next((t for t in (255.0, 65535.0) if x.max() <= t), x.max())
         else:
-            top = max(65535.0, x.max())
+            top = 65535.0
         if not np.isfinite(x).all() or x.min() < -top / 20:
             raise ValueError("its values are negative or not finite")
         if x.min() < 0 or x.max() > top:

@@ -33,6 +33,8 @@ KINDS = {
     "16-bit": (Image.fromarray((gradient() * 65535).round().astype(np.uint16)), "png"),
     "16-bit tiff": (Image.fromarray((gradient() * 65535).round().astype(np.uint16)), "tiff"),
     "32-bit": (Image.fromarray((gradient() * 65535).round().astype(np.int32)), "tiff"),
+    "32-bit to 255": (Image.fromarray((gradient() * 255).round().astype(np.int32)), "tiff"),
+    "32-bit to a million": (Image.fromarray((gradient() * 1e6).round().astype(np.int32)), "tiff"),
     "float": (Image.fromarray(gradient().astype(np.float32)), "tiff"),
     "float to 255": (Image.fromarray((gradient() * 255).astype(np.float32)), "tiff"),
     "rgb": (Image.fromarray(np.repeat((gradient() * 255).round().astype(np.uint8)[..., None], 3, 2)), "png"),
