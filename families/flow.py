@@ -14,11 +14,11 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
-from oneloop.families.latents import pack, positions, unpack
+from oneloop.families.latents import pack, positions, sequence, unpack
 from oneloop.tasks import unwrap
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def of(kind: str) -> Family:
     Raises:
         BadInput: it is none of the table's, which the message lists.
     """
-    if kind not in FAMILIES:
+    if kind not in FAMILIES | EDITS:
         raise BadInput(f"a {kind} cannot be trained; expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
+    return (FAMILIES | EDITS)[kind]
 
 
 def assemble(kind: str, parts: Mapping[str, Any]) -> Any:
@@ -233,17 +233,18 @@ def flux2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Ten
 
 
 def flux2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """One token a latent pixel; positions (t, row, column, l), of which text has l alone. The transformer multiplies sigma and
-    the guidance by 1000 in the precision of x, and so it does at inference."""
+    """One token a latent pixel; positions (t, row, column, l), of which text has l alone, and a reference t = 10. The
+    transformer multiplies sigma and the guidance by 1000 in the precision of x, and so it does at inference."""
     text = columns["prompt_embeds"]
     text_positions = positions(1, text.shape[1], 4, x.device).roll(1, 1)  # [T, 4], the last axis counts
+    tokens, grid, _ = sequence(x, columns, 1, 4, place=10)
     answer = transformer(
-        hidden_states=pack(x, 1),
+        hidden_states=tokens,
         timestep=sigma,
         guidance=strength(transformer, guidance, x),
         encoder_hidden_states=text,
         txt_ids=text_positions,
-        img_ids=positions(*x.shape[-2:], 4, x.device),
+        img_ids=grid,
         return_dict=False,
     )[0]
     return unpack(answer, x, 1)
@@ -280,17 +281,17 @@ def flux_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Tens
 
 
 def flux_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """2x2 tokens; positions without a batch axis. Guidance above 1 would train true guidance into the adapters
-    (black-forest-labs/flux#79): 1 keeps what was distilled, though the official script says 3.5."""
-    text = columns["prompt_embeds"]
+    """2x2 tokens; positions without a batch axis, whose first is 1 for a reference. Guidance above 1 would train true guidance
+    into the adapters (black-forest-labs/flux#79): 1 keeps what was distilled, though the official script says 3.5."""
+    text, (tokens, grid, _) = columns["prompt_embeds"], sequence(x, columns)
     answer = transformer(
-        hidden_states=pack(x),
+        hidden_states=tokens,
         timestep=sigma,
         guidance=strength(transformer, guidance, x),
         pooled_projections=columns["pooled_prompt_embeds"],
         encoder_hidden_states=text,
         txt_ids=text.new_zeros(text.shape[1], 3),
-        img_ids=positions(x.shape[-2] // 2, x.shape[-1] // 2, 3, x.device),
+        img_ids=grid,
         return_dict=False,
     )[0]
     return unpack(answer, x)
@@ -324,14 +325,14 @@ def qwen_image_text(pipeline: Any, captions: list[str], length: int) -> dict[str
 
 def qwen_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
     """2x2 tokens, whose grid is a shape for each example; text is masked, so that padding moves nothing."""
-    text, mask = trim(columns)
+    (text, mask), (tokens, _, grids) = trim(columns), sequence(x, columns)
     answer = transformer(
-        hidden_states=pack(x),
+        hidden_states=tokens,
         timestep=sigma,
         guidance=strength(transformer, guidance, x),
         encoder_hidden_states=text,
         encoder_hidden_states_mask=mask,
-        img_shapes=[[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x),
+        img_shapes=[grids] * len(x),
         return_dict=False,
     )[0]
     return unpack(answer, x)
@@ -753,3 +754,9 @@ FAMILIES: dict[str, Family] = {
     "HiDreamImagePipeline": HIDREAM,
 }
 """Pipeline class -> family."""
+
+EDITS: dict[str, Family] = {
+    # Kontext's script takes the mode of both images; its layers are FLUX.1's and the single blocks' proj_mlp.
+    "FluxKontextPipeline": replace(FLUX, targets=(*FLUX.targets, "proj_mlp"), sample=False, distilled=says_distilled),
+}
+"""Pipeline class -> family, of those that draw after a reference alone."""

@@ -225,3 +225,12 @@ def load_file(kind: str, name: str, what: str, **where: Any) -> Any:
     except Exception as error:  # whatever is wrong with someone's file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(f"{what} cannot be loaded as a {kind}: {reason}") from None
+
+
+def save(module: Any, path: Path, dtype: Any) -> None:
+    """Write a diffusers model that trained as a folder that diffusers opens, in this precision."""
+    from huggingface_hub import save_torch_state_dict
+
+    module.save_config(path)
+    state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in module.state_dict().items()}
+    save_torch_state_dict(state, path, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")

@@ -84,11 +84,11 @@ def pack(x: Tensor, patch: int = 2) -> Tensor:
 
 
 def unpack(tokens: Tensor, like: Tensor, patch: int = 2) -> Tensor:
-    """Tokens [B, n, C p^2] -> latents [B, C, h, w] of the size of `like`."""
+    """Tokens [B, n, C p^2] -> latents [B, C, h, w] of the size of `like`; those behind the first h w / p^2 are left out."""
     import torch.nn.functional as F
 
-    h, w = like.shape[-2:]
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (h // patch, w // patch)), patch)
+    h, w = like.shape[-2] // patch, like.shape[-1] // patch
+    return F.pixel_shuffle(tokens[:, : h * w].mT.unflatten(2, (h, w)), patch)
 
 
 def positions(h: int, w: int, axes: int = 3, device: object = None) -> Tensor:
@@ -99,3 +99,25 @@ def positions(h: int, w: int, axes: int = 3, device: object = None) -> Tensor:
     grid[..., 1] = torch.arange(h, device=device)[:, None]
     grid[..., 2] = torch.arange(w, device=device)
     return grid.flatten(0, 1)
+
+
+def sequence(
+    x: Tensor, columns: Mapping[str, Tensor], patch: int = 2, axes: int = 3, place: int = 1
+) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
+    """Tokens of x_t [B, n, C p^2] with those of the image `reference` [B, C, h', w'] behind them, where the columns have one;
+    the positions of all, [n, axes], whose axis 0 is `place` for the reference; and the grid of each image."""
+    import torch
+
+    images = [x, *(columns[key] for key in ("reference",) if key in columns)]
+    grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
+    where = [positions(h, w, axes, x.device) for _, h, w in grids]
+    for grid in where[1:]:
+        grid[:, 0] = place
+    return torch.cat([pack(image.to(x.dtype), patch) for image in images], 1), torch.cat(where), grids
+
+
+def beside(x: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    """x_t [B, C, h, w] with the channels that the columns have `beside` it, [B, C + C', h, w]."""
+    import torch
+
+    return torch.cat([x, columns["beside"].to(x.dtype)], 1) if "beside" in columns else x

@@ -34,7 +34,8 @@ def flow_loss(models: Models, batch: Batch, rng: Rng, cfg: Any, base: nn.Module 
     x = latents.draw(batch, rng.normal("posterior", *batch["latent_mean"].shape[1:]))  # [B, C, h, w]
     noise = rng.normal("noise", *x.shape[1:])  # [B, C, h, w]
     sigma = transformer.noise_level(s, rng.uniform("timestep"), x.shape)  # [B]
-    answer = lambda net: own.velocity(net, rectified.interpolate(x, noise, sigma), sigma, batch, 1.0)  # noqa: E731
+    x_t = latents.beside(rectified.interpolate(x, noise, sigma), batch)  # [B, C or more, h, w]
+    answer = lambda net: own.velocity(net, x_t, sigma, batch, 1.0)  # noqa: E731
     target = rectified.velocity(x, noise)  # [B, C, h, w]
     if base is not None:
         with torch.no_grad():
@@ -56,7 +57,8 @@ def diffusion_loss(models: Models, batch: Batch, rng: Rng, cfg: Any, base: nn.Mo
     t = rng.integers("timestep", len(alphas))  # [B]
     a, predicts = alphas[t], stable_diffusion.prediction_type(s)  # [B]
     given = stable_diffusion.conditions(batch, stable_diffusion.is_xl(s))
-    answer = lambda net: net(diffusion.add_noise(x, seen, a), t, **given, return_dict=False)[0]  # noqa: E731
+    x_t = latents.beside(diffusion.add_noise(x, seen, a), batch)  # [B, C or more, h, w]
+    answer = lambda net: net(x_t, t, **given, return_dict=False)[0]  # noqa: E731
     target = diffusion.target(predicts, x, noise, a)  # [B, C, h, w]
     if base is not None:
         with torch.no_grad():

@@ -27,13 +27,15 @@ class Encoded(Exception):
 
 
 class StandIn:
-    """A model without weights: it has a config and attributes, and a call of it ends the pipeline's."""
+    """A model without weights: it has a config and attributes, and a call of it, or to encode an image, ends the pipeline's."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         raise Encoded
+
+    encode = __call__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
@@ -60,7 +62,7 @@ ended = functools.partial(contextlib.suppress, Encoded)
 
 def attach(pipeline: Any, prompts: nn.Module | dict[str, Tensor]) -> None:
     """Have the pipeline's calls of `encode_prompt` recorded in a dict, or answered from a module's buffers."""
-    encode = pipeline.encode_prompt
+    encode, method = getattr(pipeline, _method(pipeline)), _method(pipeline)
 
     def record(*args: Any, **more: Any) -> Any:
         name = _name(pipeline, args, more)  # before the call: a pipeline may write into its arguments
@@ -78,12 +80,17 @@ def attach(pipeline: Any, prompts: nn.Module | dict[str, Tensor]) -> None:
         spec = json.loads(bytes(known[f"{name}_{SPEC}"].tolist()))
         return _unflatten(spec, lambda i: known[f"{name}_{i}"].clone())
 
-    pipeline.encode_prompt = record if isinstance(prompts, dict) else look_up
+    setattr(pipeline, method, record if isinstance(prompts, dict) else look_up)
+
+
+def _method(pipeline: Any) -> str:
+    """What the pipeline calls its encoding of prompts."""
+    return "encode_prompt" if hasattr(pipeline, "encode_prompt") else "_encode_prompt"
 
 
 def _name(pipeline: Any, args: tuple[Any, ...], more: dict[str, Any]) -> str:
     """A hash of all that a call of `encode_prompt` is given but the device and the precision, which are the run's."""
-    given = inspect.signature(type(pipeline).encode_prompt).bind(pipeline, *args, **more)
+    given = inspect.signature(getattr(type(pipeline), _method(pipeline))).bind(pipeline, *args, **more)
     given.apply_defaults()
     told = sorted((key, repr(x)) for key, x in given.arguments.items() if key not in ("self", "device", "dtype"))
     return "prompt" + hashlib.sha256(repr((type(pipeline).__name__, told)).encode()).hexdigest()[:32]

@@ -159,10 +159,10 @@ def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     return {part: (setting, name) for part, (setting, name) in own.items() if name}
 
 
-def pipeline_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
+def pipeline_lines(s: Pretrained, exported: Collection[str] = (), kind: str | None = None) -> str:
     """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts, of which the
-    `exported` ones are in the folder `path`; for `str.format`."""
-    kind, base = config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
+    `exported` ones are in the folder `path`; for `str.format`. `kind`: its class, where it is not the checkpoint's."""
+    kind, base = kind or config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
     told = {"revision": s.revision, "variant": s.variant}
     more, lines = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value), ""
     for part in exported:
@@ -437,9 +437,9 @@ def load_lines(s: Pretrained) -> str:
     return base_lines(s) + "pipeline.load_lora_weights({path})\n"
 
 
-def base_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
+def base_lines(s: Pretrained, exported: Collection[str] = (), kind: str | None = None) -> str:
     """Those that make `pipeline`, with the `exported` parts from the folder `path`."""
-    lines = pipeline_lines(s, exported)
+    lines = pipeline_lines(s, exported, kind)
     if overrides(s):
         made = type(scheduler(s)).__name__
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})

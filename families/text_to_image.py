@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = {"caption": Column("text", setting="data.caption_column")}
+KNOWN = (*stable_diffusion.PIPELINES, *flow.FAMILIES)
+"""Pipeline classes of text-to-image models."""
 DATA = {"resolution": 512, "center_crop": True, "train_batch_size": 1, "interpolation": "lanczos"}
 """Settings of the data that are fit for photographs."""
 
@@ -60,7 +62,7 @@ def multiple(cfg: Any) -> int:
 # The checkpoint.
 
 
-def check(cfg: Any) -> None:
+def check(cfg: Any, known: Collection[str] = KNOWN) -> None:
     """Refuse settings that do not fit each other or a checkpoint on this machine; one on the hub is looked up by `check_base`.
 
     Raises:
@@ -70,7 +72,7 @@ def check(cfg: Any) -> None:
     optimizers.check(s, group, cfg.base)
     check_apart(s, group, {"prompts_file": ("validation_prompts",)})
     if all(map(stable_diffusion.is_local, (s.pretrained_vae_model_name_or_path or ".", s.pretrained_model_name_or_path))):
-        check_base(cfg)
+        check_base(cfg, known)
     given, several, name = cfg.base.num_samples, len(asked(cfg)), "prompts_file" if s.prompts_file else "validation_prompts"
     require(given >= several, "base.num_samples", given, f"at least {several}, one for each of {flag(group, name)}")
 
@@ -82,14 +84,14 @@ def check_unscaled(cfg: Any) -> None:
             raise BadInput(f"a sample at strength {entry.strength:g}: only adapters have a strength; leave it out")
 
 
-def check_base(cfg: Any) -> None:
-    """Refuse what cannot work, from the checkpoint's configs alone.
+def check_base(cfg: Any, known: Collection[str] = KNOWN) -> None:
+    """Refuse what cannot work, from the checkpoint's configs alone; of pipelines the task knows these.
 
     Raises:
         BadInput: it is no diffusers model, or one of another kind, or the settings do not fit it.
     """
     s, group = settings(cfg), group_of(cfg)
-    stable_diffusion.check_files(s, group, (*stable_diffusion.PIPELINES, *flow.FAMILIES))
+    stable_diffusion.check_files(s, group, known)
     for name in (FLOW if family(s) is stable_diffusion else DIFFUSION) + (() if family(s).trainable(s) else TEXT):
         if (value := getattr(s, name)) != getattr(type(s), name):
             kind = stable_diffusion.kind(s)

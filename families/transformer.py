@@ -141,15 +141,16 @@ def clip_tokenizers(s: Pretrained, plain: bool = False) -> dict[str, Any]:
     return {name: parts(s, plain)[tokens.tokenizer(name)] for name in inverted(s)}
 
 
-def pipeline(models: Models, s: Pretrained, vae: bool = True) -> Any:
-    """The diffusers pipeline of these very modules, with a scheduler of its own; of text encoders alone, it encodes prompts."""
+def pipeline(models: Models, s: Pretrained, vae: bool = True, kind: str | None = None) -> Any:
+    """The diffusers pipeline of these very modules, with a scheduler of its own; of text encoders alone, it encodes prompts.
+    `kind`: its class, where it is not the checkpoint's."""
     scheduler = parts(s)["scheduler"]
     modules = {name: unwrap(m) for name, m in models.items() if name in (TRAINED, *ENCODERS) or (vae and name == "vae")}
     for name in (TRAINED, "vae")[: 1 + vae]:
         if name not in modules:
             modules[name] = recorded.stand_in(config(s, name), next(iter(models.values())).dtype)
     fresh = {"scheduler": type(scheduler).from_config(scheduler.config)}
-    made = flow.assemble(config(s, "")["_class_name"], parts(s) | modules | fresh)
+    made = flow.assemble(kind or config(s, "")["_class_name"], parts(s) | modules | fresh)
     for name in ENCODERS:
         if name in models and models[name] is not unwrap(models[name]):  # it trains in several processes
             setattr(made, name, Wrapped(models[name]))
@@ -252,9 +253,19 @@ def rehearsal(models: Models, s: Pretrained, columns: flow.Columns) -> Tensor:
     columns = {key: x.to(dtype) if x.is_floating_point() else x for key, x in columns.items()}
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, channels, 8 * own.patch, 8 * own.patch, generator=generator)  # [1, C, h, w]
+    x = latents.beside(x, columns)
     columns["target_size"] = torch.tensor([[8 * own.multiple] * 2])
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
         return own.velocity(transformer, x, torch.tensor([0.5]), columns, 1.0).float().square().mean()
+
+
+def unread(models: Models, s: Pretrained, columns: flow.Columns) -> set[str]:
+    """Parameters of the transformer that no gradient reaches: several processes would wait for them."""
+    module = models[TRAINED]
+    leaves = [name for name, m in module.named_modules() if not [*m.children()] and [*m.parameters()]]
+    loss = functools.partial(rehearsal, models, s, dict(columns))
+    silent = adapters.silent(module, leaves, loss, zero=False)
+    return {f"{name}.{key}" for name in silent for key, _ in module.get_submodule(name).named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ changed, which load.py puts on the base; `python loop.py merge RUN --to FOLDER` 
 from __future__ import annotations
 
 import copy
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -149,7 +148,7 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
     with torch.no_grad():
         given = text_to_image.encode_constants(models, cfg) if constants is None else constants
     module, wanted = models[own.TRAINED], chosen(models[own.TRAINED], s)
-    wanted -= unread(models, s, under("rehearsal", given)) if own is transformer else set()
+    wanted -= transformer.unread(models, s, under("rehearsal", given)) if own is transformer else set()
     for key, p in module.named_parameters():
         p.requires_grad_(key in wanted)
     for name in models.keys() & own.trainable(s) if s.train_text_encoder else ():
@@ -157,15 +156,6 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
             p.requires_grad_(text_to_image.reads(s, name, key))
     prompts = under("prompts", given)
     return models | ({"prompts": text_to_image.held(prompts)} if prompts else {})
-
-
-def unread(models: Models, s: Settings, columns: Mapping[str, Tensor]) -> set[str]:
-    """Parameters of the transformer that no gradient reaches: several processes would wait for them."""
-    module = models[transformer.TRAINED]
-    leaves = [name for name, m in module.named_modules() if not [*m.children()] and [*m.parameters()]]
-    loss = functools.partial(transformer.rehearsal, models, s, dict(columns))
-    silent = adapters.silent(module, leaves, loss, zero=False)
-    return {f"{name}.{key}" for name in silent for key, _ in module.get_submodule(name).named_parameters()}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -186,16 +176,13 @@ def whole(s: Settings) -> list[str]:
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
     import torch
-    from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file
 
     s, part = cfg.finetune, family(cfg.finetune).TRAINED
     dtype, folders = getattr(torch, s.save_dtype), whole(s)
     for name in folders:
         if name == part:
-            models[part].save_config(path / part)
-            state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in models[part].state_dict().items()}
-            save_torch_state_dict(state, path / part, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+            hub.save(models[part], path / part, dtype)
         else:  # in float32: transformers opens a model in what it was saved in, diffusers in float32
             module = models[name] if models[name].dtype == torch.float32 else copy.deepcopy(models[name]).float()
             module.save_pretrained(path / name)

@@ -9,15 +9,13 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneloop import configs
-from oneloop.configs import Amount, BadInput, Base, Data, Range, Words, check, require
-from oneloop.families import adapters, flow, offload, precision, stable_diffusion, text_to_image, transformer
+from oneloop.configs import Amount, BadInput, Base, Data, Words, check
+from oneloop.families import adapted, adapters, flow, offload, precision, text_to_image
 from oneloop.families.objective import objective
 from oneloop.families.settings import Adapters, Pretrained, check_apart
 from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
@@ -42,24 +40,13 @@ class Settings(Pretrained, Adapters):
 
     def __post_init__(self):
         check(self, "lora")
-        given = self.target_modules
-        require(given is None or len(given) > 0, "lora.target_modules", given, "at least one name, or all-linear")
-        alone = given is None or "all-linear" not in given or len(given) == 1
-        require(alone, "lora.target_modules", given, "all-linear without other names")
-        numbers = {"rank_pattern": Range(1, 65_536), "alpha_pattern": Range(0.0, 3e38, without=0)}
-        for name, limit in (numbers | {"learning_rate_pattern": Range(0.0, 3e38)}).items():
-            adapters.check_pattern(f"lora.{name.replace('_', '-')}", getattr(self, name), limit)
+        adapted.check_settings(self, "lora")
         check_apart(self, "lora", APART)
 
 
-APART = {
-    "kohya": ("use_dora", "use_lokr"),  # programs do not agree on DoRA in that form
-    "train_text_encoder": ("use_dora",),  # transformers 5 loses the lengths when it loads them
-    "use_lokr": ("use_dora", "use_rslora", "dropout", "training_adapter"),
+APART = adapted.APART | {
     "preservation_weight": ("train_text_encoder", "placeholder_tokens"),
-    "init_lora": ("target_modules", "alpha", "rank_pattern", "alpha_pattern", "dropout", "use_dora", "use_rslora", "use_lokr"),
 }
-"""Settings -> those that mean nothing beside them."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +65,11 @@ class Config:
             raise BadInput(f"--lora.use-dora with a sample at strength {scaled[0]:g}: DoRA has no strength; leave one out")
 
 
-def check_adapters(s: Settings) -> None:
-    """Refuse adapters that the checkpoint's family has no form for, or that are on none of its layers."""
-    kind, own = stable_diffusion.kind(s), transformer.family(s) if family(s) is transformer else None
-    if s.kohya and own and not own.comfyui:
-        raise BadInput(f"--lora.kohya: other programs have no names known here for a {kind}; leave it out")
-    if s.use_lokr and not (own and own.lokr):
-        readers = ", ".join(name for name, other in flow.FAMILIES.items() if other.lokr)
-        raise BadInput(f"--lora.use-lokr: the loader of a {kind} reads no LoKr; expected one of {readers}")
-    if s.group_offload and not own:
-        raise BadInput(f"--lora.group-offload: a {kind} has no transformer of blocks; leave it out")
-    adapters.check_targets(s, "lora", family(s).TRAINED)
-
-
 def encoders(cfg: Config) -> Encoders | None:
     """The text encoders, unless something of them trains."""
     s = cfg.lora
     text_to_image.check_base(cfg)
-    check_adapters(s)
+    adapted.check(s, "lora")
     if s.train_text_encoder or s.placeholder_tokens:
         return None
     text_to_image.check_parts(cfg)
@@ -115,36 +89,11 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
 
     s = cfg.lora
     text_to_image.check_base(cfg)
-    check_adapters(s)
-    own = family(s)
+    adapted.check(s, "lora")
     models = text_to_image.load(cfg, cfg.base.mixed_precision, constants is None)
-    if constants is None:
-        with torch.no_grad():
-            given = encode_constants(models, cfg)
-    else:
-        given = constants
-        for path, flag in ((s.init_lora, "--lora.init-lora"), (s.training_adapter, "--lora.training-adapter")):
-            if path and adapters.has_text(path):
-                raise BadInput(f"{flag} {path}: has adapters of a text encoder; add --lora.train-text-encoder")
-    if s.init_lora:
-        adapters.read(own.pipeline(models, s), s.init_lora, "--lora.init-lora")
-    if own is transformer:
-        transformer.adapt(models, s, under("rehearsal", given))
-    elif not s.init_lora:
-        adapters.adapt(models["unet"], s, s.target_modules or stable_diffusion.TARGETS)
-    for name in own.ENCODERS:
-        if name not in models:
-            continue
-        if s.train_text_encoder and name in own.trainable(s) and not adapters.tuned(models[name]):
-            adapters.adapt(models[name], s, (adapters.text_target(text_to_image.text_layers(s, name)),))
-        elif adapters.tuned(models[name]) and not s.train_text_encoder:
-            raise BadInput(f"--lora.init-lora {s.init_lora}: has adapters of the {name}; add --lora.train-text-encoder")
-    if s.training_adapter:
-        adapters.read(own.pipeline(models, s), s.training_adapter, "--lora.training-adapter", "assistant")
-    for name in (own.TRAINED, *own.ENCODERS):
-        adapters.activate(models[name]) if name in models else None
-    if s.group_offload:
-        offload.hold(models["transformer"], flow.recomputable(models["transformer"]))
+    with torch.no_grad():
+        given = encode_constants(models, cfg) if constants is None else constants
+    adapted.adapt(models, cfg, given, encoded=constants is not None)
     texts = {name: under(name, given) for name in ("preservation", "prompts")}  # [1, ...] of the preservation prompt
     return models | {name: text_to_image.held(columns) for name, columns in texts.items() if columns}
 
@@ -161,9 +110,7 @@ def untouched(cfg: Config, constants: Mapping[str, Tensor] | None) -> Models:
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
-    s = cfg.lora
-    groups = [group for module, rate in text_to_image.rates(models, s) for group in adapters.groups(module, rate, s)]
-    return {"lora": optimizers.make(groups, s)}
+    return {"lora": optimizers.make(adapted.groups(models, cfg.lora), cfg.lora)}
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
@@ -184,35 +131,9 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    settings = configs.portable(configs.to_dict(cfg), cfg)
-    settings["base"]["output_dir"] = None
-    adapters.save(models, path, cfg.lora, {"oneloop": json.dumps(settings)} | model_spec(cfg))
+    adapted.save(models, path, cfg)
     lines = family(cfg.lora).load_lines(cfg.lora) + text_to_image.save_tokens(models, path, cfg)
     return lines + text_to_image.call_line(examples, cfg)
-
-
-def remarks(models: Models, cfg: Config) -> Iterator[str]:
-    yield from filter(None, [precision.remark(cfg.lora, cfg.base)])
-    yield from text_to_image.remarks(models, cfg)
-
-
-def model_spec(cfg: Config) -> dict[str, str]:
-    """What the file says of itself, by the keys of Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec). Without
-    a date, so that equal runs write equal files."""
-    s, trigger = cfg.lora, cfg.data.trigger
-    said = {
-        "sai_model_spec": "1.0.1",
-        "architecture": f"{family(s).architecture(s)}/lora",
-        "implementation": "diffusers",
-        "title": Path(cfg.base.output_dir or "lora").name,
-        "description": f"Adapters of {Path(s.pretrained_model_name_or_path).name}, trained with oneloop.",
-        "resolution": f"{cfg.data.resolution}x{cfg.data.resolution}",
-    }
-    if trigger:
-        said |= {"trigger_phrase": trigger, "usage_hint": f"Trigger: {trigger}"}
-    if family(s) is stable_diffusion:
-        said["prediction_type"] = {"v_prediction": "v"}.get(kind := stable_diffusion.prediction_type(s), kind)
-    return {f"modelspec.{key}": value for key, value in said.items()}
 
 
 def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[Any, str]:
@@ -243,5 +164,5 @@ task = Task(
     float32=("vae",),
     columns=text_to_image.COLUMNS,
     multiple=text_to_image.multiple,
-    remarks=remarks,
+    remarks=adapted.remarks,
 )

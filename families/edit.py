@@ -1,0 +1,194 @@
+"""What a trainer must know of each family that edits: a table, and the functions that read it. `s` are a task's settings
+(settings.py); `cfg` has them as its group.
+
+An edit is a target, an instruction and a source. The source reaches the model in one of two ways: as channels beside x_t, for
+which its first layer is widened (InstructPix2Pix: Brooks et al. 2023, arXiv:2211.09800, section 3.2; FLUX.1's control models),
+or as tokens behind those of x_t (FLUX.1 Kontext: Black Forest Labs 2025, arXiv:2506.15742, section 3; FLUX.2; Qwen-Image-Edit).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from oneloop import configs
+from oneloop.configs import BadInput
+from oneloop.families import adapters, latents, stable_diffusion, text_to_image, transformer
+from oneloop.families.settings import Pretrained, flag
+from oneloop.families.text_to_image import family, settings
+from oneloop.tasks import Batch, Column, Encoding, Models, Rng
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How the checkpoints of a pipeline class learn to edit."""
+
+    kind: str | None = None
+    """The pipeline class that draws; None: the checkpoint's own."""
+    widened: str | None = None
+    """The layer whose input has the source's latents as further channels; None: the source is tokens of its own."""
+    argument: str = "image"
+    """The pipeline's argument for the source."""
+    call: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
+    """Further arguments of the pipeline, for samples of the size that is asked for, after the source as training saw it."""
+
+
+WAYS: dict[str, Way] = {
+    "StableDiffusionPipeline": Way(kind="StableDiffusionInstructPix2PixPipeline", widened="conv_in"),
+    "StableDiffusionXLPipeline": Way(kind="StableDiffusionXLInstructPix2PixPipeline", widened="conv_in"),
+    "FluxPipeline": Way(kind="FluxControlPipeline", widened="x_embedder", argument="control_image"),
+    # The pipeline scales the sample to an area of its own, and the source to one of its list of sizes.
+    "FluxKontextPipeline": Way(call=lambda height, width: {"max_area": height * width, "_auto_resize": False}),
+    "Flux2KleinPipeline": Way(),
+    "Flux2Pipeline": Way(),
+}
+"""Pipeline class of a checkpoint -> how it learns to edit."""
+
+
+def way(s: Pretrained) -> Way:
+    """The checkpoint's."""
+    return WAYS[stable_diffusion.kind(s)]
+
+
+def kind(s: Pretrained) -> str:
+    """The pipeline class that draws."""
+    return way(s).kind or stable_diffusion.kind(s)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+def check_first(s: Pretrained, group: str) -> None:
+    """Refuse a transformer that takes more than x_t already; of a UNet `family.check` does.
+
+    Raises:
+        BadInput: with both numbers of channels.
+    """
+    if way(s).widened and family(s) is transformer:
+        given, wanted = (stable_diffusion.config(s, part) for part in (transformer.TRAINED, "vae"))
+        channels, expected = given.get("in_channels"), 4 * wanted.get("latent_channels", 0)
+        if channels != expected:
+            what = f"its transformer takes {channels} channels a token; expected {expected}, a text-to-image model's"
+            raise BadInput(f"{flag(group, 'pretrained_model_name_or_path')} {s.pretrained_model_name_or_path}: {what}")
+
+
+def widen(module: nn.Module, name: str) -> None:
+    """Give a layer, a convolution or a linear one, as many further inputs as it has, whose weights are zero: with whatever in
+    them it answers as before. Its bias stays."""
+    import torch
+
+    layer = module.get_submodule(name)
+    wide = torch.cat([layer.weight.detach(), torch.zeros_like(layer.weight)], 1)  # [out, 2 in, ...]
+    layer.weight = torch.nn.Parameter(wide, requires_grad=layer.weight.requires_grad)
+    size = "in_channels" if hasattr(layer, "in_channels") else "in_features"
+    setattr(layer, size, 2 * getattr(layer, size))
+    own = module.config
+    module.register_to_config(in_channels=2 * own.in_channels, out_channels=own.out_channels or own.in_channels)
+
+
+def prepare(models: Models, s: Pretrained) -> None:
+    """Have loaded parts learn to edit: the layer widened, and pipelines encode the source in the precision of the
+    autoencoder's weights, as training does."""
+    vae = models["vae"]
+    vae.encode = functools.partial(transformer.as_its_weights, vae, vae.encode)
+    if name := way(s).widened:
+        widen(models[family(s).TRAINED], name)
+
+
+def blank(s: Pretrained) -> dict[str, Tensor]:
+    """What the transformer's rehearsal needs beside a caption, as its constants are called."""
+    import torch
+
+    if not (way(s).widened and family(s) is transformer):
+        return {}
+    side = 8 * transformer.family(s).patch
+    channels = stable_diffusion.config(s, "vae")["latent_channels"]
+    noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(1))
+    return {"rehearsal/beside": noise}
+
+
+def targeted(cfg: Any) -> Any:
+    """The settings with which adapters are made: the widened layer gets one, or the source would stay unseen."""
+    s, name = settings(cfg), way(settings(cfg)).widened
+    targets = s.target_modules or transformer.family(s).targets
+    if name is None or s.init_lora or targets == adapters.ALL or name in targets:
+        return cfg
+    return replace(cfg, **{configs.task_group(cfg): replace(s, target_modules=(*targets, name))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source, on its way to the loss.
+
+
+def columns(cfg: Any) -> Mapping[str, Column]:
+    """A source that is channels has the crop of its target; one that is tokens has a size of its own."""
+    like = "pixel_values" if way(settings(cfg)).widened else None
+    where = {"setting": "data.conditioning_column", "folder": "data.conditioning_data_dir"}
+    return text_to_image.COLUMNS | {"conditioning": Column("image", like=like, **where)}
+
+
+def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Sources [B, 3, H, W] in [-1, 1] -> what `given` makes the loss's columns of, [B, C, h, w] each.
+
+    InstructPix2Pix takes the posterior's mode as it is, without the scale of x_t (section 3.2.1; the authors' code divides it
+    out); references are the mode in the scale of x_t; FLUX.1's control models take a sample in that scale, as their pipeline
+    does.
+    """
+    s = settings(cfg)
+    if family(s) is stable_diffusion:
+        return {"source": models["vae"].encode(x).latent_dist.mode()}
+    own = replace(transformer.family(s), sample=way(s).widened is not None)
+    made = latents.encode(own, models["vae"], x)
+    return (
+        {f"source_{key.removeprefix('latent_')}": x for key, x in made.items()}
+        if own.sample
+        else {"reference": made["latent_mean"]}
+    )
+
+
+ENCODINGS = text_to_image.ENCODINGS | {
+    "conditioning": Encoding(
+        fn=encode_source, models=("vae",), key=lambda cfg: (stable_diffusion.kind(settings(cfg)), kind(settings(cfg)))
+    )
+}
+
+
+def encodings(cfg: Any) -> Mapping[str, Encoding]:
+    """What frozen models make of sources, targets and instructions."""
+    return ENCODINGS
+
+
+def dropout(s: Any) -> float:
+    """The share of examples without an instruction, that without a source, and that without both, each."""
+    if s.conditioning_dropout is not None:
+        return s.conditioning_dropout
+    return 0.05 if family(s) is stable_diffusion else 0.0
+
+
+def given(models: Models, batch: Batch, rng: Rng, cfg: Any) -> Batch:
+    """The batch as the objective reads it: the source `beside` x_t, or as `reference`.
+
+    InstructPix2Pix drops the instruction of 5 % of the examples, the source of 5 %, and both of 5 % (section 3.2.1), so that
+    samples can be guided by either; without an instruction the model sees what the pipeline shows it in its place.
+    """
+    import torch
+
+    s = settings(cfg)
+    if "source_mean" in batch:
+        mean = batch["source_mean"]
+        noise = rng.normal("source posterior", *mean.shape[1:])
+        return batch | {"beside": mean + batch["source_std"] * noise}
+    if "source" not in batch:
+        return batch
+    p, u = dropout(s), rng.uniform("dropout")  # [B]
+    made = batch | {"beside": batch["source"] * ~((p <= u) & (u < 3 * p))[:, None, None, None]}
+    for key, x in models["null"].named_buffers() if p else ():
+        silent = (u < 2 * p).view(-1, *[1] * (batch[key].ndim - 1))
+        made[key] = torch.where(silent, x.to(batch[key].dtype), batch[key])
+    return made
