@@ -55,7 +55,8 @@ def sample(models: Models, s: Any, prompt: str, source: Image.Image, generator: 
     drawn = pipeline(models, s)
     with recorded.ended():
         if family(s) is stable_diffusion:
-            return stable_diffusion.decode(models["vae"], drawn(**call, output_type="latent").images)[0]
+            latents = drawn(**call, output_type="latent").images
+            return stable_diffusion.decode(models["vae"], latents)[0]
         return drawn(**call, output_type="pt").images[0]
     return torch.zeros(3, height, width)
 

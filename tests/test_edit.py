@@ -1,4 +1,4 @@
-"""Editing: the widened model, what the loss is of, dropout, runs, exports, bad input; InstructPix2Pix of both kinds."""
+"""The task `edit` on every family: what is drawn before training, runs, resuming, samples, exports, bad input."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_lora_families import in_fork
-from warm import brief, cli, cli_many, digest, distance, flags
+from warm import brief, cli, cli_many, digest, flags
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
@@ -18,8 +18,8 @@ from oneloop.families import edit, edit_samples, stable_diffusion, text_to_image
 from oneloop.settings import command_line
 from oneloop.tasks import Rng
 from oneloop.tasks import edit as task
-from oneloop.tasks import finetune
 
+NAMES = ("sd", "sdxl")
 SIDE = 32
 CAPTIONS = ("a red circle", "a large dog", "a small square")
 diffusers.utils.logging.set_verbosity_error()
@@ -39,6 +39,7 @@ def pairs(tmp_path_factory):
 
 
 def config(model, **settings):
+    """The `Config` of a run, for a test that calls the task's functions itself."""
     base = Base(output_dir="unused", logger=("none",))
     sizes = Data(train_data_dir="unused", resolution=SIDE, center_crop=True, train_batch_size=2)
     made = task.Settings(pretrained_model_name_or_path=str(model), **{"num_inference_steps": 2} | settings)
@@ -57,10 +58,146 @@ def command(folder, model, pairs, out="out", **more):
     return flags("edit", settings | {name.replace("__", "."): value for name, value in more.items()})
 
 
-def test_try(tmp_path, built, pairs):
-    def run():
-        loop.run(task.task, command_line.parse(command(tmp_path, built("sd"), pairs))[1])
-    r = in_fork(tmp_path, run)
-    print(r.out, r.err)
-    print((tmp_path/"out"/"export"/"load.py").read_text())
-    shutil.copytree(tmp_path/"out", "/work/tmp/edit/out", dirs_exist_ok=True)
+def batch_of(cfg, count=2):
+    """A batch of `count` raw examples."""
+    draw = lambda purpose: Rng.of(0, range(count)).uniform(purpose, 3, SIDE, SIDE) * 2 - 1  # noqa: E731
+    size, corner = torch.full((count, 2), SIDE), torch.zeros(count, 2, dtype=torch.long)
+    sizes = {"original_size": size, "target_size": size, "crop_top_left": corner}
+    return {"pixel_values": draw("x"), "conditioning": draw("source"), "caption": [*CAPTIONS[:count]]} | sizes
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_before_training_it_draws_what_its_base_draws(built, name):
+    """Whatever the source: the new weights are zero, and so is what is guided by it."""
+    cfg = config(built(name), guidance_scale=3.0)
+    models = task.make_models(cfg)
+    source = edit_samples.picture(batch_of(cfg)["conditioning"][0])
+    own, base = text_to_image.family(cfg.edit), text_to_image.load(cfg, "no")
+    with torch.no_grad():
+        ours = edit_samples.sample(models, cfg.edit, CAPTIONS[0], source, generator(), SIDE, SIDE)
+        theirs = own.sample(base, cfg.edit, [CAPTIONS[0]], [generator()], SIDE, SIDE)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert ours.std() > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pairs, name):
+    def run(out, **more):
+        line = command(tmp_path, built(name), pairs, out, base__checkpointing_steps=1, base__use_ema=False, **more)
+        cfg = command_line.parse(line)[1]
+        return loop.run(task.task, cfg), cfg
+
+    def runs():
+        state, cfg = run("whole")
+        shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "again" / "checkpoint-1")
+        run("again")
+        assert digest(tmp_path / "whole") == digest(tmp_path / "again")
+        lines = tmp_path / "whole" / "checkpoint-2" / "load.py"
+        scope = {"__file__": str(lines)}
+        exec(lines.read_text(), scope)  # and it draws sample.png
+        pipeline, s = scope["pipeline"], cfg.edit
+        pipeline.set_progress_bar_config(disable=True)
+        assert type(pipeline).__name__ == edit.kind(s) and Image.open("sample.png").size == (SIDE, SIDE)
+        models = task.make_models(cfg)
+        part = text_to_image.family(s).TRAINED
+        before = {key: x.clone() for key, x in models[part].state_dict().items()}
+        models[part].load_state_dict(state.models[part].state_dict(), strict=False)
+        assert any(not torch.equal(before[key], x) for key, x in models[part].state_dict().items())
+        if edit.way(s).widened:
+            first = models[part].get_submodule(edit.way(s).widened)
+            wide = getattr(first, "base_layer", first).weight
+            assert task.trains(s) == "lora" or bool(wide[:, wide.shape[1] // 2 :].any())  # it sees the source
+        source = Image.open(tmp_path / "whole" / "export" / "source.png")
+        told = edit_samples.arguments(s, SIDE, SIDE) | {edit.way(s).argument: source}
+        with torch.no_grad():
+            ours = edit_samples.sample(models, s, CAPTIONS[0], source, generator(3), SIDE, SIDE)
+            theirs = pipeline(prompt=CAPTIONS[0], generator=[generator(3)], output_type="pt", **told).images[0]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+    said = in_fork(tmp_path, runs).err
+    assert "no samples" not in said and "cannot be made ahead" not in said, said
+    row = np.asarray(Image.open(tmp_path / "whole" / "samples" / "2.png")).astype(float)  # [H, 3 W, 3]
+    for at, part in enumerate(("before", "after")):
+        whole = Image.open(pairs / part / "0.png")  # 80 x 70, whose shorter side becomes SIDE
+        there = np.asarray(whole.resize((round(80 * SIDE / 70), SIDE), Image.LANCZOS)).astype(float)[:, 2 : 2 + SIDE]
+        assert np.abs(row[:, at * SIDE : (at + 1) * SIDE] - there).mean() < 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_end_in_the_bits_of_one(tmp_path, built, pairs, name):
+    line = functools.partial(command, tmp_path, built(name), pairs)
+    done = cli(tmp_path, *line("one", base__gradient_accumulation_steps=2))
+    assert done.code == 0, done.err
+    for result in cli_many(tmp_path, 2, *line("two")):
+        assert result.code == 0, result.err
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+def test_the_new_weights_are_zero_and_what_was_there_stays(built):
+    """The bias too, which the official script draws anew."""
+    before, after = (make(config(built("sd"))) for make in (lambda cfg: text_to_image.load(cfg, "no"), task.make_models))
+    assert after["unet"].config.in_channels == 8 and all(p.requires_grad for p in after["unet"].parameters())
+    assert not any(p.requires_grad for name in ("vae", "text_encoder") for p in after[name].parameters())
+    for key, x in after["unet"].state_dict().items():
+        old = before["unet"].state_dict()[key]
+        assert torch.equal(x[:, :4], old) and not x[:, 4:].any() if key == "conv_in.weight" else torch.equal(x, old)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_the_loss_is_the_formula_s(built, name):
+    """Written out for every example, with what its number drops: the first forty have all four cases."""
+    cfg = config(built(name))
+    models = task.make_models(cfg)
+    torch.nn.init.normal_(models["unet"].conv_in.weight, std=0.2, generator=generator())
+    vae, seen, wanted, got = models["vae"], set(), [], []
+    table = diffusers.DDPMScheduler.from_config(stable_diffusion.config(cfg.edit, "scheduler"))
+    with torch.no_grad():
+        raw = batch_of(cfg, 1)
+        x, source = (vae.encode(raw[key]).latent_dist for key in ("pixel_values", "conditioning"))
+        texts = {caption: text_to_image.encode_captions(models, [caption], cfg) for caption in ("", CAPTIONS[0])}
+        columns = text_to_image.encode_images(models, raw["pixel_values"], cfg) | texts[CAPTIONS[0]]
+        batch = raw | columns | edit.encode_source(models, raw["conditioning"], cfg)
+        for n in range(40):
+            rng = Rng.of(0, [n])
+            (loss,) = task.loss_fn(models, batch, rng, cfg)
+            u = rng.uniform("dropout").item()
+            text, image = u >= 0.1, not 0.05 <= u < 0.15  # the share without text, both, without image: 5 % each
+            seen.add((text, image))
+            z = (x.mean + x.std * rng.normal("posterior", 4, 8, 8)) * vae.config.scaling_factor
+            noise, t = rng.normal("noise", 4, 8, 8), rng.integers("timestep", 1000)
+            given = texts[CAPTIONS[0] if text else ""]
+            more = {}
+            if name == "sdxl":
+                ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]], dtype=torch.float32)
+                more["added_cond_kwargs"] = {"text_embeds": given["pooled_prompt_embeds"], "time_ids": ids}
+            told = torch.cat([table.add_noise(z, noise, t), source.mode() * image], 1)
+            answer = models["unet"](told, t, given["prompt_embeds"], **more).sample
+            wanted.append((answer - noise).square().mean()), got.append(loss.value)
+    torch.testing.assert_close(torch.stack(got), torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    assert len(seen) == 4
+
+
+def test_shares_that_are_dropped(built):
+    """Of 20,000 examples about 5 % each way, or as many as is asked; the same whatever batch they are in."""
+    for p in (None, 0.2, 0.0):
+        cfg = config(built("sd"), conditioning_dropout=p)
+        models = {"null": text_to_image.held({"prompt_embeds": torch.zeros(1, 1, 1)})}
+        ones = {"source": torch.ones(20_000, 1, 1, 1), "prompt_embeds": torch.ones(20_000, 1, 1)}
+        made = edit.given(models, ones, Rng.of(3, range(20_000)), cfg)
+        text, image = (made[key].flatten().bool() for key in ("prompt_embeds", "beside"))
+        share = 0.05 if p is None else p
+        for dropped in (~text & image, ~text & ~image, text & ~image):
+            assert abs(dropped.float().mean().item() - share) < 0.006
+        alone = edit.given(models, {key: x[:7] for key, x in ones.items()}, Rng.of(3, range(7)), cfg)
+        assert torch.equal(alone["beside"], made["beside"][:7]) and torch.equal(alone["prompt_embeds"], made["prompt_embeds"][:7])
+
+
+def test_an_absent_instruction_is_what_the_pipeline_shows_in_its_place(built):
+    """Zeros where SDXL says so, in both text columns; else the encoding of nothing."""
+    for name, zero in (("sdxl", True), ("sd", False)):
+        null = dict(task.make_models(config(built(name)))["null"].named_buffers())
+        assert len(null) == 1 + zero and all(bool(x.any()) != zero for x in null.values())
