@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import inspect
+import itertools
 import json
 import runpy
 import sys
@@ -21,13 +23,14 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     from accelerate import Accelerator
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    from oneloop.families import text_to_image, transformer
+    from oneloop.families import edit, text_to_image, transformer
     from oneloop.tasks import Rng
 
     _, cfg, model = parsed(script, folder, out)
     s, name = text_to_image.settings(cfg), script.path.rpartition("_lora_")[2]
     own, flow = text_to_image.family(s), text_to_image.family(s) is transformer
-    counts, seen = {"noise": 0, "posterior": 0}, {"shift": [], "layers": [[], []]}
+    counts, seen = collections.Counter(), {"shift": [], "layers": [[], []]}
+    posteriors = itertools.cycle(script.posteriors)
 
     def rng(n: int) -> Rng:
         return Rng.of(cfg.base.seed, range(n, n + 1))
@@ -40,13 +43,21 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         return made.view_as(like).to(like)
 
     torch.randn_like = lambda like, **more: draw("noise", like)
-    DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mean + self.std * draw("posterior", self.mean)
+
+    def sample(self: Any, generator: Any = None) -> torch.Tensor:
+        purpose = next(posteriors)
+        return self.mean if purpose == "mode" else self.mean + self.std * draw(purpose, self.mean)
+
+    DiagonalGaussianDistribution.sample = sample
     if flow:
         inject_sigmas(s, name, counts, seen, rng)
     else:
         inject_timesteps(counts, rng)
-    if script.task == "lora":
+    if script.pairs and not flow:
+        inject_widening(counts, rng)
+    if script.adapts:
         given = transformer.family(s).targets if flow else own.TARGETS
+        given = given if script.task == "lora" else text_to_image.settings(edit.targeted(cfg)).target_modules or given
         start_adapters(given, own.TRAINED, folder, seen)
     flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": SIDE, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
@@ -55,11 +66,22 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         flags |= {"train_data_dir": folder / "images", "placeholder_token": TOKEN, "initializer_token": "dog", "num_vectors": 2}
         flags["lr_scheduler"] = "constant"
         inject_sentence()
+    elif script.dreambooth and script.pairs:
+        flags |= {"dataset_name": folder / "images", "instance_prompt": CAPTION, "caption_column": "text"}
+        flags |= {"image_column": "image", "cond_image_column": "source"}
     elif script.dreambooth:
         flags |= {"instance_data_dir": folder / "images", "instance_prompt": CAPTION}
+    elif script.adapts and script.pairs:
+        flags |= {"jsonl_for_train": folder / "rows.jsonl", "caption_column": "text", "image_column": "image"}
+        flags |= {"conditioning_image_column": "source"}
+        rows = {"text": CAPTION, "image": str(folder / "images" / "a.png"), "source": str(folder / "images" / "b.png")}
+        (folder / "rows.jsonl").write_text(json.dumps(rows))
+    elif script.pairs:
+        flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "edit_prompt_column": "text"}
+        flags |= {"edited_image_column": "image", "original_image_column": "source"}
     else:
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
-    if script.task == "lora":
+    if script.adapts:
         flags["rank"] = 4
     if flow:
         flags["max_sequence_length"] = transformer.family(s).length
@@ -100,6 +122,32 @@ def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
         return rng(counts["noise"] - 1).integers("timestep", high) if asked else draw(low, high, size, **more)
 
     torch.randint = timesteps
+
+
+def inject_widening(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
+    """Hand a script of InstructPix2Pix what decides the dropout of the example whose noise it drew, and to its new first layer
+    the bias of the old one, which it does not copy."""
+    import diffusers
+    import torch
+
+    kind, layer, draw = diffusers.UNet2DConditionModel, torch.nn.Conv2d, torch.rand
+    register, reset = kind.register_to_config, layer.reset_parameters
+
+    def rand(*size: Any, generator: Any = None, **more: Any) -> torch.Tensor:
+        drops = generator is not None and size == (1,) and counts["noise"]
+        return rng(counts["noise"] - 1).uniform("dropout") if drops else draw(*size, generator=generator, **more)
+
+    def registered(self: Any, **more: Any) -> None:
+        def kept(made: Any) -> None:
+            reset(made)
+            layer.reset_parameters = reset
+            made.bias.data.copy_(self.conv_in.bias)
+
+        if more == {"in_channels": 8}:
+            layer.reset_parameters = kept
+        register(self, **more)
+
+    torch.rand, kind.register_to_config = rand, registered
 
 
 def inject_sigmas(s: Any, name: str, counts: dict[str, int], seen: dict[str, Any], rng: Callable[[int], Any]) -> None:

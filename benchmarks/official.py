@@ -1,4 +1,4 @@
-"""The official scripts beside `lora`, `finetune` and `textual_inversion`: the same checkpoint, image and draws, step by step.
+"""The official scripts beside `lora`, `finetune`, `textual_inversion` and `edit`: the same checkpoint, image and draws, step by step.
 
     python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 
@@ -51,6 +51,15 @@ class Script:
     which the optimizer has used up."""
     pinned: bool = False
     """It draws each image's posterior once, so that the checkpoint's VAE must have none."""
+    posteriors: tuple[str, ...] = ("posterior",)
+    """What it draws of posteriors in a step, by the task's names; `mode`: what the task takes the mode of."""
+    settings: tuple[tuple[str, str], ...] = ()
+    """The task's settings that are not its defaults."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it trains adapters."""
+        return "_lora" in self.path
 
     @property
     def dreambooth(self) -> bool:
@@ -61,6 +70,11 @@ class Script:
     def caches(self) -> bool:
         """Whether it can encode images once."""
         return self.dreambooth and self.task == "lora"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it is trained on pairs of images."""
+        return self.task == "edit"
 
 
 SCRIPTS = {
@@ -86,6 +100,30 @@ SCRIPTS = {
         "dreambooth/train_dreambooth_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "finetune"
     ),
     "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
+    "edit_sd": Script(
+        "instruct_pix2pix/train_instruct_pix2pix",
+        "sd",
+        ("--conditioning_dropout_prob", "0.2"),
+        "edit",
+        settings=(("conditioning-dropout", "0.2"),),
+    ),
+    "edit_sdxl": Script(  # which drops the text states alone, and not for what the pipeline shows in their place
+        "instruct_pix2pix/train_instruct_pix2pix_sdxl",
+        "sdxl",
+        task="edit",
+        posteriors=("posterior", "mode"),
+        settings=(("conditioning-dropout", "0"),),
+    ),
+    "edit_kontext": Script(
+        "dreambooth/train_dreambooth_lora_flux_kontext", "FluxKontextPipeline", ("--guidance_scale", "1"), "edit"
+    ),
+    "edit_flux": Script(
+        "flux-control/train_control_lora_flux",
+        "FluxPipeline",
+        ("--guidance_scale", "1", "--gaussian_init_lora"),
+        "edit",
+        posteriors=("posterior", "source posterior"),
+    ),
 }
 
 
@@ -150,8 +188,11 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         flags |= {"placeholder-tokens": TOKEN, "initializer-tokens": "dog", "num-vectors": 2}
         flags["data.trigger"] = SENTENCE.format(TOKEN)
     switches = ("--base.no-use-ema", "--base.no-validate-first")
-    if script.task == "lora":
+    if script.adapts:
         flags["init-lora"] = folder / "start"
+    if script.pairs:
+        flags["data.conditioning-data-dir"] = folder / "before"
+    flags |= dict(script.settings)
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
     module, cfg = command_line.parse(
@@ -186,15 +227,17 @@ def make_set(script: Script, folder: Path) -> None:
         with torch.no_grad():  # the second half of the channels is the logarithm of the variance
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
-    picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for place in ("images", "photos"):
-        (folder / place).mkdir()
-        Image.fromarray(picture.numpy()).save(folder / place / "a.png")
+    for seed, places in enumerate(({"images": "a", "photos": "a"}, {"images": "b", "before": "a"})[: 1 + script.pairs]):
+        picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        for place, name in places.items():
+            (folder / place).mkdir(exist_ok=True)
+            Image.fromarray(picture.numpy()).save(folder / place / f"{name}.png")
     if script.task == "textual_inversion":  # its sentences are its own
         return
     (folder / "photos" / "a.txt").write_text(CAPTION)
-    if not script.dreambooth:
-        (folder / "images" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": CAPTION}))
+    if not script.dreambooth or script.pairs:
+        row = {"file_name": "a.png", "text": CAPTION} | ({"source_file_name": "b.png"} if script.pairs else {})
+        (folder / "images" / "metadata.jsonl").write_text(json.dumps(row))
 
 
 def weights(script: Script, out: Path) -> dict[str, Any]:
@@ -202,7 +245,7 @@ def weights(script: Script, out: Path) -> dict[str, Any]:
     from diffusers.utils import convert_unet_state_dict_to_peft
     from safetensors.torch import load_file
 
-    if script.task == "lora":  # scripts of Stable Diffusion write an older form
+    if script.adapts:  # scripts of Stable Diffusion write an older form
         made = load_file(out / "pytorch_lora_weights.safetensors")
         return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
     if script.task == "textual_inversion":
@@ -250,9 +293,9 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     theirs, ours, seen = read("theirs"), read("ours"), json.loads((folder / "theirs" / "seen.json").read_text())
     far = lambda key: max(abs(a - b) / abs(a) for a, b in zip(theirs[key], ours[key], strict=True))  # noqa: E731
     a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
-    start = weights(script, folder / ("start" if script.task == "lora" else "model"))
+    start = weights(script, folder / ("start" if script.adapts else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
-    moved = max(float((a[key] - start[key]).abs().max()) for key in b)
+    moved = max(float((a[key] - start[key]).abs().max()) for key in b if a[key].shape == start[key].shape)
     silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}
     parts = {"script alone": seen["layers"][0], "task alone": seen["layers"][1], "without gradient, left out": sorted(silent)}
     layers = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)

@@ -193,7 +193,9 @@ def test_shares_that_are_dropped(built):
         for dropped in (~text & image, ~text & ~image, text & ~image):
             assert abs(dropped.float().mean().item() - share) < 0.006
         alone = edit.given(models, {key: x[:7] for key, x in ones.items()}, Rng.of(3, range(7)), cfg)
-        assert torch.equal(alone["beside"], made["beside"][:7]) and torch.equal(alone["prompt_embeds"], made["prompt_embeds"][:7])
+        assert torch.equal(alone["beside"], made["beside"][:7]) and torch.equal(
+            alone["prompt_embeds"], made["prompt_embeds"][:7]
+        )
 
 
 def test_an_absent_instruction_is_what_the_pipeline_shows_in_its_place(built):
