@@ -57,7 +57,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         inject_widening(counts, rng)
     if script.adapts:
         given = transformer.family(s).targets if flow else own.TARGETS
-        given = given if script.task == "lora" else text_to_image.settings(edit.targeted(cfg)).target_modules or given
+        given = edit.targets(s) if script.pairs else given
         start_adapters(given, own.TRAINED, folder, seen)
     flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": SIDE, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
@@ -83,7 +83,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
     if script.adapts:
         flags["rank"] = 4
-    if flow:
+    if flow and script.dreambooth:
         flags["max_sequence_length"] = transformer.family(s).length
     path = checkout / "examples" / f"{script.path}.py"
     sys.argv = [str(path), *(text for key, x in flags.items() for text in (f"--{key}", str(x))), *more]

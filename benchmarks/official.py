@@ -1,4 +1,4 @@
-"""The official scripts beside `lora`, `finetune`, `textual_inversion` and `edit`: the same checkpoint, image and draws, step by step.
+"""The official scripts beside `lora`, `finetune`, `textual_inversion` and `edit`: the same checkpoint, images and draws.
 
     python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 

@@ -9,16 +9,15 @@ or as tokens behind those of x_t (FLUX.1 Kontext: Black Forest Labs 2025, arXiv:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneloop import configs
 from oneloop.configs import BadInput
-from oneloop.families import adapters, latents, stable_diffusion, text_to_image, transformer
+from oneloop.families import adapters, stable_diffusion, transformer
 from oneloop.families.settings import Pretrained, flag
-from oneloop.families.text_to_image import family, settings
-from oneloop.tasks import Batch, Column, Encoding, Models, Rng
+from oneloop.families.text_to_image import family
+from oneloop.tasks import Models
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +31,10 @@ class Way:
     """The pipeline class that draws; None: the checkpoint's own."""
     widened: str | None = None
     """The layer whose input has the source's latents as further channels; None: the source is tokens of its own."""
+    least: int = 1
+    """Pixels of the smallest side of a source that its pipeline takes."""
+    sees: bool = False
+    """Whether the text encoder sees the source too."""
     argument: str = "image"
     """The pipeline's argument for the source."""
     call: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
@@ -44,8 +47,10 @@ WAYS: dict[str, Way] = {
     "FluxPipeline": Way(kind="FluxControlPipeline", widened="x_embedder", argument="control_image"),
     # The pipeline scales the sample to an area of its own, and the source to one of its list of sizes.
     "FluxKontextPipeline": Way(call=lambda height, width: {"max_area": height * width, "_auto_resize": False}),
-    "Flux2KleinPipeline": Way(),
-    "Flux2Pipeline": Way(),
+    "Flux2KleinPipeline": Way(least=64),
+    "Flux2Pipeline": Way(least=64),
+    "QwenImageEditPipeline": Way(sees=True),
+    "QwenImageEditPlusPipeline": Way(sees=True),
 }
 """Pipeline class of a checkpoint -> how it learns to edit."""
 
@@ -113,82 +118,7 @@ def blank(s: Pretrained) -> dict[str, Tensor]:
     return {"rehearsal/beside": noise}
 
 
-def targeted(cfg: Any) -> Any:
-    """The settings with which adapters are made: the widened layer gets one, or the source would stay unseen."""
-    s, name = settings(cfg), way(settings(cfg)).widened
-    targets = s.target_modules or transformer.family(s).targets
-    if name is None or s.init_lora or targets == adapters.ALL or name in targets:
-        return cfg
-    return replace(cfg, **{configs.task_group(cfg): replace(s, target_modules=(*targets, name))})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The source, on its way to the loss.
-
-
-def columns(cfg: Any) -> Mapping[str, Column]:
-    """A source that is channels has the crop of its target; one that is tokens has a size of its own."""
-    like = "pixel_values" if way(settings(cfg)).widened else None
-    where = {"setting": "data.conditioning_column", "folder": "data.conditioning_data_dir"}
-    return text_to_image.COLUMNS | {"conditioning": Column("image", like=like, **where)}
-
-
-def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
-    """Sources [B, 3, H, W] in [-1, 1] -> what `given` makes the loss's columns of, [B, C, h, w] each.
-
-    InstructPix2Pix takes the posterior's mode as it is, without the scale of x_t (section 3.2.1; the authors' code divides it
-    out); references are the mode in the scale of x_t; FLUX.1's control models take a sample in that scale, as their pipeline
-    does.
-    """
-    s = settings(cfg)
-    if family(s) is stable_diffusion:
-        return {"source": models["vae"].encode(x).latent_dist.mode()}
-    own = replace(transformer.family(s), sample=way(s).widened is not None)
-    made = latents.encode(own, models["vae"], x)
-    return (
-        {f"source_{key.removeprefix('latent_')}": x for key, x in made.items()}
-        if own.sample
-        else {"reference": made["latent_mean"]}
-    )
-
-
-ENCODINGS = text_to_image.ENCODINGS | {
-    "conditioning": Encoding(
-        fn=encode_source, models=("vae",), key=lambda cfg: (stable_diffusion.kind(settings(cfg)), kind(settings(cfg)))
-    )
-}
-
-
-def encodings(cfg: Any) -> Mapping[str, Encoding]:
-    """What frozen models make of sources, targets and instructions."""
-    return ENCODINGS
-
-
-def dropout(s: Any) -> float:
-    """The share of examples without an instruction, that without a source, and that without both, each."""
-    if s.conditioning_dropout is not None:
-        return s.conditioning_dropout
-    return 0.05 if family(s) is stable_diffusion else 0.0
-
-
-def given(models: Models, batch: Batch, rng: Rng, cfg: Any) -> Batch:
-    """The batch as the objective reads it: the source `beside` x_t, or as `reference`.
-
-    InstructPix2Pix drops the instruction of 5 % of the examples, the source of 5 %, and both of 5 % (section 3.2.1), so that
-    samples can be guided by either; without an instruction the model sees what the pipeline shows it in its place.
-    """
-    import torch
-
-    s = settings(cfg)
-    if "source_mean" in batch:
-        mean = batch["source_mean"]
-        noise = rng.normal("source posterior", *mean.shape[1:])
-        return batch | {"beside": mean + batch["source_std"] * noise}
-    if "source" not in batch:
-        return batch
-    p, u = dropout(s), rng.uniform("dropout")  # [B]
-    made = batch | {"beside": batch["source"] * ~((p <= u) & (u < 3 * p))[:, None, None, None]}
-    for key, x in models["null"].named_buffers() if p else ():
-        silent = (u < 2 * p).view(-1, *[1] * (batch[key].ndim - 1))
-        made[key] = torch.where(silent, x.to(batch[key].dtype), batch[key])
-    return made
+def targets(s: Any) -> tuple[str, ...]:
+    """The layers that get adapters: the widened one is among them, or the source would stay unseen."""
+    name, asked = way(s).widened, s.target_modules or transformer.family(s).targets
+    return asked if name is None or asked == adapters.ALL or name in asked else (*asked, name)

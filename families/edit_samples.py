@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.families import adapters, flow, recorded, stable_diffusion, text_to_image, transformer
 from oneloop.families.edit import kind, way
+from oneloop.families.edit_sources import picture
 from oneloop.families.prompts import Prompt
 from oneloop.families.text_to_image import family, settings
 from oneloop.tasks import Batch, Images, Models, Rng
@@ -59,13 +60,6 @@ def sample(models: Models, s: Any, prompt: str, source: Image.Image, generator: 
             return stable_diffusion.decode(models["vae"], latents)[0]
         return drawn(**call, output_type="pt").images[0]
     return torch.zeros(3, height, width)
-
-
-def picture(x: Tensor) -> Image.Image:
-    """An image [3, H, W] in [-1, 1] as pipelines take it."""
-    from PIL import Image
-
-    return Image.fromarray(((x.cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def abreast(images: list[Tensor]) -> Tensor:

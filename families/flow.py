@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +48,9 @@ def says_distilled(index: Mapping[str, Any], transformer: Mapping[str, Any], sch
 class Family:
     """One family: functions and facts, no state."""
 
-    text: Callable[[Any, list[str], int], dict[str, Tensor]]
-    """(pipeline, B captions, length T) -> `Columns`. The pipeline's transformer and autoencoder may be None."""
+    text: Callable[..., dict[str, Tensor]]
+    """(pipeline, B captions, length T) -> `Columns`, or, of those that edit and show the source to their encoder, (pipeline, B
+    captions, length, B images). The pipeline's transformer and autoencoder may be None."""
     velocity: Callable[[nn.Module, Tensor, Tensor, Columns, float], Tensor]
     """(transformer, x_t [B, C, h, w], sigma [B] float32 in [0, 1], columns, guidance) -> noise - x, [B, C, h, w]. Only
     guidance-distilled models read the guidance, and they train at 1. CogView4 reads the column `target_size` too."""
@@ -336,6 +337,25 @@ def qwen_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, column
         return_dict=False,
     )[0]
     return unpack(answer, x)
+
+
+def qwen_edit_text(
+    pipeline: Any, captions: list[str], length: int, images: Sequence[Any] | None = None, *, area: int
+) -> dict[str, Tensor]:
+    """Last state behind the template of a caption with its image, one at a time: a further image would be a further reference.
+    The encoder sees a copy of about `area` pixels, of which each 28 x 28 are a token beside the caption's; without images, which
+    is no text to train on, a black one."""
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
+    from PIL import Image
+
+    states = []
+    for i, caption in enumerate(captions):
+        image = images[i] if images else Image.new("RGB", (56, 56))  # the least that the processor takes
+        if images:
+            width, height, _ = calculate_dimensions(area, image.size[0] / image.size[1])
+            image = pipeline.image_processor.resize(image, height, width)
+        states.append(pipeline.encode_prompt([caption], image=image)[0][0])
+    return pad(states, length + (area // 28**2 * 9 // 8 if images else 0))
 
 
 QWEN_IMAGE = Family(
@@ -758,5 +778,7 @@ FAMILIES: dict[str, Family] = {
 EDITS: dict[str, Family] = {
     # Kontext's script takes the mode of both images; its layers are FLUX.1's and the single blocks' proj_mlp.
     "FluxKontextPipeline": replace(FLUX, targets=(*FLUX.targets, "proj_mlp"), sample=False, distilled=says_distilled),
+    "QwenImageEditPipeline": replace(QWEN_IMAGE, text=functools.partial(qwen_edit_text, area=1024**2)),
+    "QwenImageEditPlusPipeline": replace(QWEN_IMAGE, text=functools.partial(qwen_edit_text, area=384**2)),
 }
 """Pipeline class -> family, of those that draw after a reference alone."""

@@ -92,8 +92,15 @@ def _name(pipeline: Any, args: tuple[Any, ...], more: dict[str, Any]) -> str:
     """A hash of all that a call of `encode_prompt` is given but the device and the precision, which are the run's."""
     given = inspect.signature(getattr(type(pipeline), _method(pipeline))).bind(pipeline, *args, **more)
     given.apply_defaults()
-    told = sorted((key, repr(x)) for key, x in given.arguments.items() if key not in ("self", "device", "dtype"))
+    told = sorted((key, repr(_told(x))) for key, x in given.arguments.items() if key not in ("self", "device", "dtype"))
     return "prompt" + hashlib.sha256(repr((type(pipeline).__name__, told)).encode()).hexdigest()[:32]
+
+
+def _told(value: Any) -> Any:
+    """A value by what it holds: an image by its pixels."""
+    if isinstance(value, (list, tuple)):
+        return [_told(x) for x in value]
+    return (value.size, hashlib.sha256(value.tobytes()).hexdigest()) if hasattr(value, "tobytes") else value
 
 
 def _bytes(content: bytes) -> Tensor:

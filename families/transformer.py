@@ -124,7 +124,8 @@ def parts(s: Pretrained, plain: bool = False) -> dict[str, Any]:
     without new tokens."""
     index = {key: value for key, value in config(s, "").items() if not key.startswith("_")}
     modules = {key: x for key, x in index.items() if isinstance(x, list) and (x[1] is None or isinstance(x[0], str))}
-    small = {key: x for key, x in modules.items() if key.startswith("tokenizer") or key.endswith(("scheduler", "guider"))}
+    wanted = lambda key: key.startswith(("tokenizer", "processor")) or key.endswith(("scheduler", "guider"))  # noqa: E731
+    small = {key: x for key, x in modules.items() if wanted(key)}
     made_of = tuple((part, library, kind) for part, (library, kind) in small.items() if kind)
     new, clips = () if plain else tokens.names(s), tuple(tokens.tokenizer(name) for name in inverted(s))
     opened = _parts(s.pretrained_model_name_or_path, s.revision, made_of, new, clips)
@@ -192,6 +193,8 @@ def caption_key(s: Pretrained) -> tuple[Any, ...]:
 
     words = []
     for part, tokenizer in sorted(parts(s).items()):
+        if part == "processor":
+            words.append(sorted(tokenizer.image_processor.to_dict().items(), key=str))
         if part.startswith("tokenizer"):
             inner = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
             if fast := getattr(inner, "backend_tokenizer", None):

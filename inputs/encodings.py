@@ -150,7 +150,9 @@ def _encode_first(
     num, size = cfg.base.num_samples, min(cfg.data.train_batch_size, cfg.base.num_samples)
     rng = Rng.of(cfg.base.seed, range(num), "samples", accelerator.device)
     fixed = functools.partial(Fixed, sets[0], device=accelerator.device, count=num, alike=True)
-    texts = [batch.get("caption") for batch in fixed(size)]
+    shown = sorted({"caption", *(column for name, e in own.items() for column in reads(name, e))})
+    told = lambda x: digest(_bytes(x)) if isinstance(x, Tensor) else x  # noqa: E731
+    texts = [[told(batch.get(column)) for column in shown] for batch in fixed(size)]
     cache = Cache(folder / f"constants-{content_hash(files)[:16]}").refresh()
     marks = as_marks([digest(repr((encoders.key(cfg), num, size, "halves", texts)).encode())])
 

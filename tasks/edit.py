@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oneloop.configs import Amount, BadInput, Base, Data, Live, Range, check, require
-from oneloop.families import adapted, edit, edit_samples, hub, precision, stable_diffusion, text_to_image, transformer
+from oneloop.families import (
+    adapted,
+    edit,
+    edit_samples,
+    edit_sources,
+    hub,
+    precision,
+    stable_diffusion,
+    text_to_image,
+    transformer,
+)
 from oneloop.families.objective import objective
 from oneloop.families.settings import TEXT, Adapters, Checkpoint, Pretrained, Tokens, check_apart, flag
 from oneloop.families.text_to_image import family, under
@@ -76,6 +86,8 @@ def check_base(cfg: Config) -> None:
     s = cfg.edit
     text_to_image.check_base(cfg, edit.WAYS)
     edit.check_first(s, "edit")
+    least = edit.way(s).least
+    require(cfg.data.resolution >= least, "data.resolution", cfg.data.resolution, f"at least {least}, as its pipeline asks")
     if family(s) is stable_diffusion:
         other = "no pipeline reads adapters of a widened UNet"
         require(s.trains != "lora", "edit.trains", s.trains, f"all of a {stable_diffusion.kind(s)}: {other}")
@@ -104,13 +116,13 @@ def encoders(cfg: Config) -> Encoders:
     """The text encoders, which are gone before the large model comes."""
     check_base(cfg)
     text_to_image.check_parts(cfg)
-    key = (cfg.edit.image_guidance_scale, edit.dropout(cfg.edit) > 0)
+    key = (cfg.edit.image_guidance_scale, edit_sources.dropout(cfg.edit) > 0)
     return replace(text_to_image.encoders(cfg, encode_constants, key), prompts=edit_samples.encode_prompts)
 
 
 def encode_constants(models: Models, cfg: Config) -> dict[str, Tensor]:
     """What every task's are, and an absent instruction's, under `null/`."""
-    null = text_to_image.encode_captions(models, [""], cfg) if edit.dropout(cfg.edit) else {}
+    null = text_to_image.encode_captions(models, [""], cfg) if edit_sources.dropout(cfg.edit) else {}
     return text_to_image.encode_constants(models, cfg) | {f"null/{key}": x for key, x in null.items()}
 
 
@@ -131,7 +143,8 @@ def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> M
         for key, p in module.named_parameters():
             p.requires_grad_(key not in silent)
     else:
-        adapted.adapt(models, edit.targeted(cfg), given, encoded=constants is not None)
+        asked = cfg if s.init_lora else replace(cfg, edit=replace(s, target_modules=edit.targets(s)))
+        adapted.adapt(models, asked, given, encoded=constants is not None)
     texts = {name: under(name, given) for name in ("null", "prompts")}  # [1, ...] of the absent instruction
     return models | {name: text_to_image.held(columns) for name, columns in texts.items() if columns}
 
@@ -143,7 +156,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
-    yield Loss("edit", mean(objective(models, edit.given(models, batch, rng, cfg), rng, cfg), batch))
+    yield Loss("edit", mean(objective(models, edit_sources.given(models, batch, rng, cfg), rng, cfg), batch))
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
@@ -173,10 +186,10 @@ task = Task(
     sample_fn=edit_samples.sample_fn,
     export_fn=export_fn,
     card=card,
-    encodings=edit.encodings,
+    encodings=edit_sources.encodings,
     encoders=encoders,
     float32=("vae",),
-    columns=edit.columns,
+    columns=edit_sources.columns,
     multiple=multiple,
     remarks=adapted.remarks,
 )

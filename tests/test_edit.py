@@ -1,28 +1,40 @@
 """The task `edit` on every family: what is drawn before training, runs, resuming, samples, exports, bad input."""
 
 import functools
-import json
 import shutil
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from test_lora_families import in_fork
 from warm import brief, cli, cli_many, digest, flags
 
 from oneloop import loop
-from oneloop.configs import BadInput, Base, Data
-from oneloop.families import edit, edit_samples, stable_diffusion, text_to_image
+from oneloop.configs import Base, Data
+from oneloop.families import edit, edit_samples, edit_sources, stable_diffusion, text_to_image
 from oneloop.settings import command_line
 from oneloop.tasks import Rng
 from oneloop.tasks import edit as task
 
-NAMES = ("sd", "sdxl")
+NAMES = ("sd", "sdxl", "FluxPipeline", "FluxKontextPipeline", "Flux2KleinPipeline", "Flux2Pipeline")
+NAMES += ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+WIDENED, SEVERAL = NAMES[:3], ("sd", "sdxl", "FluxKontextPipeline")
 SIDE = 32
+side = lambda name: 64 if name.startswith("Flux2") else SIDE  # noqa: E731  the least that its pipeline takes
 CAPTIONS = ("a red circle", "a large dog", "a small square")
 diffusers.utils.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Qwen's pipelines scale references to a million pixels, and here to a width of 64."""
+    size = lambda area, ratio: (64, 32 * round(2 / ratio))  # noqa: E731
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "calculate_dimensions", size)
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (*size(area, ratio), None))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +60,7 @@ def config(model, **settings):
 
 def command(folder, model, pairs, out="out", **more):
     """A command line for two steps of `edit`."""
-    settings = brief(folder, out, pairs / "after", SIDE) | {
+    settings = brief(folder, out, pairs / "after", side(Path(model).name)) | {
         "base.ema_power": 0,
         "data.conditioning_data_dir": pairs / "before",
         "edit.pretrained_model_name_or_path": model,
@@ -70,13 +82,25 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("name", NAMES)
+def silent_draws(encode):
+    """The autoencoder's function, of whose posteriors a sample takes nothing from a generator."""
+
+    def encoded(*args, **more):
+        made = encode(*args, **more)
+        made.latent_dist.sample = lambda generator=None: made.latent_dist.mode()
+        return made
+
+    return encoded
+
+
+@pytest.mark.parametrize("name", WIDENED)
 def test_before_training_it_draws_what_its_base_draws(built, name):
     """Whatever the source: the new weights are zero, and so is what is guided by it."""
     cfg = config(built(name), guidance_scale=3.0)
     models = task.make_models(cfg)
     source = edit_samples.picture(batch_of(cfg)["conditioning"][0])
     own, base = text_to_image.family(cfg.edit), text_to_image.load(cfg, "no")
+    models["vae"].encode = silent_draws(models["vae"].encode)
     with torch.no_grad():
         ours = edit_samples.sample(models, cfg.edit, CAPTIONS[0], source, generator(), SIDE, SIDE)
         theirs = own.sample(base, cfg.edit, [CAPTIONS[0]], [generator()], SIDE, SIDE)[0]
@@ -86,6 +110,8 @@ def test_before_training_it_draws_what_its_base_draws(built, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pairs, name):
+    size = side(name)
+
     def run(out, **more):
         line = command(tmp_path, built(name), pairs, out, base__checkpointing_steps=1, base__use_ema=False, **more)
         cfg = command_line.parse(line)[1]
@@ -101,7 +127,7 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
         exec(lines.read_text(), scope)  # and it draws sample.png
         pipeline, s = scope["pipeline"], cfg.edit
         pipeline.set_progress_bar_config(disable=True)
-        assert type(pipeline).__name__ == edit.kind(s) and Image.open("sample.png").size == (SIDE, SIDE)
+        assert type(pipeline).__name__ == edit.kind(s) and Image.open("sample.png").size == (size, size)
         models = task.make_models(cfg)
         part = text_to_image.family(s).TRAINED
         before = {key: x.clone() for key, x in models[part].state_dict().items()}
@@ -112,9 +138,9 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
             wide = getattr(first, "base_layer", first).weight
             assert task.trains(s) == "lora" or bool(wide[:, wide.shape[1] // 2 :].any())  # it sees the source
         source = Image.open(tmp_path / "whole" / "export" / "source.png")
-        told = edit_samples.arguments(s, SIDE, SIDE) | {edit.way(s).argument: source}
+        told = edit_samples.arguments(s, size, size) | {edit.way(s).argument: source}
         with torch.no_grad():
-            ours = edit_samples.sample(models, s, CAPTIONS[0], source, generator(3), SIDE, SIDE)
+            ours = edit_samples.sample(models, s, CAPTIONS[0], source, generator(3), size, size)
             theirs = pipeline(prompt=CAPTIONS[0], generator=[generator(3)], output_type="pt", **told).images[0]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -122,12 +148,13 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
     assert "no samples" not in said and "cannot be made ahead" not in said, said
     row = np.asarray(Image.open(tmp_path / "whole" / "samples" / "2.png")).astype(float)  # [H, 3 W, 3]
     for at, part in enumerate(("before", "after")):
-        whole = Image.open(pairs / part / "0.png")  # 80 x 70, whose shorter side becomes SIDE
-        there = np.asarray(whole.resize((round(80 * SIDE / 70), SIDE), Image.LANCZOS)).astype(float)[:, 2 : 2 + SIDE]
-        assert np.abs(row[:, at * SIDE : (at + 1) * SIDE] - there).mean() < 8
+        whole = Image.open(pairs / part / "0.png")  # 80 x 70, whose shorter side becomes size
+        there = np.asarray(whole.resize((wide := round(80 * size / 70), size), Image.LANCZOS)).astype(float)
+        there = there[:, (wide - size) // 2 :][:, :size]
+        assert np.abs(row[:, at * size : (at + 1) * size] - there).mean() < 8
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_two_processes_end_in_the_bits_of_one(tmp_path, built, pairs, name):
     line = functools.partial(command, tmp_path, built(name), pairs)
     done = cli(tmp_path, *line("one", base__gradient_accumulation_steps=2))
@@ -160,7 +187,7 @@ def test_the_loss_is_the_formula_s(built, name):
         x, source = (vae.encode(raw[key]).latent_dist for key in ("pixel_values", "conditioning"))
         texts = {caption: text_to_image.encode_captions(models, [caption], cfg) for caption in ("", CAPTIONS[0])}
         columns = text_to_image.encode_images(models, raw["pixel_values"], cfg) | texts[CAPTIONS[0]]
-        batch = raw | columns | edit.encode_source(models, raw["conditioning"], cfg)
+        batch = raw | columns | edit_sources.encode_source(models, raw["conditioning"], cfg)
         for n in range(40):
             rng = Rng.of(0, [n])
             (loss,) = task.loss_fn(models, batch, rng, cfg)
@@ -186,13 +213,13 @@ def test_shares_that_are_dropped(built):
     for p in (None, 0.2, 0.0):
         cfg = config(built("sd"), conditioning_dropout=p)
         models = {"null": text_to_image.held({"prompt_embeds": torch.zeros(1, 1, 1)})}
-        ones = {"source": torch.ones(20_000, 1, 1, 1), "prompt_embeds": torch.ones(20_000, 1, 1)}
-        made = edit.given(models, ones, Rng.of(3, range(20_000)), cfg)
+        ones = {"source_latents": torch.ones(20_000, 1, 1, 1), "prompt_embeds": torch.ones(20_000, 1, 1)}
+        made = edit_sources.given(models, ones, Rng.of(3, range(20_000)), cfg)
         text, image = (made[key].flatten().bool() for key in ("prompt_embeds", "beside"))
         share = 0.05 if p is None else p
         for dropped in (~text & image, ~text & ~image, text & ~image):
             assert abs(dropped.float().mean().item() - share) < 0.006
-        alone = edit.given(models, {key: x[:7] for key, x in ones.items()}, Rng.of(3, range(7)), cfg)
+        alone = edit_sources.given(models, {key: x[:7] for key, x in ones.items()}, Rng.of(3, range(7)), cfg)
         assert torch.equal(alone["beside"], made["beside"][:7]) and torch.equal(
             alone["prompt_embeds"], made["prompt_embeds"][:7]
         )

@@ -216,7 +216,7 @@ def language(config: str, model: str, words: Any, layers: int = 3, **more: Any) 
 
 
 def qwen_vl(words: Any) -> Any:
-    """Qwen2.5-VL, whose image half is never called."""
+    """Qwen2.5-VL, whose image half is called for edits alone."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {k: v for k, v in LAYERS.items() if k != "head_dim"} | {"num_hidden_layers": 3, "vocab_size": len(words)}
@@ -224,7 +224,12 @@ def qwen_vl(words: Any) -> Any:
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
     return made(
         Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]}),
+        Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision | {"fullatt_block_indexes": [0]},
+            **{f"{name}_token_id": words.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")},
+            **{f"vision_{end}_token_id": words.convert_tokens_to_ids(f"<|vision_{end}|>") for end in ("start", "end")},
+        ),
     )
 
 
@@ -318,8 +323,9 @@ def flux2() -> Any:
     return Flux2Pipeline(scheduler=euler(), **parts)
 
 
-def flux(dev: bool = True) -> Any:
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+def flux(dev: bool = True, kind: str = "FluxPipeline") -> Any:
+    import diffusers
+    from diffusers import FluxTransformer2DModel
 
     first, second = clip_words(), t5_words()
     transformer = made(
@@ -335,11 +341,12 @@ def flux(dev: bool = True) -> Any:
     )
     texts = {"text_encoder": clip(first, projected=False), "tokenizer": first}
     texts |= {"text_encoder_2": t5(len(second)), "tokenizer_2": second}
-    return FluxPipeline(scheduler=euler() if dev else euler(1.0), vae=kl(), transformer=transformer, **texts)
+    return getattr(diffusers, kind)(scheduler=euler() if dev else euler(1.0), vae=kl(), transformer=transformer, **texts)
 
 
-def qwen_image() -> Any:
-    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+def qwen_image(kind: str = "QwenImagePipeline") -> Any:
+    import diffusers
+    from diffusers import QwenImageTransformer2DModel
 
     words = qwen_words()
     transformer = made(
@@ -353,7 +360,12 @@ def qwen_image() -> Any:
     )
     scheduler = euler(max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
     parts = {"vae": kl_qwen(), "text_encoder": qwen_vl(words), "tokenizer": words, "transformer": transformer}
-    return QwenImagePipeline(scheduler=scheduler, **parts)
+    if "Edit" in kind:
+        from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+        more = {"tokenizer": words, "chat_template": words.chat_template, "video_processor": Qwen2VLVideoProcessor()}
+        parts["processor"] = Qwen2VLProcessor(image_processor=Qwen2VLImageProcessor(), **more)
+    return getattr(diffusers, kind)(scheduler=scheduler, **parts)
 
 
 def krea2(distilled: bool = False) -> Any:
@@ -622,10 +634,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 """Pipeline class, and a variant after a space -> what builds a tiny one."""
 
 
+EDITS: dict[str, Callable[[], Any]] = {
+    "FluxKontextPipeline": lambda: flux(kind="FluxKontextPipeline"),
+    "QwenImageEditPipeline": lambda: qwen_image("QwenImageEditPipeline"),
+    "QwenImageEditPlusPipeline": lambda: qwen_image("QwenImageEditPlusPipeline"),
+}
+"""The same, of those that draw after a reference alone."""
+
+
 def build(name: str, folder: Path) -> Path:
     """Write the tiny checkpoint of that family into the folder and return its path."""
     path = folder / name.replace(" ", "-")
-    FAMILIES[name]().save_pretrained(path)
+    (FAMILIES | EDITS)[name]().save_pretrained(path)
     return path
 
 

@@ -1,0 +1,103 @@
+"""The source of an edit on its way to the loss: columns of the data set, what frozen models make of them, and dropout. `cfg`
+has the task's settings as its group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from oneloop.families import latents, stable_diffusion, text_to_image, transformer
+from oneloop.families.edit import kind, way
+from oneloop.families.text_to_image import family, settings
+from oneloop.tasks import Batch, Column, Encoding, Models, Rng
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+def columns(cfg: Any) -> Mapping[str, Column]:
+    """A source that is channels has the crop of its target; one that is tokens has a size of its own."""
+    like = "pixel_values" if way(settings(cfg)).widened else None
+    where = {"setting": "data.conditioning_column", "folder": "data.conditioning_data_dir"}
+    return text_to_image.COLUMNS | {"conditioning": Column("image", like=like, **where)}
+
+
+def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Sources [B, 3, H, W] in [-1, 1] -> what `given` makes the loss's columns of, [B, C, h, w] each.
+
+    InstructPix2Pix takes the posterior's mode as it is, without the scale of x_t (section 3.2.1; the authors' code divides it
+    out); references are the mode in the scale of x_t; FLUX.1's control models take a sample in that scale, as their pipeline
+    does.
+    """
+    s = settings(cfg)
+    if family(s) is stable_diffusion:
+        return {"source_latents": models["vae"].encode(x).latent_dist.mode()}
+    own = replace(transformer.family(s), sample=way(s).widened is not None)
+    made = latents.encode(own, models["vae"], x)
+    return (
+        {f"source_{key.removeprefix('latent_')}": x for key, x in made.items()}
+        if own.sample
+        else {"reference": made["latent_mean"]}
+    )
+
+
+def encode_instructions(models: Models, captions: list[str], sources: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Instructions of B sources [B, 3, H, W] in [-1, 1], as an encoder that sees both has them."""
+    s = settings(cfg)
+    own, length = transformer.family(s), s.max_sequence_length or transformer.family(s).length
+    return own.text(transformer.pipeline(models, s, vae=False), captions, length, [*map(picture, sources)])
+
+
+def picture(x: Tensor) -> Image.Image:
+    """An image [3, H, W] in [-1, 1] as pipelines take it."""
+    from PIL import Image
+
+    return Image.fromarray(((x.cpu().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+ENCODINGS = text_to_image.ENCODINGS | {
+    "conditioning": Encoding(
+        fn=encode_source, models=("vae",), key=lambda cfg: (stable_diffusion.kind(settings(cfg)), kind(settings(cfg)))
+    )
+}
+
+
+def encodings(cfg: Any) -> Mapping[str, Encoding]:
+    """What frozen models make of sources, targets and instructions."""
+    if not way(settings(cfg)).sees:
+        return ENCODINGS
+    seen = replace(ENCODINGS["caption"], fn=encode_instructions, columns=("caption", "conditioning"))
+    return ENCODINGS | {"caption": seen}
+
+
+def dropout(s: Any) -> float:
+    """The share of examples without an instruction, that without a source, and that without both, each."""
+    if s.conditioning_dropout is not None:
+        return s.conditioning_dropout
+    return 0.05 if family(s) is stable_diffusion else 0.0
+
+
+def given(models: Models, batch: Batch, rng: Rng, cfg: Any) -> Batch:
+    """The batch as the objective reads it: the source `beside` x_t, or as `reference`.
+
+    InstructPix2Pix drops the instruction of 5 % of the examples, the source of 5 %, and both of 5 % (section 3.2.1), so that
+    samples can be guided by either; without an instruction the model sees what the pipeline shows it in its place.
+    """
+    import torch
+
+    s = settings(cfg)
+    if "source_mean" in batch:
+        mean = batch["source_mean"]
+        noise = rng.normal("source posterior", *mean.shape[1:])
+        return batch | {"beside": mean + batch["source_std"] * noise}
+    if "source_latents" not in batch:
+        return batch
+    p, u = dropout(s), rng.uniform("dropout")  # [B]
+    made = batch | {"beside": batch["source_latents"] * ~((p <= u) & (u < 3 * p))[:, None, None, None]}
+    for key, x in models["null"].named_buffers() if p else ():
+        silent = (u < 2 * p).view(-1, *[1] * (batch[key].ndim - 1))
+        made[key] = torch.where(silent, x.to(batch[key].dtype), batch[key])
+    return made
