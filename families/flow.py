@@ -343,7 +343,7 @@ def qwen_edit_text(
     pipeline: Any, captions: list[str], length: int, images: Sequence[Any] | None = None, *, area: int
 ) -> dict[str, Tensor]:
     """Last state behind the template of a caption with its image, one at a time: a further image would be a further reference.
-    The encoder sees a copy of about `area` pixels, of which each 28 x 28 are a token beside the caption's; without images, which
+    The encoder sees a copy of about `area` pixels, of which each 28 x 28 are a token beside the caption's; without images, as
     is no text to train on, a black one."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
     from PIL import Image
