@@ -71,7 +71,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         flags |= {"image_column": "image", "cond_image_column": "source"}
     elif script.dreambooth:
         flags |= {"instance_data_dir": folder / "images", "instance_prompt": CAPTION}
-    elif script.adapts and script.pairs:
+    elif flow and script.pairs:
         flags |= {"jsonl_for_train": folder / "rows.jsonl", "caption_column": "text", "image_column": "image"}
         flags |= {"conditioning_image_column": "source"}
         rows = {"text": CAPTION, "image": str(folder / "images" / "a.png"), "source": str(folder / "images" / "b.png")}

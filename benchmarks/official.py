@@ -124,6 +124,14 @@ SCRIPTS = {
         "edit",
         posteriors=("posterior", "source posterior"),
     ),
+    "edit_flux_whole": Script(
+        "flux-control/train_control_flux",
+        "FluxPipeline",
+        ("--guidance_scale", "1"),
+        "edit",
+        posteriors=("posterior", "source posterior"),
+        settings=(("trains", "all"),),
+    ),
 }
 
 
@@ -250,8 +258,8 @@ def weights(script: Script, out: Path) -> dict[str, Any]:
         return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
     if script.task == "textual_inversion":
         return vectors(out)
-    (part,) = (out / name for name in ("unet", "transformer") if (out / name).is_dir())
-    return load_file(part / "diffusion_pytorch_model.safetensors")
+    files = (out / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "transformer", ""))
+    return load_file(next(file for file in files if file.is_file()))
 
 
 def vectors(out: Path) -> dict[str, Any]:
