@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.official import CAPTION, SENTENCE, SIDE, STEPS, TOKEN, Script, parsed, watched
+from benchmarks.official import CAPTION, SENTENCE, STEPS, TOKEN, Script, parsed, watched
 
 
 def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: list[str]) -> None:
@@ -59,7 +59,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         given = transformer.family(s).targets if flow else own.TARGETS
         given = edit.targets(s) if script.pairs else given
         start_adapters(given, own.TRAINED, folder, seen)
-    flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": SIDE, "output_dir": out}
+    flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": script.side, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
     flags |= {"lr_warmup_steps": 0, "mixed_precision": "no", "seed": 0}
     if script.task == "textual_inversion":

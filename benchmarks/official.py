@@ -55,6 +55,8 @@ class Script:
     """What it draws of posteriors in a step, by the task's names; `mode`: what the task takes the mode of."""
     settings: tuple[tuple[str, str], ...] = ()
     """The task's settings that are not its defaults."""
+    side: int = SIDE
+    """Of images, in pixels."""
 
     @property
     def adapts(self) -> bool:
@@ -116,6 +118,9 @@ SCRIPTS = {
     ),
     "edit_kontext": Script(
         "dreambooth/train_dreambooth_lora_flux_kontext", "FluxKontextPipeline", ("--guidance_scale", "1"), "edit"
+    ),
+    "edit_flux2_klein": Script(
+        "dreambooth/train_dreambooth_lora_flux2_klein_img2img", "Flux2KleinPipeline", task="edit", side=64
     ),
     "edit_flux": Script(
         "flux-control/train_control_lora_flux",
@@ -180,7 +185,7 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         "learning-rate": 1e-3,
         "num-inference-steps": 1,
         "data.train-data-dir": folder / "photos",
-        "data.resolution": SIDE,
+        "data.resolution": script.side,
         "base.output-dir": out,
         "base.max-train-steps": STEPS,
         "base.num-samples": 1,
@@ -236,7 +241,8 @@ def make_set(script: Script, folder: Path) -> None:
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
     for seed, places in enumerate(({"images": "a", "photos": "a"}, {"images": "b", "before": "a"})[: 1 + script.pairs]):
-        picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        draws = torch.Generator().manual_seed(seed)
+        picture = torch.randint(256, (script.side, script.side, 3), dtype=torch.uint8, generator=draws)
         for place, name in places.items():
             (folder / place).mkdir(exist_ok=True)
             Image.fromarray(picture.numpy()).save(folder / place / f"{name}.png")
