@@ -133,10 +133,10 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
         before = {key: x.clone() for key, x in models[part].state_dict().items()}
         models[part].load_state_dict(state.models[part].state_dict(), strict=False)
         assert any(not torch.equal(before[key], x) for key, x in models[part].state_dict().items())
-        if edit.way(s).widened:
+        if edit.way(s).widened:  # what sees the source has learned: the weight's second half, or the adapter's
             first = models[part].get_submodule(edit.way(s).widened)
-            wide = getattr(first, "base_layer", first).weight
-            assert task.trains(s) == "lora" or bool(wide[:, wide.shape[1] // 2 :].any())  # it sees the source
+            wide = first.weight if task.trains(s) == "all" else first.get_delta_weight("default")
+            assert bool(wide[:, wide.shape[1] // 2 :].any())
         source = Image.open(tmp_path / "whole" / "export" / "source.png")
         told = edit_samples.arguments(s, size, size) | {edit.way(s).argument: source}
         with torch.no_grad():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from PIL import Image
 from test_edit import CAPTIONS, config, small  # noqa: F401  a fixture
 from torchvision.transforms.functional import to_tensor
 
-from oneloop.families import edit, edit_samples, edit_sources, latents, text_to_image, transformer
+from oneloop.families import edit, edit_samples, edit_sources, latents, recorded, text_to_image, transformer
 from oneloop.tasks import Rng
 
 NAMES = [name for name, own in edit.WAYS.items() if own.widened is None]
@@ -70,3 +71,13 @@ def test_velocity_is_the_pipeline_s_with_a_reference_of_another_size(made, name)
         other = transformer.family(cfg.edit).velocity(models["transformer"], x, sigma, blind, 1.0)
     torch.testing.assert_close(ours, v, rtol=0, atol=1e-5)
     assert (ours - other).abs().max() > 1e-3 and 0.1 < sigma < 0.95
+
+
+def test_a_prompt_is_another_with_another_image():
+    """What samples ask of an encoder that sees images is named by their pixels, whatever object holds them."""
+
+    class Pipeline:
+        def encode_prompt(self, prompt, image=None, device=None): ...
+
+    name = lambda *levels: recorded._name(Pipeline(), (["a"],), {"image": [Image.new("L", (2, 2), x) for x in levels]})  # noqa: E731
+    assert name(1, 2) == name(1, 2) and len({name(1, 2), name(2, 1), name(1), name()}) == 4
