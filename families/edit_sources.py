@@ -28,20 +28,17 @@ def columns(cfg: Any) -> Mapping[str, Column]:
 def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
     """Sources [B, 3, H, W] in [-1, 1] -> what `given` makes the loss's columns of, [B, C, h, w] each.
 
-    InstructPix2Pix takes the posterior's mode as it is, without the scale of x_t (section 3.2.1; the authors' code divides it
-    out); references are the mode in the scale of x_t; FLUX.1's control models take a sample in that scale, as their pipeline
-    does.
+    InstructPix2Pix takes the posterior's mode without the scale of x_t, as its authors' code and its pipelines do; references
+    are the mode in the scale of x_t; FLUX.1's control models take a sample in that scale, as their pipeline does.
     """
     s = settings(cfg)
     if family(s) is stable_diffusion:
         return {"source_latents": models["vae"].encode(x).latent_dist.mode()}
     own = replace(transformer.family(s), sample=way(s).widened is not None)
     made = latents.encode(own, models["vae"], x)
-    return (
-        {f"source_{key.removeprefix('latent_')}": x for key, x in made.items()}
-        if own.sample
-        else {"reference": made["latent_mean"]}
-    )
+    if not own.sample:
+        return {"reference": made["latent_mean"]}
+    return {f"source_{key.removeprefix('latent_')}": z for key, z in made.items()}
 
 
 def encode_instructions(models: Models, captions: list[str], sources: Tensor, cfg: Any) -> dict[str, Tensor]:
