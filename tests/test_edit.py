@@ -67,6 +67,8 @@ def command(folder, model, pairs, out="out", **more):
         "edit.learning_rate": 1e-3,
         "edit.num_inference_steps": 2,
     }
+    if Path(model).name.startswith("sd"):
+        settings["edit.conditioning_dropout"] = 0.3  # of which some is in the four examples of a run
     return flags("edit", settings | {name.replace("__", "."): value for name, value in more.items()})
 
 
