@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
     trains,
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
-from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
+from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64, of_settings
 from oneloop.training import ema, fused, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
@@ -165,6 +165,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
             took the memory.
         SystemExit: code 75, 130 or 143 after SIGUSR1, SIGINT or SIGTERM, with everything saved.
     """
+    task = replace(task, encodings=of_settings(task.encodings, cfg))
     with prior.planned(task, cfg) as planned:
         if cfg.base.check:
             return data_report.check(task, planned)

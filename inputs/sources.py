@@ -30,7 +30,7 @@ from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
 from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_shape
 from oneloop.machine import internals
-from oneloop.tasks import COLUMNS, Column, Facts, Task, hash64
+from oneloop.tasks import COLUMNS, Column, Facts, Task, hash64, of_settings
 
 CLASSES = 10**6
 """The most classes whose numbers are labels: each has a name, and is counted."""
@@ -820,7 +820,7 @@ def open_for(task: Task, cfg: Any) -> Source:
     folder = example_cache(cfg) if writes else None
     return open_source(
         cfg.data,
-        COLUMNS | dict(task.columns),
+        COLUMNS | dict(of_settings(task.columns, cfg)),
         task.multiple(cfg) if cfg.data.buckets else 1,
         getattr(cfg, task_group(cfg)),
         folder,

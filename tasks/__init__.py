@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 C = TypeVar("C")
+X = TypeVar("X")
+BySettings = X | Callable[[Any], X]
+"""The same for all settings, or a function of them."""
 Models = dict[str, "nn.Module"]
 """name -> module. What trains is what requires a gradient; the rest is frozen, moved, cast and kept in eval().
 Parts of what trains that a task puts in eval(), such as the norms of a pretrained model, stay in it."""
@@ -200,8 +203,9 @@ class Task(Generic[C]):
     """Write a folder that diffusers opens. Returns the lines of Python that load it, for `str.format`, with `{path}` for a
     variable that has the folder's name. The examples are fixed ones to measure on: all of them at the run's end, a part spread
     evenly over them at a checkpoint before it. Models that only encode may lie on the CPU."""
-    encodings: Mapping[str, Encoding] = field(default_factory=dict)
-    """column, or another name -> the frozen encoding that the loss sees in the place of the columns that it reads."""
+    encodings: BySettings[Mapping[str, Encoding]] = field(default_factory=dict)
+    """column, or another name -> the frozen encoding that the loss sees in the place of the columns that it reads. Or the
+    function of the settings that says so."""
     encoders: Callable[[C], Encoders | None] = lambda cfg: None
     """The models that are dropped before `make_models`; None: there are none. BadInput for what the settings and configs of
     pretrained models tell, before anything is read or written."""
@@ -220,14 +224,19 @@ class Task(Generic[C]):
     """What there is to say of the models, a line each, said once before training."""
     card: Callable[[C], Mapping[str, Any]] = lambda cfg: {}
     """What the head of the export's README says beside its library: `base_model`, `license`, `pipeline_tag`, `tags`."""
-    columns: Mapping[str, Column] = field(default_factory=dict)
+    columns: BySettings[Mapping[str, Column]] = field(default_factory=dict)
     """name -> what a batch has under it, beside COLUMNS. {"caption": Column("text", setting="data.caption_column")} cannot work
-    without captions."""
+    without captions. Or the function of the settings that says so."""
     resolve: Callable[[C, Facts], C] = lambda cfg, facts: cfg
     """Settings that the data decide, such as a number of classes: what it returns is `cfg` to all other functions, and in
     run.json. BadInput where the data do not fit the task."""
     multiple: Callable[[C], int] = lambda cfg: 1
     """What the sides of its images must be multiples of: aspect-ratio buckets keep to it."""
+
+
+def of_settings(declared: BySettings[X], cfg: Any) -> X:
+    """What a task declares, for these settings."""
+    return declared(cfg) if callable(declared) else declared
 
 
 @dataclass(frozen=True)
