@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +26,21 @@ class Encoded(Exception):
     """A pipeline has encoded its prompts."""
 
 
+def end(*args: Any, **more: Any) -> NoReturn:
+    """What is called in place of a model."""
+    raise Encoded
+
+
 class StandIn:
-    """A model without weights: it has a config and attributes, and a call of it ends the pipeline's."""
+    """A model without weights: it has a config and attributes, and a call of it, or of its `encode`, ends the pipeline's."""
 
     def __init__(self, module: nn.Module):
         self.module = module
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        raise Encoded
+        end()
+
+    encode = __call__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)

@@ -159,12 +159,16 @@ def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     return {part: (setting, name) for part, (setting, name) in own.items() if name}
 
 
-def pipeline_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
+def pipeline_lines(s: Pretrained, exported: Collection[str] = (), beside: tuple[str, str, str] | None = None) -> str:
     """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts, of which the
-    `exported` ones are in the folder `path`; for `str.format`."""
-    kind, base = config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
+    `exported` ones are in the folder `path`; for `str.format`. `beside`: the pipeline's class where it is another, a part that
+    it has beside the checkpoint's, which is the folder `path` itself, and that part's class."""
+    kind, base = beside[0] if beside else config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
     told = {"revision": s.revision, "variant": s.variant}
     more, lines = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value), ""
+    if beside:
+        lines += f"from diffusers import {beside[2]}\n{beside[1]} = {beside[2]}.from_pretrained({{path}})\n"
+        more += f", {beside[1]}={beside[1]}"
     for part in exported:
         library, made = config(s, "")[part]
         lines += f"from {library} import {made}\n{part} = {made}.from_pretrained({{path}}, subfolder={part!r})\n"
@@ -437,9 +441,9 @@ def load_lines(s: Pretrained) -> str:
     return base_lines(s) + "pipeline.load_lora_weights({path})\n"
 
 
-def base_lines(s: Pretrained, exported: Collection[str] = ()) -> str:
-    """Those that make `pipeline`, with the `exported` parts from the folder `path`."""
-    lines = pipeline_lines(s, exported)
+def base_lines(s: Pretrained, exported: Collection[str] = (), beside: tuple[str, str, str] | None = None) -> str:
+    """Those that make `pipeline`, as of `pipeline_lines`."""
+    lines = pipeline_lines(s, exported, beside)
     if overrides(s):
         made = type(scheduler(s)).__name__
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})

@@ -1,0 +1,317 @@
+"""What tasks on image conditions do alike: the part beside a frozen base (controlnets.py), its condition, its samples, its
+export. `s` are a task's settings, `Conditioned`; what a `Task` calls takes the whole `cfg`, whose group `s` is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from oneloop.configs import Amount, BadInput, Live, Name, portable, require
+from oneloop.families import flow, hub, latents, recorded, stable_diffusion, text_to_image, transformer
+from oneloop.families.controlnets import Control, narrow, pooled_is_zero
+from oneloop.families.settings import Pretrained, flag
+from oneloop.families.text_to_image import family, group_of, settings
+from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Rng, unwrap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Controls = Mapping[str, Control]
+COLUMNS = text_to_image.COLUMNS | {
+    "conditioning": Column(
+        "image",
+        like="pixel_values",
+        setting="data.conditioning_column",
+        folder="data.conditioning_data_dir",
+        made="data.conditioning",
+    )
+}
+CONDITION = "condition.png"
+"""In an export: what its load.py draws with."""
+UNUSED = ("train_text_encoder", "text_encoder_learning_rate", "placeholder_tokens", "initializer_tokens", "num_vectors")
+UNUSED += ("token_learning_rate",)
+
+
+@dataclass(frozen=True)
+class Conditioned(Pretrained):
+    """Settings that tasks on image conditions share."""
+
+    conditioning_scale: Live[Amount] = 1.0
+    """How much the condition counts in samples; in training it counts 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused.
+
+
+def given(s: Any, own: Control) -> str | None:
+    """What the part starts from, in place of the base: the task's own setting says so."""
+    return getattr(s, f"{own.part}_model_name_or_path")
+
+
+def of(controls: Controls, cfg: Any) -> Control:
+    """The entry of the checkpoint's family.
+
+    Raises:
+        BadInput: it has none, or the settings, the checkpoint and the part that is given do not fit each other.
+    """
+    text_to_image.check_base(cfg)
+    s, group = settings(cfg), group_of(cfg)
+    for name in UNUSED:
+        if getattr(s, name) != getattr(Pretrained, name):
+            raise BadInput(f"{flag(group, name)}: what sees the condition trains, and nothing of the text; leave it out")
+    kind = stable_diffusion.kind(s)
+    if kind not in controls:
+        where = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path} is a {kind}"
+        raise BadInput(f"{where}, for which diffusers has no such model; expected one of {', '.join(controls)}")
+    for entry in text_to_image.asked(cfg):
+        if entry.width or entry.height:
+            raise BadInput(f"a sample of {entry.width} x {entry.height}: it has the size of its condition; leave that out")
+    own = controls[kind]
+    if given(s, own):
+        check_given(s, own, group, kind)
+    return own
+
+
+def entry(controls: Controls, cfg: Any) -> Control:
+    """The same, of settings that were checked."""
+    return controls[stable_diffusion.kind(settings(cfg))]
+
+
+def check_given(s: Any, own: Control, group: str, base: str) -> None:
+    """Refuse a part of another family, or with other conditions, by its config alone."""
+    name, what = given(s, own), f"{flag(group, f'{own.part}_model_name_or_path')} {given(s, own)}"
+    with hub.readable(what, f"a {own.kind}", f"a folder that {own.kind}.save_pretrained wrote, or its name on the hub"):
+        config = hub.read(name, None, "config.json")
+        trained = stable_diffusion.config(s, family(s).TRAINED)
+        require_kind = config.get("_class_name")
+    if require_kind != own.kind:
+        raise BadInput(f"{what} is a {require_kind}; expected a {own.kind}, as a {base} takes")
+    for key, theirs in own.same.items():
+        if key in config and theirs in trained and config[key] != trained[theirs]:
+            other = f"{s.pretrained_model_name_or_path}, whose {theirs} is {trained[theirs]}"
+            raise BadInput(f"{what}: its {key} is {config[key]}; expected one made for {other}")
+    for key, expected in own.alone.items():
+        if config.get(key, expected) != expected:
+            raise BadInput(f"{what}: its {key} is {config[key]}; expected {expected}, for one condition of three channels")
+    steps = len(config.get("conditioning_embedding_out_channels") or ())
+    factor = stable_diffusion.multiple(s) if steps else 0
+    if steps and 2 ** (steps - 1) != factor:
+        raise BadInput(f"{what}: it shrinks conditions by {2 ** (steps - 1)}; expected {factor}, as the autoencoder does")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models.
+
+
+class Controlled:
+    """A base and what stands beside it as one model: called as the base is."""
+
+    def __init__(self, own: Control, base: nn.Module, net: nn.Module, condition: Tensor):
+        self.own, self.base, self.net, self.condition = own, base, net, condition
+        self.config = base.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        return self.own.answer(self.base, self.net, self.condition, *args, **more)
+
+
+def controlled(models: Models, own: Control, condition: Tensor, s: Pretrained) -> Models:
+    """The models, with both in the base's place."""
+    name = family(s).TRAINED
+    return models | {name: Controlled(own, models[name], models[own.part], condition)}
+
+
+def encoders(controls: Controls, cfg: Any) -> Encoders:
+    """The text encoders; the prompts of samples are those of the pipeline that has the part too."""
+    own = of(controls, cfg)
+    text_to_image.check_parts(cfg)
+    prompts = lambda models, examples, rng, cfg: encode_prompts(controls, models, examples, rng, cfg)  # noqa: E731
+    return replace(text_to_image.encoders(cfg, key=own.pipeline), prompts=prompts)
+
+
+def make_models(controls: Controls, cfg: Any, constants: Mapping[str, Tensor] | None = None) -> Models:
+    """The frozen base and the part beside it, which trains in float32."""
+    import torch
+
+    own, s = of(controls, cfg), settings(cfg)
+    models = text_to_image.load(cfg, cfg.base.mixed_precision, constants is None)
+    base = models[family(s).TRAINED]
+    with torch.no_grad():
+        told = text_to_image.encode_constants(models, cfg) if constants is None else constants
+    what = f"{flag(group_of(cfg), f'{own.part}_model_name_or_path')} {given(s, own)}"
+    if given(s, own):
+        net = hub.load("diffusers", own.kind, given(s, own), what).float()
+    else:
+        name = f"--{group_of(cfg)}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+        with hub.readable(name, f"a base for a {own.kind}", "the layers of a published one"):
+            net = own.start(base, s, stable_diffusion.multiple(s))
+    net.requires_grad_(True)
+    own.settle(net, base)
+    base.register_forward_pre_hook(narrow, with_kwargs=True)
+    models[own.part] = net
+    if family(s) is transformer:
+        net.enable_gradient_checkpointing = functools.partial(flow.recompute, net)
+        still(models, own, s, text_to_image.under("rehearsal", told))
+    if cfg.base.gradient_checkpointing:  # the gradient goes through it
+        base.enable_gradient_checkpointing()
+    prompts = text_to_image.under("prompts", told)
+    return models | ({"prompts": text_to_image.held(prompts)} if prompts else {})
+
+
+def still(models: Models, own: Control, s: Pretrained, columns: flow.Columns) -> None:
+    """Freeze what no gradient reaches, as the text in a last block, whose output nothing reads: several processes would wait
+    for it."""
+    import torch
+
+    from oneloop.families import adapters
+
+    net, side = models[own.part], transformer.family(s).multiple
+    with torch.no_grad():
+        one = latents.encode(transformer.family(s), models["vae"], torch.zeros(1, 3, side, side))["latent_mean"]
+    condition = one[..., :1, :1].expand(1, -1, *[8 * transformer.family(s).patch] * 2)  # [1, C, h, w]
+    both = controlled(models, own, condition, s)
+    leaves = [name for name, m in net.named_modules() if not [*m.children()] and [*m.parameters()]]
+    for name in adapters.silent(net, leaves, functools.partial(transformer.rehearsal, both, s, dict(columns)), zero=False):
+        net.get_submodule(name).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditions.
+
+
+def encodings(controls: Controls, cfg: Any) -> Mapping[str, Encoding]:
+    """Conditions are encoded as images are, for families whose conditions go through the autoencoder."""
+    if not of(controls, cfg).latent:
+        return text_to_image.ENCODINGS
+    key = lambda cfg: (stable_diffusion.kind(settings(cfg)), unshifted(controls, cfg))  # noqa: E731
+    encode = functools.partial(encode_condition, controls)
+    functools.update_wrapper(encode, encode_condition)
+    return text_to_image.ENCODINGS | {"conditioning": Encoding(fn=encode, models=("vae",), key=key)}
+
+
+def unshifted(controls: Controls, cfg: Any) -> bool:
+    """Whether the part that is given wants latents without their shift."""
+    name = given(settings(cfg), entry(controls, cfg))
+    return bool(name) and pooled_is_zero(hub.read(name, None, "config.json"))
+
+
+def encode_condition(controls: Controls, models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Conditions [B, 3, H, W] in [-1, 1] -> mean and, where images have one, deviation of their latents, [B, C, h, w] each."""
+    s, vae = settings(cfg), models["vae"]
+    made = latents.encode(transformer.family(s), vae, x)
+    if unshifted(controls, cfg):
+        mean, std = latents.statistics(vae)
+        made["latent_mean"] = made["latent_mean"] + mean / std
+    return {name.replace("latent", "condition"): x for name, x in made.items()}
+
+
+def condition_of(own: Control, batch: Batch, rng: Rng) -> Tensor:
+    """What the part is given: latents, a sample as of the images, or the image in [0, 1]."""
+    if not own.latent:
+        return batch["conditioning"] / 2 + 0.5
+    columns = {f"latent_{k}": batch[f"condition_{k}"] for k in ("mean", "std") if f"condition_{k}" in batch}
+    return latents.draw(columns, rng.normal("condition", *batch["condition_mean"].shape[1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and the export.
+
+
+def pipeline(models: Models, own: Control, s: Pretrained) -> Any:
+    """The diffusers pipeline of these very modules; of text encoders alone, it encodes prompts."""
+    base = family(s).pipeline(models, s)
+    net = unwrap(models[own.part]) if own.part in models else silent_part(own, s, next(iter(models.values())))
+    parts = {**base.config, **base.components, own.part: net, "add_watermarker": False}
+    made = flow.assemble(own.pipeline, parts)
+    if own.part in models:
+        own.settle(net, models[family(s).TRAINED])
+    if "prompts" in models:
+        recorded.attach(made, models["prompts"])
+    return made
+
+
+def silent_part(own: Control, s: Pretrained, like: nn.Module) -> nn.Module:
+    """One without weights that says it is where `like` is, and a call of which ends the pipeline's."""
+    import torch
+
+    with torch.device("meta"):
+        net = own.start(stable_diffusion.skeleton(s, "", family(s).TRAINED), s, stable_diffusion.multiple(s))
+    net.register_parameter("first", torch.nn.Parameter(torch.empty(1, device=like.device, dtype=like.dtype)))
+    net.forward = recorded.end
+    return net
+
+
+def sample(
+    models: Models, own: Control, s: Any, conditions: Tensor, prompts: list[str], generators: list[Any]
+) -> Tensor:
+    """Images of the prompts under conditions [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1], a generator each."""
+    import torch
+
+    drawn, (height, width), images = pipeline(models, own, s), conditions.shape[-2:], []
+    call = family(s).arguments(s, height, width) | {own.scale: float(s.conditioning_scale)}
+    flows = family(s) is transformer
+    size = len(prompts) if own.together else 1
+    for first in range(0, len(prompts), size):
+        some = slice(first, first + size)
+        more = {"negative_prompt": [call["negative_prompt"]] * len(prompts[some])} if "negative_prompt" in call else {}
+        more |= {own.image: conditions[some] if own.latent else conditions[some] / 2 + 0.5}
+        with recorded.ended(), torch.random.fork_rng(devices=devices(conditions)):
+            torch.manual_seed(generators[first].initial_seed())  # where a pipeline has draws of its own
+            form = "pt" if flows else "latent"
+            made = drawn(prompt=prompts[some], generator=generators[some], output_type=form, **call | more).images
+            images.append(made if flows else stable_diffusion.decode(models["vae"], made))
+    return torch.cat(images) if images else torch.zeros(conditions.shape)
+
+
+def devices(x: Tensor) -> list[torch.device]:
+    """The GPU that a tensor is on, if it is."""
+    return [x.device] if x.is_cuda else []
+
+
+def sample_fn(controls: Controls, models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> Images:
+    """Condition, target and sample side by side, of the first examples: by their captions, or by the prompts of the settings in
+    turn."""
+    import torch
+
+    own, batch, images = entry(controls, cfg), next(iter(examples)), []
+    conditions = batch["conditioning"][: len(rng)]  # [B, 3, H, W]
+    for part, _, drawn, prompts, generators in text_to_image.alike(lambda: batch["caption"][: len(rng)], rng, cfg):
+        images.append(sample(models, own, drawn, conditions[part], prompts, generators).float())
+    shown = [x.cpu() / 2 + 0.5 for x in (conditions, batch["pixel_values"][: len(rng)])]
+    return {"condition-target-sample": torch.cat([*shown, torch.cat(images).cpu()], -1)}  # [B, 3, H, 3 W]
+
+
+def encode_prompts(controls: Controls, models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> dict[str, Tensor]:
+    """The prompts of samples, under `prompts/`."""
+    made: dict[str, Tensor] = {}
+    sample_fn(controls, models | {"prompts": made}, examples, rng, cfg)
+    return {f"prompts/{key}": x for key, x in made.items()}
+
+
+def export_fn(controls: Controls, models: Models, examples: Iterable[Batch], path: Path, cfg: Any) -> str:
+    """The part as a diffusers folder, with a condition to draw a first sample of."""
+    from torchvision.utils import save_image
+
+    own, s = entry(controls, cfg), settings(cfg)
+    net = models[own.part]
+    if "_name_or_path" in net.config:
+        net.register_to_config(_name_or_path=portable(str(net.config["_name_or_path"]), cfg))
+    net.save_pretrained(path)
+    batch = next(iter(examples))
+    save_image(batch["conditioning"][0] / 2 + 0.5, path / CONDITION)
+    height, width = batch["conditioning"].shape[-2:]
+    prompt = next((entry.prompt for entry in text_to_image.asked(cfg)), None) or batch["caption"][0]
+    told = family(s).arguments(s, height, width) | {own.scale: float(s.conditioning_scale)}
+    quoted = "".join(f", {key}={stable_diffusion.quoted(value)}" for key, value in told.items())
+    call = f'prompt={stable_diffusion.quoted(prompt)}, {own.image}=load_image({{path}} + "/{CONDITION}"){quoted}'
+    lines = family(s).base_lines(s, beside=(own.pipeline, own.part, own.kind))
+    return f'{lines}from diffusers.utils import load_image\npipeline({call}).images[0].save("sample.png")'

@@ -1,0 +1,266 @@
+"""What stands beside the frozen base of each family: its ControlNet, or its T2I-Adapter. A table of plain functions and facts.
+
+Zhang, Rao, Agrawala 2023, Adding Conditional Control to Text-to-Image Diffusion Models (arXiv:2302.05543); Mou et al. 2023,
+T2I-Adapter (arXiv:2302.08453). A ControlNet begins as a copy of the base's first blocks whose outputs, and whose view of the
+condition, go through layers of zeros: at first the base answers as without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneloop.families.latents import pack
+from oneloop.tasks import unwrap
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """What stands beside the base of one family."""
+
+    kind: str
+    """Its class in diffusers."""
+    pipeline: str
+    """The pipeline's class."""
+    start: Callable[[nn.Module, Any, int], nn.Module]
+    """(base, settings, factor of the autoencoder) -> a new one, in float32."""
+    answer: Callable[..., Any]
+    """(base, it, condition, what the base is called with) -> what the base answers with it, as the pipeline has both."""
+    same: Mapping[str, str]
+    """Keys of its config -> those of the base's with which they agree, where both have them."""
+    alone: Mapping[str, Any]
+    """What its config must say: other conditions, or several of them, are no image of three channels."""
+    latent: bool = True
+    """Whether the condition goes through the autoencoder. Else it is an image in [0, 1]."""
+    part: str = "controlnet"
+    """The pipeline's name for it."""
+    image: str = "control_image"
+    """The pipeline's name for the condition."""
+    scale: str = "controlnet_conditioning_scale"
+    """The pipeline's name for how much it counts."""
+    together: bool = True
+    """Whether the pipeline's draws for several images are those for each."""
+    settle: Callable[[nn.Module, nn.Module], None] = lambda net, base: None
+    """What remains to be done to it beside a base, in place, whenever a pipeline was made of both."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion and SDXL.
+
+UNET = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
+UNET += ("addition_embed_type", "projection_class_embeddings_input_dim", "transformer_layers_per_block")
+
+
+def unet_start(unet: nn.Module, s: Any, factor: int) -> nn.Module:
+    """The UNet's encoder; the condition goes through convolutions that shrink it to the latents' size."""
+    from diffusers import ControlNetModel
+
+    steps = factor.bit_length() - 1
+    widths = ((16, 32, 96) + (256,) * steps)[: steps + 1]
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+
+
+def unet_answer(unet: nn.Module, net: nn.Module, condition: Tensor, *args: Any, **more: Any) -> Any:
+    """Added to each skip connection and to the middle."""
+    down, middle = net(*args, **more, controlnet_cond=condition)
+    return unet(*args, **more, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transformers.
+
+
+def begun(kind: str, base: nn.Module, **config: Any) -> nn.Module:
+    """A ControlNet of the base's config and these values, with the base's weights wherever both have one of a name and shape.
+
+    diffusers' own `from_transformer` writes the number of layers into the base's config (SD3), and leaves out `txt_norm`
+    (Qwen-Image), so that the copy would read another text than the base.
+    """
+    import diffusers
+
+    made = getattr(diffusers, kind)
+    known = inspect.signature(made.__init__).parameters
+    net = made.from_config({k: v for k, v in base.config.items() if k in known} | config)
+    own, state = base.state_dict(), net.state_dict()
+    net.load_state_dict({k: own[k] for k, x in state.items() if k in own and own[k].shape == x.shape}, strict=False)
+    return net.float()
+
+
+def layers(base: nn.Module, asked: int | None, usual: int, key: str = "num_layers") -> dict[str, int]:
+    """As many blocks as are asked for, or as are usual, but no more than the base has."""
+    return {key: min(usual if asked is None else asked, base.config[key])}
+
+
+def sd3_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
+    """Its config has the pipeline give it the pooled text and latents in the base's scale, as training does."""
+    more = {"force_zeros_for_pooled_projection": False, "extra_conditioning_channels": 0}
+    return begun("SD3ControlNetModel", base, **layers(base, s.num_layers, 12), **more)
+
+
+def sd3_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) -> Any:
+    """Without pooled text where its config says so; a block of it serves several of the base's."""
+    import torch
+
+    pooled = more["pooled_projections"]
+    zeros = {"pooled_projections": torch.zeros_like(pooled)} if pooled_is_zero(unwrap(net).config) else {}
+    blocks = net(**more | zeros, controlnet_cond=condition)[0]
+    return base(**more, block_controlnet_hidden_states=blocks)
+
+
+def pooled_is_zero(config: Mapping[str, Any]) -> bool:
+    """Whether an SD3 ControlNet is given zeros for the pooled text, and latents without their shift: by its config, the default
+    of which is True."""
+    return config.get("_class_name") == "SD3ControlNetModel" and config.get("force_zeros_for_pooled_projection", True)
+
+
+def flux_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
+    """Four double and four single blocks are the official script's default."""
+    single = layers(base, s.num_single_layers, 4, "num_single_layers")
+    return begun("FluxControlNetModel", base, **layers(base, s.num_layers, 4), **single)
+
+
+def flux_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) -> Any:
+    """Either may be distilled for guidance, at which training is 1."""
+    guidance = more["hidden_states"].new_ones(len(condition)) if unwrap(net).config.guidance_embeds else None
+    double, single = net(**more | {"guidance": guidance}, controlnet_cond=pack(condition))
+    return base(**more, controlnet_block_samples=double, controlnet_single_block_samples=single)
+
+
+def qwen_image_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
+    """Five blocks are diffusers' default."""
+    return begun("QwenImageControlNetModel", base, **layers(base, s.num_layers, 5))
+
+
+def qwen_image_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) -> Any:
+    """It knows no guidance."""
+    blocks = net(**{k: v for k, v in more.items() if k != "guidance"}, controlnet_cond=pack(condition))
+    return base(**more, controlnet_block_samples=blocks)
+
+
+def z_image_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
+    """Copies of some of the base's layers, evenly spread, of its refiner and of its embedding of images; what it has of its own
+    begins as zeros."""
+    c = base.config
+    count = min(s.num_layers or 6, c["n_layers"])
+    places = [i * c["n_layers"] // count for i in range(count)]
+    net = begun("ZImageControlNetModel", base, control_layers_places=places, control_in_dim=c["in_channels"])
+    copied = {"control_noise_refiner": base.noise_refiner, "control_all_x_embedder": base.all_x_embedder}
+    copied |= {f"control_layers.{i}": base.layers[place] for i, place in enumerate(places)}
+    for name, module in copied.items():
+        net.get_submodule(name).load_state_dict(module.state_dict(), strict=False)
+    return net
+
+
+def z_image_answer(base: nn.Module, net: nn.Module, condition: Tensor, x: Any, t: Any, texts: Any, **more: Any) -> Any:
+    """Takes lists, as the base does; what its config has room for beyond the latents is zeros."""
+    import torch.nn.functional as F
+
+    room = unwrap(net).config.control_in_dim - condition.shape[1]
+    blocks = net(x, t, texts, [*F.pad(condition.unsqueeze(2), (0, 0, 0, 0, 0, 0, 0, room))])
+    return base(x, t, texts, controlnet_block_samples=blocks, **more)
+
+
+SHARED = ("t_scale", "t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner", "context_refiner")
+SHARED += ("x_pad_token", "cap_pad_token")
+
+
+def z_image_settle(net: nn.Module, base: nn.Module) -> None:
+    """It calls modules of the base, which are not its own: not in its state, nor in its export. Its pipeline registers them.
+    (diffusers 0.42 forgets to set the attribute, and its forward pass asks for it where gradients are taken.)"""
+    net.gradient_checkpointing = False
+    for name in SHARED:
+        net._modules.pop(name, None), net._parameters.pop(name, None)
+        object.__setattr__(net, name, getattr(base, name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# T2I-Adapters.
+
+
+def adapter_start(unet: nn.Module, s: Any, factor: int) -> nn.Module:
+    """One feature for each level of the UNet, of its width. A level with attention takes it before it shrinks, one without
+    after: SDXL, whose first has none, wants it at half the size of the latents."""
+    from diffusers import T2IAdapter
+
+    first = "CrossAttn" not in unet.config.down_block_types[0]
+    kind, down = ("full_adapter_xl", 2 * factor) if first else ("full_adapter", factor)
+    return T2IAdapter(3, [*unet.config.block_out_channels], 2, down, kind)
+
+
+def adapter_answer(unet: nn.Module, net: nn.Module, condition: Tensor, *args: Any, **more: Any) -> Any:
+    """Added inside the levels of the UNet's encoder; it sees the condition alone."""
+    return unet(*args, **more, down_intrablock_additional_residuals=[*net(condition)])
+
+
+RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
+RESIDUALS += ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
+"""What bases call that which is added inside of them."""
+
+
+def narrow(base: nn.Module, args: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A pre-hook of the base: what is added inside of it comes in its own precision. Accelerate makes float32 of whatever a
+    model that trains gives."""
+    from torch.utils._pytree import tree_map
+
+    return args, more | {k: tree_map(lambda x: x.to(base.dtype), more[k]) for k in RESIDUALS if more.get(k) is not None}
+
+
+def alike(*keys: str) -> dict[str, str]:
+    """Keys that have one name in both configs."""
+    return dict(zip(keys, keys, strict=True))
+
+
+SD = {"start": unet_start, "answer": unet_answer, "same": alike(*UNET), "alone": {"conditioning_channels": 3}}
+SD |= {"kind": "ControlNetModel", "latent": False, "image": "image"}
+INNER = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "in_channels")
+CONTROLNETS: dict[str, Control] = {
+    "StableDiffusionPipeline": Control(pipeline="StableDiffusionControlNetPipeline", **SD),
+    "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLControlNetPipeline", **SD),
+    "StableDiffusion3Pipeline": Control(
+        kind="SD3ControlNetModel",
+        pipeline="StableDiffusion3ControlNetPipeline",
+        start=sd3_start,
+        answer=sd3_answer,
+        same=alike(*INNER, "patch_size", "qk_norm"),
+        alone={"extra_conditioning_channels": 0, "use_pos_embed": True},
+        together=False,  # it encodes conditions with noise of its own
+    ),
+    "FluxPipeline": Control(
+        kind="FluxControlNetModel",
+        pipeline="FluxControlNetPipeline",
+        start=flux_start,
+        answer=flux_answer,
+        same=alike(*INNER, "patch_size", "axes_dims_rope"),
+        alone={"num_mode": None, "conditioning_embedding_channels": None},
+    ),
+    "QwenImagePipeline": Control(
+        kind="QwenImageControlNetModel",
+        pipeline="QwenImageControlNetPipeline",
+        start=qwen_image_start,
+        answer=qwen_image_answer,
+        same=alike(*INNER, "patch_size", "axes_dims_rope"),
+        alone={"extra_condition_channels": 0},
+    ),
+    "ZImagePipeline": Control(
+        kind="ZImageControlNetModel",
+        pipeline="ZImageControlNetPipeline",
+        start=z_image_start,
+        answer=z_image_answer,
+        same=alike("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "all_patch_size", "all_f_patch_size"),
+        alone={},
+        settle=z_image_settle,
+    ),
+}
+"""The base's pipeline -> its ControlNet."""
+ADAPTER = {"kind": "T2IAdapter", "start": adapter_start, "answer": adapter_answer, "same": {"channels": "block_out_channels"}, "alone": {"in_channels": 3}}
+ADAPTER |= {"latent": False, "part": "adapter", "image": "image", "scale": "adapter_conditioning_scale"}
+ADAPTERS: dict[str, Control] = {
+    "StableDiffusionPipeline": Control(pipeline="StableDiffusionAdapterPipeline", **ADAPTER),
+    "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLAdapterPipeline", **ADAPTER),
+}
+"""The base's pipeline -> its T2I-Adapter."""
