@@ -5,12 +5,12 @@ export. `s` are a task's settings, `Conditioned`; what a `Task` calls takes the 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from oneloop.configs import Amount, BadInput, Live, Name, portable, require
+from oneloop.configs import Amount, BadInput, Live, portable
 from oneloop.families import flow, hub, latents, recorded, stable_diffusion, text_to_image, transformer
 from oneloop.families.controlnets import Control, narrow, pooled_is_zero
 from oneloop.families.settings import Pretrained, flag
@@ -250,9 +250,7 @@ def silent_part(own: Control, s: Pretrained, like: nn.Module) -> nn.Module:
     return net
 
 
-def sample(
-    models: Models, own: Control, s: Any, conditions: Tensor, prompts: list[str], generators: list[Any]
-) -> Tensor:
+def sample(models: Models, own: Control, s: Any, conditions: Tensor, prompts: list[str], generators: list[Any]) -> Tensor:
     """Images of the prompts under conditions [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1], a generator each."""
     import torch
 

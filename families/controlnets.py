@@ -257,7 +257,13 @@ CONTROLNETS: dict[str, Control] = {
     ),
 }
 """The base's pipeline -> its ControlNet."""
-ADAPTER = {"kind": "T2IAdapter", "start": adapter_start, "answer": adapter_answer, "same": {"channels": "block_out_channels"}, "alone": {"in_channels": 3}}
+ADAPTER = {
+    "kind": "T2IAdapter",
+    "start": adapter_start,
+    "answer": adapter_answer,
+    "same": {"channels": "block_out_channels"},
+    "alone": {"in_channels": 3},
+}
 ADAPTER |= {"latent": False, "part": "adapter", "image": "image", "scale": "adapter_conditioning_scale"}
 ADAPTERS: dict[str, Control] = {
     "StableDiffusionPipeline": Control(pipeline="StableDiffusionAdapterPipeline", **ADAPTER),

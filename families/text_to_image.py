@@ -289,13 +289,13 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
     own, entries = family(s), asked(cfg)
     sizes = [(entry.height or side, entry.width or side) for entry in entries] or [(side, side)]
     canvas = torch.ones(len(rng), 3, *map(max, zip(*sizes, strict=True)))  # [B, 3, H, W]
-    for part, how, drawn, prompts, generators in alike(lambda: next(iter(examples))["caption"], rng, cfg):
+    for part, how, drawn, texts, generators in alike(lambda: next(iter(examples))["caption"], rng, cfg):
         height, width = how.height or side, how.width or side
         with spliced(models, cfg), contextlib.ExitStack() as stack:
             for name in (own.TRAINED, *own.ENCODERS):
                 if name in models:
                     stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))
-            images = own.sample(models, drawn, prompts, generators, height, width)
+            images = own.sample(models, drawn, texts, generators, height, width)
         canvas[part, :, :height, :width] = images.cpu()
     return {"samples": canvas}  # in [0, 1]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 from torch import Tensor
 
 VERSION = 1
@@ -32,12 +33,9 @@ def greyscale(x: Tensor) -> Tensor:
 
 
 def blur(x: Tensor) -> Tensor:
-    """Convolved with a Gaussian whose deviation is a 32nd of the shorter side: colours and places, no detail."""
-    from torchvision.transforms.v2.functional import gaussian_blur
-
-    side = min(x.shape[-2:])
-    size = 2 * min(-(-3 * side // 32), side - 1) + 1  # three deviations; reflected at the border
-    return gaussian_blur(x.float(), [size, size], [side / 32, side / 32]).round().clamp(0, 255).to(torch.uint8)
+    """By PIL's Gaussian, whose deviation is a 32nd of the shorter side: colours and places, no detail."""
+    image = Image.fromarray(x.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(min(x.shape[-2:]) / 32))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def edges(x: Tensor) -> Tensor:
@@ -59,7 +57,7 @@ def edges(x: Tensor) -> Tensor:
 
 
 def _maxima(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Where the magnitude is above LOW and no neighbour along the gradient, in one of four directions, has more, [h, w] bool."""
+    """Where the magnitude is above LOW and no neighbour along the gradient, one of four directions, has more, [h, w] bool."""
     size = np.abs(dx) + np.abs(dy)
     around = np.pad(size, 1)
     at = lambda down, right: around[1 + down : around.shape[0] - 1 + down, 1 + right : around.shape[1] - 1 + right]  # noqa: E731

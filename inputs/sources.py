@@ -927,6 +927,9 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
         source = replace(source, captions=made)
     chosen = {name: setting(cfg, own, column.made) for name, column in columns.items() if column.made}
     made = {name: by for name, by in chosen.items() if by is not None}
+    for name, by in made.items():
+        known = f"one of {', '.join(conditions.FUNCTIONS)}"
+        require(by in conditions.FUNCTIONS, columns[name].made, by, known)
     if made:
         said = "".join(f", {name} by {by}" for name, by in made.items())
         images = {name: x for name, x in source.images.items() if name not in made}

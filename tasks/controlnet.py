@@ -2,8 +2,8 @@
 
     python loop.py controlnet --data.train-data-dir photos --data.conditioning edges
 
-Zhang, Rao, Agrawala 2023 (arXiv:2302.05543). Stable Diffusion 1.x, 2.x, SDXL, SD3, FLUX.1, Qwen-Image and Z-Image. The export is
-the ControlNet's folder, which its class and the family's ControlNet pipeline open.
+Zhang, Rao, Agrawala 2023 (arXiv:2302.05543). Stable Diffusion 1.x, 2.x, SDXL, SD3, FLUX.1, Qwen-Image, Z-Image. The export
+is the ControlNet's folder, which its class and the family's ControlNet pipeline open.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Annotated
 
 from oneloop.configs import Amount, Base, Data, Live, Name, Range, check
-from oneloop.families import control, stable_diffusion, text_to_image
+from oneloop.families import control, text_to_image
 from oneloop.families.controlnets import CONTROLNETS
 from oneloop.families.objective import objective
 from oneloop.families.settings import check_apart
