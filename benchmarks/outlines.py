@@ -23,15 +23,22 @@ SIDE, WIDTH = 16, 64
 FAR = 0.02
 """How far a centre may lie from the outline's, as a share of the side, in x and in y: a third of a pixel. Centres lie within
 0.06 of the middle."""
-RUN = {"base.num-samples": 8, "base.validation-steps": 400, "base.checkpointing-steps": 400, "base.logger": "none"}
-DATA = {"data.dataset-name": "shapes", "data.resolution": SIDE, "data.train-batch-size": 16, "data.interpolation": "bilinear"}
+STEPS = {"finetune": 1000, "controlnet": 800}
+HELD_OUT, COUNT = 100_000, 256
+"""The first of the drawings that are judged, of which none was trained on, and their number."""
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "timestep_spacing": "trailing"}
 SCHEDULE |= {"clip_sample": False, "steps_offset": 1}
-STEPS = {"finetune": 2400, "controlnet": 1200}
-TASKS: dict[str, dict[str, Any]] = {
-    "finetune": {"learning-rate": 2e-3, "snr-gamma": 1, "adam-beta2": 0.99},
-    "controlnet": {"learning-rate": 1e-3, "snr-gamma": 1, "adam-beta2": 0.99},
+COMMON = {
+    "base.num-samples": 8,
+    "base.validation-steps": 0,
+    "base.checkpointing-steps": 200,
+    "base.logging-steps": 100,
+    "base.logger": "none",
+    "data.dataset-name": "shapes",
+    "data.resolution": SIDE,
+    "data.train-batch-size": 16,
 }
+OWN = {"snr-gamma": 1, "adam-beta2": 0.99, "num-inference-steps": 20, "guidance-scale": 1}
 
 
 def pixels() -> Any:
@@ -67,7 +74,6 @@ def make_base(folder: Path) -> None:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    sys.path.insert(0, str(ROOT / "tests"))
     import tiny_models
 
     words = tiny_models.tokenizer()
@@ -76,7 +82,7 @@ def make_base(folder: Path) -> None:
         sample_size=SIDE,
         in_channels=3,
         out_channels=3,
-        block_out_channels=(32, 64, 64),
+        block_out_channels=(24, 48, 64),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -94,3 +100,71 @@ def make_base(folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+
+
+def run(*words: Any) -> None:
+    """`python loop.py`, in a process of its own."""
+    subprocess.run([sys.executable, str(ROOT / "loop.py"), *map(str, words)], check=True)
+
+
+def train(task: str, base: Path, out: Path, rate: float, *more: str) -> None:
+    """One step of the chain."""
+    flags = COMMON | {"base.output-dir": out, "base.max-train-steps": STEPS[task]}
+    flags |= {f"{task}.{key}": value for key, value in OWN.items()}
+    flags |= {f"{task}.learning-rate": rate, f"{task}.pretrained-model-name-or-path": base}
+    run(task, *(word for key, value in flags.items() for word in (f"--{key}", value)), *more)
+
+
+def judged(folder: Path) -> dict[str, float]:
+    """Shares of the held-out outlines, with the condition and with it zeroed."""
+    import torch
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+    from oneloop.evaluation import drawings
+    from oneloop.inputs import shapes
+
+    net = ControlNetModel.from_pretrained(folder / "control" / "export")
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(folder / "trained", controlnet=net)
+    pipeline.set_progress_bar_config(disable=True)
+    looks = [shapes.describe_shape(HELD_OUT + i) for i in range(COUNT)]
+    conditions = torch.stack([torch.from_numpy(shapes.draw_outline(HELD_OUT + i, SIDE)) for i in range(COUNT)])
+    conditions = conditions.permute(0, 3, 1, 2) / 255  # [N, 3, H, W]
+    centres, shares = torch.tensor([look[4:] for look in looks]), {}
+    for name, given in (("with the outline", conditions), ("condition zeroed", torch.zeros_like(conditions))):
+        made = pipeline(
+            [shapes.caption_shape(*look[:4]) for look in looks],
+            image=given,
+            generator=[torch.Generator().manual_seed(i) for i in range(COUNT)],
+            num_inference_steps=20,
+            guidance_scale=1.0,
+            output_type="pt",
+        ).images
+        reading = drawings.read((255 * made).round().to(torch.uint8))
+        read = [drawings.KINDS[kind] for kind in reading.kind.tolist()]
+        near = ((reading.place - centres).abs() <= FAR).all(1).tolist()
+        form = [a[:2] == b[:2] for a, b in zip(read, looks, strict=True)]
+        colours = [a[2:] == b[2:4] for a, b in zip(read, looks, strict=True)]
+        every = {"shape and size": form, "colours": colours, "place": near}
+        every["outline"] = [a and b for a, b in zip(form, near, strict=True)]
+        every["all"] = [a and b for a, b in zip(every["outline"], colours, strict=True)]
+        shares |= {f"{name}: {what}": sum(hits) / COUNT for what, hits in every.items()}
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    if not (folder / "base").exists():
+        make_base(folder / "base")
+    train("finetune", folder / "base", folder / "run", 2e-3, "--finetune.from-scratch")
+    if not (folder / "trained").exists():
+        run("merge", folder / "run", "--to", folder / "trained", "--dtype", "float32")
+    train("controlnet", folder / "trained", folder / "control", 1e-3)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(json.dumps(judged(folder) | {"CPU minutes of this start": (used.ru_utime + used.ru_stime) / 60}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

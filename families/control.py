@@ -73,6 +73,9 @@ def of(controls: Controls, cfg: Any) -> Control:
         if entry.width or entry.height:
             raise BadInput(f"a sample of {entry.width} x {entry.height}: it has the size of its condition; leave that out")
     own = controls[kind]
+    for name in ("num_layers", "num_single_layers"):
+        if name not in own.layers and (value := getattr(s, name, None)) is not None:
+            raise BadInput(f"{flag(group, name)} is {value}: a {kind} has no use for it; leave it out")
     if given(s, own):
         check_given(s, own, group, kind)
     return own
@@ -89,9 +92,9 @@ def check_given(s: Any, own: Control, group: str, base: str) -> None:
     with hub.readable(what, f"a {own.kind}", f"a folder that {own.kind}.save_pretrained wrote, or its name on the hub"):
         config = hub.read(name, None, "config.json")
         trained = stable_diffusion.config(s, family(s).TRAINED)
-        require_kind = config.get("_class_name")
-    if require_kind != own.kind:
-        raise BadInput(f"{what} is a {require_kind}; expected a {own.kind}, as a {base} takes")
+        made = config.get("_class_name")
+    if made != own.kind:
+        raise BadInput(f"{what} is a {made}; expected a {own.kind}, as a {base} takes")
     for key, theirs in own.same.items():
         if key in config and theirs in trained and config[key] != trained[theirs]:
             other = f"{s.pretrained_model_name_or_path}, whose {theirs} is {trained[theirs]}"

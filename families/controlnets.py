@@ -35,6 +35,8 @@ class Control:
     """Keys of its config -> those of the base's with which they agree, where both have them."""
     alone: Mapping[str, Any]
     """What its config must say: other conditions, or several of them, are no image of three channels."""
+    layers: tuple[str, ...] = ("num_layers",)
+    """Settings of its size that it has; that of a UNet's is the UNet's."""
     latent: bool = True
     """Whether the condition goes through the autoencoder. Else it is an image in [0, 1]."""
     part: str = "controlnet"
@@ -97,9 +99,11 @@ def layers(base: nn.Module, asked: int | None, usual: int, key: str = "num_layer
 
 
 def sd3_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
-    """Its config has the pipeline give it the pooled text and latents in the base's scale, as training does."""
+    """Its config has the pipeline give it the pooled text and latents in the base's scale, as training does. Of more than half
+    as many blocks as the base has, the last would be unread: nothing is added in the base's last one."""
     more = {"force_zeros_for_pooled_projection": False, "extra_conditioning_channels": 0}
-    return begun("SD3ControlNetModel", base, **layers(base, s.num_layers, 12), **more)
+    count = layers(base, s.num_layers, 12)["num_layers"]
+    return begun("SD3ControlNetModel", base, num_layers=min(count, max(base.config["num_layers"] // 2, 1)), **more)
 
 
 def sd3_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) -> Any:
@@ -216,7 +220,7 @@ def alike(*keys: str) -> dict[str, str]:
 
 
 SD = {"start": unet_start, "answer": unet_answer, "same": alike(*UNET), "alone": {"conditioning_channels": 3}}
-SD |= {"kind": "ControlNetModel", "latent": False, "image": "image"}
+SD |= {"kind": "ControlNetModel", "latent": False, "image": "image", "layers": ()}
 INNER = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "in_channels")
 CONTROLNETS: dict[str, Control] = {
     "StableDiffusionPipeline": Control(pipeline="StableDiffusionControlNetPipeline", **SD),
@@ -237,6 +241,7 @@ CONTROLNETS: dict[str, Control] = {
         answer=flux_answer,
         same=alike(*INNER, "patch_size", "axes_dims_rope"),
         alone={"num_mode": None, "conditioning_embedding_channels": None},
+        layers=("num_layers", "num_single_layers"),
     ),
     "QwenImagePipeline": Control(
         kind="QwenImageControlNetModel",
@@ -264,7 +269,7 @@ ADAPTER = {
     "same": {"channels": "block_out_channels"},
     "alone": {"in_channels": 3},
 }
-ADAPTER |= {"latent": False, "part": "adapter", "image": "image", "scale": "adapter_conditioning_scale"}
+ADAPTER |= {"latent": False, "layers": (), "part": "adapter", "image": "image", "scale": "adapter_conditioning_scale"}
 ADAPTERS: dict[str, Control] = {
     "StableDiffusionPipeline": Control(pipeline="StableDiffusionAdapterPipeline", **ADAPTER),
     "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLAdapterPipeline", **ADAPTER),
