@@ -71,10 +71,9 @@ def pixels() -> Any:
 
 def make_base(folder: Path) -> None:
     """The checkpoint, its UNet without training."""
+    import tiny_models
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
-    import tiny_models
 
     words = tiny_models.tokenizer()
     torch.manual_seed(0)

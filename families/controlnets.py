@@ -1,15 +1,14 @@
-"""What stands beside the frozen base of each family: its ControlNet, or its T2I-Adapter. A table of plain functions and facts.
+"""ControlNets beside their bases: how each family's begins, and what both answer as one, as the pipeline has both.
 
-Zhang, Rao, Agrawala 2023, Adding Conditional Control to Text-to-Image Diffusion Models (arXiv:2302.05543); Mou et al. 2023,
-T2I-Adapter (arXiv:2302.08453). A ControlNet begins as a copy of the base's first blocks whose outputs, and whose view of the
-condition, go through layers of zeros: at first the base answers as without it.
+Zhang, Rao, Agrawala 2023, Adding Conditional Control to Text-to-Image Diffusion Models (arXiv:2302.05543). A ControlNet begins
+as a copy of blocks of its base, whose outputs, or whose view of the condition, go through layers of zeros: at first the base
+answers as without it. Which is whose: controls.py.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from oneloop.families.latents import pack
@@ -18,44 +17,8 @@ from oneloop.tasks import unwrap
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """What stands beside the base of one family."""
-
-    kind: str
-    """Its class in diffusers."""
-    pipeline: str
-    """The pipeline's class."""
-    start: Callable[[nn.Module, Any, int], nn.Module]
-    """(base, settings, factor of the autoencoder) -> a new one, in float32."""
-    answer: Callable[..., Any]
-    """(base, it, condition, what the base is called with) -> what the base answers with it, as the pipeline has both."""
-    same: Mapping[str, str]
-    """Keys of its config -> those of the base's with which they agree, where both have them."""
-    alone: Mapping[str, Any]
-    """What its config must say: other conditions, or several of them, are no image of three channels."""
-    layers: tuple[str, ...] = ("num_layers",)
-    """Settings of its size that it has; that of a UNet's is the UNet's."""
-    latent: bool = True
-    """Whether the condition goes through the autoencoder. Else it is an image in [0, 1]."""
-    part: str = "controlnet"
-    """The pipeline's name for it."""
-    image: str = "control_image"
-    """The pipeline's name for the condition."""
-    scale: str = "controlnet_conditioning_scale"
-    """The pipeline's name for how much it counts."""
-    together: bool = True
-    """Whether the pipeline's draws for several images are those for each."""
-    settle: Callable[[nn.Module, nn.Module], None] = lambda net, base: None
-    """What remains to be done to it beside a base, in place, whenever a pipeline was made of both."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stable Diffusion and SDXL.
-
-UNET = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
-UNET += ("addition_embed_type", "projection_class_embeddings_input_dim", "transformer_layers_per_block")
 
 
 def unet_start(unet: nn.Module, s: Any, factor: int) -> nn.Module:
@@ -180,98 +143,3 @@ def z_image_settle(net: nn.Module, base: nn.Module) -> None:
     for name in SHARED:
         net._modules.pop(name, None), net._parameters.pop(name, None)
         object.__setattr__(net, name, getattr(base, name))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# T2I-Adapters.
-
-
-def adapter_start(unet: nn.Module, s: Any, factor: int) -> nn.Module:
-    """One feature for each level of the UNet, of its width. A level with attention takes it before it shrinks, one without
-    after: SDXL, whose first has none, wants it at half the size of the latents."""
-    from diffusers import T2IAdapter
-
-    first = "CrossAttn" not in unet.config.down_block_types[0]
-    kind, down = ("full_adapter_xl", 2 * factor) if first else ("full_adapter", factor)
-    return T2IAdapter(3, [*unet.config.block_out_channels], 2, down, kind)
-
-
-def adapter_answer(unet: nn.Module, net: nn.Module, condition: Tensor, *args: Any, **more: Any) -> Any:
-    """Added inside the levels of the UNet's encoder; it sees the condition alone."""
-    return unet(*args, **more, down_intrablock_additional_residuals=[*net(condition)])
-
-
-RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
-RESIDUALS += ("block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples")
-"""What bases call that which is added inside of them."""
-
-
-def narrow(base: nn.Module, args: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A pre-hook of the base: what is added inside of it comes in its own precision. Accelerate makes float32 of whatever a
-    model that trains gives."""
-    from torch.utils._pytree import tree_map
-
-    return args, more | {k: tree_map(lambda x: x.to(base.dtype), more[k]) for k in RESIDUALS if more.get(k) is not None}
-
-
-def alike(*keys: str) -> dict[str, str]:
-    """Keys that have one name in both configs."""
-    return dict(zip(keys, keys, strict=True))
-
-
-SD = {"start": unet_start, "answer": unet_answer, "same": alike(*UNET), "alone": {"conditioning_channels": 3}}
-SD |= {"kind": "ControlNetModel", "latent": False, "image": "image", "layers": ()}
-INNER = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "in_channels")
-CONTROLNETS: dict[str, Control] = {
-    "StableDiffusionPipeline": Control(pipeline="StableDiffusionControlNetPipeline", **SD),
-    "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLControlNetPipeline", **SD),
-    "StableDiffusion3Pipeline": Control(
-        kind="SD3ControlNetModel",
-        pipeline="StableDiffusion3ControlNetPipeline",
-        start=sd3_start,
-        answer=sd3_answer,
-        same=alike(*INNER, "patch_size", "qk_norm"),
-        alone={"extra_conditioning_channels": 0, "use_pos_embed": True},
-        together=False,  # it encodes conditions with noise of its own
-    ),
-    "FluxPipeline": Control(
-        kind="FluxControlNetModel",
-        pipeline="FluxControlNetPipeline",
-        start=flux_start,
-        answer=flux_answer,
-        same=alike(*INNER, "patch_size", "axes_dims_rope"),
-        alone={"num_mode": None, "conditioning_embedding_channels": None},
-        layers=("num_layers", "num_single_layers"),
-    ),
-    "QwenImagePipeline": Control(
-        kind="QwenImageControlNetModel",
-        pipeline="QwenImageControlNetPipeline",
-        start=qwen_image_start,
-        answer=qwen_image_answer,
-        same=alike(*INNER, "patch_size", "axes_dims_rope"),
-        alone={"extra_condition_channels": 0},
-    ),
-    "ZImagePipeline": Control(
-        kind="ZImageControlNetModel",
-        pipeline="ZImageControlNetPipeline",
-        start=z_image_start,
-        answer=z_image_answer,
-        same=alike("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "all_patch_size", "all_f_patch_size"),
-        alone={},
-        settle=z_image_settle,
-    ),
-}
-"""The base's pipeline -> its ControlNet."""
-ADAPTER = {
-    "kind": "T2IAdapter",
-    "start": adapter_start,
-    "answer": adapter_answer,
-    "same": {"channels": "block_out_channels"},
-    "alone": {"in_channels": 3},
-}
-ADAPTER |= {"latent": False, "layers": (), "part": "adapter", "image": "image", "scale": "adapter_conditioning_scale"}
-ADAPTERS: dict[str, Control] = {
-    "StableDiffusionPipeline": Control(pipeline="StableDiffusionAdapterPipeline", **ADAPTER),
-    "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLAdapterPipeline", **ADAPTER),
-}
-"""The base's pipeline -> its T2I-Adapter."""

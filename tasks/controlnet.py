@@ -14,8 +14,8 @@ from functools import partial
 from typing import Annotated
 
 from oneloop.configs import Amount, Base, Data, Live, Name, Range, check
-from oneloop.families import control, text_to_image
-from oneloop.families.controlnets import CONTROLNETS
+from oneloop.families import control, control_samples, text_to_image
+from oneloop.families.controls import CONTROLNETS, controlled
 from oneloop.families.objective import objective
 from oneloop.families.settings import check_apart
 from oneloop.tasks import Batch, Loss, Models, Optims, Rng, Task, mean
@@ -63,7 +63,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
     """The base's own objective, its answer with the ControlNet beside it."""
     own = control.entry(CONTROLNETS, cfg)
-    both = control.controlled(models, own, control.condition_of(own, batch, rng), cfg.controlnet)
+    both = controlled(models, own, control.condition_of(own, batch, rng), cfg.controlnet)
     yield Loss("controlnet", mean(objective(both, batch, rng, cfg), batch))
 
 
@@ -72,11 +72,11 @@ task = Task(
     make_models=partial(control.make_models, CONTROLNETS),
     make_optim=make_optim,
     loss_fn=loss_fn,
-    sample_fn=partial(control.sample_fn, CONTROLNETS),
-    export_fn=partial(control.export_fn, CONTROLNETS),
+    sample_fn=partial(control_samples.sample_fn, CONTROLNETS),
+    export_fn=partial(control_samples.export_fn, CONTROLNETS),
     card=lambda cfg: text_to_image.card(cfg, "controlnet", "text-to-image"),
     encodings=partial(control.encodings, CONTROLNETS),
-    encoders=partial(control.encoders, CONTROLNETS),
+    encoders=partial(control_samples.encoders, CONTROLNETS),
     float32=("vae",),
     columns=control.COLUMNS,
     multiple=text_to_image.multiple,
