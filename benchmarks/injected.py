@@ -21,26 +21,31 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     from accelerate import Accelerator
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    from oneloop.families import text_to_image, transformer
+    from oneloop.families import latents, text_to_image, transformer
     from oneloop.tasks import Rng
 
     _, cfg, model = parsed(script, folder, out)
     s, name = text_to_image.settings(cfg), script.path.rpartition("_lora_")[2]
     own, flow = text_to_image.family(s), text_to_image.family(s) is transformer
-    counts, seen = {"noise": 0, "posterior": 0}, {"shift": [], "layers": [[], []]}
+    counts, seen = {"noise": 0, "posterior": 0, "condition": 0}, {"shift": [], "layers": [[], []]}
 
     def rng(n: int) -> Rng:
         return Rng.of(cfg.base.seed, range(n, n + 1))
 
     def draw(purpose: str, like: torch.Tensor) -> torch.Tensor:
         squeezed = like.squeeze(2) if like.ndim == 5 else like  # a frame axis; latents of FLUX.2 are drawn in patches
-        made = rng(counts[purpose]).normal(purpose, *squeezed.shape[1:])
+        packed = like.ndim == 3  # tokens
+        seen["shape"] = seen["shape"] if packed else squeezed.shape
+        made = rng(counts[purpose]).normal(purpose, *seen["shape"][1:])
         counts[purpose] += 1
-        seen["shape"] = squeezed.shape
-        return made.view_as(like).to(like)
+        return (latents.pack(made) if packed else made.view_as(like)).to(like)
+
+    def sample(self: Any, generator: Any = None) -> torch.Tensor:
+        second = script.conditioned and flow and counts["posterior"] > counts["condition"]  # the image comes before it
+        return self.mean + self.std * draw("condition" if second else "posterior", self.mean)
 
     torch.randn_like = lambda like, **more: draw("noise", like)
-    DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mean + self.std * draw("posterior", self.mean)
+    DiagonalGaussianDistribution.sample = sample
     if flow:
         inject_sigmas(s, name, counts, seen, rng)
     else:
@@ -61,7 +66,14 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
     if script.task == "lora":
         flags["rank"] = 4
-    if flow:
+    if script.conditioned:
+        flags |= {"controlnet_model_name_or_path": folder / "start", "image_column": "image"}
+        flags["conditioning_image_column"] = "conditioning"
+    if name.endswith("_flux") and script.conditioned:
+        flags["jsonl_for_train"] = folder / "pairs.jsonl"
+        pair = {"image": str(flags.pop("train_data_dir") / "a.png"), "conditioning": str(folder / "conditions" / "a.png")}
+        flags["jsonl_for_train"].write_text(json.dumps(pair | {"text": CAPTION}))
+    elif flow:
         flags["max_sequence_length"] = transformer.family(s).length
     path = checkout / "examples" / f"{script.path}.py"
     sys.argv = [str(path), *(text for key, x in flags.items() for text in (f"--{key}", str(x))), *more]
@@ -72,6 +84,10 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         encode, drawn = diffusers.SanaPipeline.encode_prompt, inspect.signature(diffusers.SanaPipeline.__call__).parameters
         told = {"complex_human_instruction": drawn["complex_human_instruction"].default}
         diffusers.SanaPipeline.encode_prompt = lambda *args, **more: encode(*args, **more | told)
+    if name.endswith("controlnet_sd3"):  # its conditions are in [0, 1], and its pipeline gives the autoencoder [-1, 1]
+        own = diffusers.AutoencoderKL.encode
+        wide = lambda x: 2 * x - 1 if counts["posterior"] > counts["condition"] else x  # noqa: E731
+        diffusers.AutoencoderKL.encode = lambda self, x, *more: own(self, wide(x), *more)
     Accelerator.init_trackers = Accelerator.log = lambda *args, **more: None
     with watched(model, out):
         runpy.run_path(str(path), run_name="__main__")

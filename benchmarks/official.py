@@ -58,6 +58,11 @@ class Script:
         return self.path.startswith("dreambooth")
 
     @property
+    def conditioned(self) -> bool:
+        """Whether it takes a second image."""
+        return self.task == "controlnet"
+
+    @property
     def caches(self) -> bool:
         """Whether it can encode images once."""
         return self.dreambooth and self.task == "lora"
@@ -86,6 +91,12 @@ SCRIPTS = {
         "dreambooth/train_dreambooth_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "finetune"
     ),
     "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
+    "controlnet": Script("controlnet/train_controlnet", "sd", task="controlnet"),
+    "controlnet_sdxl": Script("controlnet/train_controlnet_sdxl", "sdxl", task="controlnet"),
+    "controlnet_sd3": Script(
+        "controlnet/train_controlnet_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "controlnet"
+    ),
+    "controlnet_flux": Script("controlnet/train_controlnet_flux", "FluxPipeline", ("--guidance_scale", "1"), "controlnet"),
 }
 
 
@@ -135,6 +146,7 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         "num-inference-steps": 1,
         "data.train-data-dir": folder / "photos",
         "data.resolution": SIDE,
+        "data.train-batch-size": 1,
         "base.output-dir": out,
         "base.max-train-steps": STEPS,
         "base.num-samples": 1,
@@ -152,6 +164,8 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
     switches = ("--base.no-use-ema", "--base.no-validate-first")
     if script.task == "lora":
         flags["init-lora"] = folder / "start"
+    if script.conditioned:
+        flags |= {"controlnet-model-name-or-path": folder / "start", "data.conditioning-data-dir": folder / "conditions"}
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
     module, cfg = command_line.parse(
@@ -186,15 +200,41 @@ def make_set(script: Script, folder: Path) -> None:
         with torch.no_grad():  # the second half of the channels is the logarithm of the variance
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
-    picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    picture, other = (torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=generator).numpy() for _ in range(2))
     for place in ("images", "photos"):
         (folder / place).mkdir()
-        Image.fromarray(picture.numpy()).save(folder / place / "a.png")
+        Image.fromarray(picture).save(folder / place / "a.png")
+    if script.conditioned:
+        (folder / "conditions").mkdir()
+        for path in ("conditions/a.png", "images/b.png"):
+            Image.fromarray(other).save(folder / path)
+        start_control(script, folder)
     if script.task == "textual_inversion":  # its sentences are its own
         return
     (folder / "photos" / "a.txt").write_text(CAPTION)
     if not script.dreambooth:
-        (folder / "images" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": CAPTION}))
+        row = {"file_name": "a.png", "text": CAPTION} | ({"conditioning_file_name": "b.png"} if script.conditioned else {})
+        (folder / "images" / "metadata.jsonl").write_text(json.dumps(row))
+
+
+def start_control(script: Script, folder: Path) -> None:
+    """A ControlNet of which nothing is zero, for both."""
+    import diffusers
+    import torch
+
+    from oneloop.families import stable_diffusion, text_to_image
+    from oneloop.families.controls import CONTROLNETS
+    from oneloop.tasks import controlnet
+
+    s = controlnet.Settings(pretrained_model_name_or_path=str(folder / "model"))
+    own, part = CONTROLNETS[stable_diffusion.kind(s)], text_to_image.family(s).TRAINED
+    base = getattr(diffusers, stable_diffusion.config(s, "")[part][1]).from_pretrained(folder / "model" / part)
+    net = own.start(base, s, stable_diffusion.multiple(s))
+    for i, p in enumerate(net.parameters()):
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    net.save_pretrained(folder / "start")
 
 
 def weights(script: Script, out: Path) -> dict[str, Any]:
@@ -207,7 +247,7 @@ def weights(script: Script, out: Path) -> dict[str, Any]:
         return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
     if script.task == "textual_inversion":
         return vectors(out)
-    (part,) = (out / name for name in ("unet", "transformer") if (out / name).is_dir())
+    (part,) = [out] if script.conditioned else (out / name for name in ("unet", "transformer") if (out / name).is_dir())
     return load_file(part / "diffusion_pytorch_model.safetensors")
 
 
@@ -250,7 +290,7 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     theirs, ours, seen = read("theirs"), read("ours"), json.loads((folder / "theirs" / "seen.json").read_text())
     far = lambda key: max(abs(a - b) / abs(a) for a, b in zip(theirs[key], ours[key], strict=True))  # noqa: E731
     a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
-    start = weights(script, folder / ("start" if script.task == "lora" else "model"))
+    start = weights(script, folder / ("start" if (folder / "start").is_dir() else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
     moved = max(float((a[key] - start[key]).abs().max()) for key in b)
     silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}
