@@ -6,6 +6,7 @@ is.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from oneloop.families.text_to_image import family, group_of, settings
 from oneloop.tasks import Batch, Column, Encoding, Models, Rng
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Controls = Mapping[str, Control]
 COLUMNS = text_to_image.COLUMNS | {
@@ -76,6 +77,8 @@ def of(controls: Controls, cfg: Any) -> Control:
             raise BadInput(f"{flag(group, name)} is {value}: a {kind} has no use for it; leave it out")
     if given(s, own):
         check_given(s, own, group, kind)
+    else:
+        blank(s, own, group)
     return own
 
 
@@ -89,21 +92,27 @@ def check_given(s: Any, own: Control, group: str, base: str) -> None:
     name, what = given(s, own), f"{flag(group, f'{own.part}_model_name_or_path')} {given(s, own)}"
     with hub.readable(what, f"a {own.kind}", f"a folder that {own.kind}.save_pretrained wrote, or its name on the hub"):
         config = hub.read(name, None, "config.json")
-        trained = stable_diffusion.config(s, family(s).TRAINED)
-        made = config.get("_class_name")
-    if made != own.kind:
-        raise BadInput(f"{what} is a {made}; expected a {own.kind}, as a {base} takes")
-    for key, theirs in own.same.items():
-        if key in config and theirs in trained and config[key] != trained[theirs]:
-            other = f"{s.pretrained_model_name_or_path}, whose {theirs} is {trained[theirs]}"
-            raise BadInput(f"{what}: its {key} is {config[key]}; expected one made for {other}")
-    for key, expected in own.alone.items():
-        if config.get(key, expected) != expected:
-            raise BadInput(f"{what}: its {key} is {config[key]}; expected {expected}, for one condition of three channels")
-    steps = len(config.get("conditioning_embedding_out_channels") or ())
-    factor = stable_diffusion.multiple(s) if steps else 0
-    if steps and 2 ** (steps - 1) != factor:
-        raise BadInput(f"{what}: it shrinks conditions by {2 ** (steps - 1)}; expected {factor}, as the autoencoder does")
+        if (made := config.get("_class_name")) != own.kind:
+            raise BadInput(f"{what} is a {made}; expected a {own.kind}, as a {base} takes")
+    new = json.loads(json.dumps(dict(blank(s, own, group).config), default=str))
+    for key in own.same:
+        size = len if key == "conditioning_embedding_out_channels" else lambda value: value  # each but one halves the image
+        if size(config.get(key, new[key])) != size(new[key]):
+            expected = f"{new[key]}, as one for {s.pretrained_model_name_or_path} has"
+            raise BadInput(f"{what}: its {key} is {config[key]}; expected {expected}")
+
+
+def blank(s: Any, own: Control, group: str) -> nn.Module:
+    """A new part without weights.
+
+    Raises:
+        BadInput: diffusers makes none for this base.
+    """
+    import torch
+
+    name = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with torch.device("meta"), hub.readable(name, f"a base for a {own.kind}", "the layers of a published one"):
+        return own.start(stable_diffusion.skeleton(s, group, family(s).TRAINED), s, stable_diffusion.multiple(s))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,9 +132,7 @@ def make_models(controls: Controls, cfg: Any, constants: Mapping[str, Tensor] | 
     if given(s, own):
         net = hub.load("diffusers", own.kind, given(s, own), what).float()
     else:
-        name = f"--{group_of(cfg)}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
-        with hub.readable(name, f"a base for a {own.kind}", "the layers of a published one"):
-            net = own.start(base, s, stable_diffusion.multiple(s))
+        net = own.start(base, s, stable_diffusion.multiple(s))
     net.requires_grad_(True)
     own.settle(net, base)
     base.register_forward_pre_hook(narrow, with_kwargs=True)

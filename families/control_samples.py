@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import portable
 from oneloop.families import flow, recorded, stable_diffusion, text_to_image, transformer
-from oneloop.families.control import Controls, entry, of
+from oneloop.families.control import Controls, blank, entry, of
 from oneloop.families.controls import Control
 from oneloop.families.settings import Pretrained
 from oneloop.families.text_to_image import family, settings
@@ -42,8 +42,7 @@ def silent_part(own: Control, s: Pretrained, like: nn.Module) -> nn.Module:
     """One without weights that says it is where `like` is, and a call of which ends the pipeline's."""
     import torch
 
-    with torch.device("meta"):
-        net = own.start(stable_diffusion.skeleton(s, "", family(s).TRAINED), s, stable_diffusion.multiple(s))
+    net = blank(s, own, "")
     net.register_parameter("first", torch.nn.Parameter(torch.empty(1, device=like.device, dtype=like.dtype)))
     net.forward = recorded.end
     return net

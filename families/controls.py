@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,8 @@ class Control:
     """(base, settings, factor of the autoencoder) -> a new one, in float32."""
     answer: Callable[..., Any]
     """(base, it, condition, what the base is called with) -> what the base answers with it, as the pipeline has both."""
-    same: Mapping[str, str]
-    """Keys of its config -> those of the base's with which they agree, where both have them."""
-    alone: Mapping[str, Any]
-    """What its config must say: other conditions, or several of them, are no image of three channels."""
+    same: tuple[str, ...]
+    """Keys of its config in which one that is given, whatever its size, agrees with a new one for the same base."""
     layers: tuple[str, ...] = ("num_layers",)
     """Settings of its size that it has; that of a UNet's is the UNet's."""
     latent: bool = True
@@ -84,15 +82,9 @@ def controlled(models: Models, own: Control, condition: Tensor, s: Pretrained) -
 
 UNET = ("in_channels", "block_out_channels", "down_block_types", "layers_per_block", "cross_attention_dim")
 UNET += ("addition_embed_type", "projection_class_embeddings_input_dim", "transformer_layers_per_block")
-
-
-def alike(*keys: str) -> dict[str, str]:
-    """Keys that have one name in both configs."""
-    return dict(zip(keys, keys, strict=True))
-
-
-SD = {"start": nets.unet_start, "answer": nets.unet_answer, "same": alike(*UNET), "alone": {"conditioning_channels": 3}}
-SD |= {"kind": "ControlNetModel", "latent": False, "image": "image", "layers": ()}
+UNET += ("conditioning_channels", "conditioning_embedding_out_channels")
+SD = {"kind": "ControlNetModel", "start": nets.unet_start, "answer": nets.unet_answer, "same": UNET}
+SD |= {"latent": False, "image": "image", "layers": ()}
 INNER = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "in_channels")
 CONTROLNETS: dict[str, Control] = {
     "StableDiffusionPipeline": Control(pipeline="StableDiffusionControlNetPipeline", **SD),
@@ -102,8 +94,7 @@ CONTROLNETS: dict[str, Control] = {
         pipeline="StableDiffusion3ControlNetPipeline",
         start=nets.sd3_start,
         answer=nets.sd3_answer,
-        same=alike(*INNER, "patch_size", "qk_norm"),
-        alone={"extra_conditioning_channels": 0, "use_pos_embed": True},
+        same=(*INNER, "patch_size", "qk_norm", "extra_conditioning_channels", "use_pos_embed"),
         together=False,  # it encodes conditions with noise of its own
     ),
     "FluxPipeline": Control(
@@ -111,8 +102,7 @@ CONTROLNETS: dict[str, Control] = {
         pipeline="FluxControlNetPipeline",
         start=nets.flux_start,
         answer=nets.flux_answer,
-        same=alike(*INNER, "patch_size", "axes_dims_rope"),
-        alone={"num_mode": None, "conditioning_embedding_channels": None},
+        same=(*INNER, "patch_size", "axes_dims_rope", "num_mode", "conditioning_embedding_channels"),
         layers=("num_layers", "num_single_layers"),
     ),
     "QwenImagePipeline": Control(
@@ -120,16 +110,14 @@ CONTROLNETS: dict[str, Control] = {
         pipeline="QwenImageControlNetPipeline",
         start=nets.qwen_image_start,
         answer=nets.qwen_image_answer,
-        same=alike(*INNER, "patch_size", "axes_dims_rope"),
-        alone={"extra_condition_channels": 0},
+        same=(*INNER, "patch_size", "axes_dims_rope", "extra_condition_channels"),
     ),
     "ZImagePipeline": Control(
         kind="ZImageControlNetModel",
         pipeline="ZImageControlNetPipeline",
         start=nets.z_image_start,
         answer=nets.z_image_answer,
-        same=alike("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "all_patch_size", "all_f_patch_size"),
-        alone={},
+        same=("dim", "n_heads", "n_kv_heads", "n_refiner_layers", "all_patch_size", "all_f_patch_size"),
         settle=nets.z_image_settle,
     ),
 }
