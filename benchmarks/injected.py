@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.official import CAPTION, SENTENCE, SIDE, STEPS, TOKEN, Script, parsed, watched
+from benchmarks.official import CAPTION, PARTS, SENTENCE, SIDE, STEPS, TOKEN, Script, parsed, watched
 
 
 def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: list[str]) -> None:
@@ -67,7 +67,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     if script.task == "lora":
         flags["rank"] = 4
     if script.conditioned:
-        flags |= {"controlnet_model_name_or_path": folder / "start", "image_column": "image"}
+        flags |= {f"{PARTS[script.task]}_model_name_or_path": folder / "start", "image_column": "image"}
         flags["conditioning_image_column"] = "conditioning"
     if name.endswith("_flux") and script.conditioned:
         flags["jsonl_for_train"] = folder / "pairs.jsonl"
@@ -109,13 +109,18 @@ def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
     """Hand a script of Stable Diffusion the timestep of the example whose noise it drew."""
     import torch
 
-    draw = torch.randint
+    draw, uniform = torch.randint, torch.rand
 
     def timesteps(low: int, high: int, size: tuple[int, ...], **more: Any) -> torch.Tensor:
         asked = (low, size) == (0, (1,)) and counts["noise"]
         return rng(counts["noise"] - 1).integers("timestep", high) if asked else draw(low, high, size, **more)
 
-    torch.randint = timesteps
+    def levels(*size: Any, **more: Any) -> torch.Tensor:
+        """Of a T2I-Adapter's script."""
+        asked = size == ((1,),) and counts["noise"]
+        return rng(counts["noise"] - 1).uniform("timestep") if asked else uniform(*size, **more)
+
+    torch.randint, torch.rand = timesteps, levels
 
 
 def inject_sigmas(s: Any, name: str, counts: dict[str, int], seen: dict[str, Any], rng: Callable[[int], Any]) -> None:

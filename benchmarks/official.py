@@ -35,6 +35,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STEPS, SIDE, CAPTION, TOKEN, SENTENCE = 24, 32, "a dog", "<dog>", "a photo of a {}"
 
 
+PARTS = {"controlnet": "controlnet", "t2i_adapter": "adapter"}
+"""Tasks on image conditions -> what trains."""
+
+
 @dataclass(frozen=True)
 class Script:
     """An official script, and what of this project does its work."""
@@ -60,7 +64,7 @@ class Script:
     @property
     def conditioned(self) -> bool:
         """Whether it takes a second image."""
-        return self.task == "controlnet"
+        return self.task in PARTS
 
     @property
     def caches(self) -> bool:
@@ -96,6 +100,7 @@ SCRIPTS = {
     "controlnet_sd3": Script(
         "controlnet/train_controlnet_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "controlnet"
     ),
+    "t2i_adapter_sdxl": Script("t2i_adapter/train_t2i_adapter_sdxl", "sdxl", task="t2i_adapter"),
     "controlnet_flux": Script("controlnet/train_controlnet_flux", "FluxPipeline", ("--guidance_scale", "1"), "controlnet"),
 }
 
@@ -165,7 +170,8 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
     if script.task == "lora":
         flags["init-lora"] = folder / "start"
     if script.conditioned:
-        flags |= {"controlnet-model-name-or-path": folder / "start", "data.conditioning-data-dir": folder / "conditions"}
+        flags |= {f"{PARTS[script.task]}-model-name-or-path": folder / "start"}
+        flags["data.conditioning-data-dir"] = folder / "conditions"
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
     module, cfg = command_line.parse(
@@ -219,16 +225,17 @@ def make_set(script: Script, folder: Path) -> None:
 
 
 def start_control(script: Script, folder: Path) -> None:
-    """A ControlNet of which nothing is zero, for both."""
+    """A ControlNet or T2I-Adapter of which nothing is zero, for both."""
     import diffusers
     import torch
 
     from oneloop.families import stable_diffusion, text_to_image
     from oneloop.families.controls import CONTROLNETS
-    from oneloop.tasks import controlnet
+    from oneloop.tasks import controlnet, t2i_adapter
 
     s = controlnet.Settings(pretrained_model_name_or_path=str(folder / "model"))
-    own, part = CONTROLNETS[stable_diffusion.kind(s)], text_to_image.family(s).TRAINED
+    table = t2i_adapter.ADAPTERS if script.task == "t2i_adapter" else CONTROLNETS
+    own, part = table[stable_diffusion.kind(s)], text_to_image.family(s).TRAINED
     base = getattr(diffusers, stable_diffusion.config(s, "")[part][1]).from_pretrained(folder / "model" / part)
     net = own.start(base, s, stable_diffusion.multiple(s))
     for i, p in enumerate(net.parameters()):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import Amount, BadInput, Live
-from oneloop.families import flow, hub, latents, stable_diffusion, text_to_image, transformer
+from oneloop.families import adapters, flow, hub, latents, stable_diffusion, text_to_image, transformer
 from oneloop.families.controlnets import pooled_is_zero
 from oneloop.families.controls import Control, controlled, narrow
 from oneloop.families.settings import Pretrained, flag
@@ -150,8 +150,6 @@ def still(models: Models, own: Control, s: Pretrained, columns: flow.Columns) ->
     """Freeze what no gradient reaches, as the text in a last block, whose output nothing reads: several processes would wait
     for it."""
     import torch
-
-    from oneloop.families import adapters
 
     net, side = models[own.part], transformer.family(s).multiple
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The task `t2i_adapter`: its answer is the pipeline's, its timesteps are cubic, it learns, resumes, and draws as its export."""
+"""The task `t2i_adapter`: its answer is the pipeline's, its timesteps are cubic, it learns, resumes, draws as its export."""
 
 import functools
 import shutil
