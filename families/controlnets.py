@@ -141,5 +141,5 @@ def z_image_settle(net: nn.Module, base: nn.Module) -> None:
     (diffusers 0.42 forgets to set the attribute, and its forward pass asks for it where gradients are taken.)"""
     net.gradient_checkpointing = False
     for name in SHARED:
-        net._modules.pop(name, None), net._parameters.pop(name, None)
-        object.__setattr__(net, name, getattr(base, name))
+        delattr(net, name)
+        object.__setattr__(net, name, getattr(base, name))  # past torch, which would register it

@@ -54,9 +54,13 @@ RESIDUALS += ("block_controlnet_hidden_states", "controlnet_block_samples", "con
 def narrow(base: nn.Module, args: Any, more: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A pre-hook of the base: what is added inside of it comes in its own precision. Accelerate makes float32 of whatever a
     model that trains gives."""
-    from torch.utils._pytree import tree_map
 
-    return args, more | {k: tree_map(lambda x: x.to(base.dtype), more[k]) for k in RESIDUALS if more.get(k) is not None}
+    def cast(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: value.to(base.dtype) for k, value in x.items()}
+        return [value.to(base.dtype) for value in x] if isinstance(x, (list, tuple)) else x.to(base.dtype)
+
+    return args, more | {k: cast(more[k]) for k in RESIDUALS if more.get(k) is not None}
 
 
 class Controlled:
