@@ -19,6 +19,7 @@ NAMES = (*SD, *FLOWS)
 PROMPTS = ["a dog", "a small white dog on the left"]
 HEIGHT, WIDTH, SIDE = 64, 32, 32
 OFF = {"QwenImagePipeline": {"true_cfg_scale": 1.0}, "ZImagePipeline": {"guidance_scale": 0.0}}
+"""Guidance that is none; elsewhere 1."""
 diffusers.utils.logging.set_verbosity_error()
 
 
@@ -87,6 +88,11 @@ def test_at_first_it_changes_nothing_and_then_all_of_it_learns(built, name):
     # Pipelines that draw more for the condition have other noise in what follows.
     assert same(drawn, plain, 1e-4) or name in ("FluxPipeline", "QwenImagePipeline")
     net, optims = models["controlnet"], controlnet.make_optim(models, cfg)
+    state, copied = models[own.TRAINED].state_dict(), net.state_dict()
+    if name == "ZImagePipeline":  # it has two layers
+        copied = {key.replace("control_", ""): x for key, x in copied.items()}
+    pairs = [(state[key], x) for key, x in copied.items() if key in state and state[key].shape == x.shape]
+    assert len(pairs) > len(copied) / 2 and all(torch.equal(a, b) for a, b in pairs)
     before = {key: p.clone() for key, p in models[own.TRAINED].named_parameters()}
     trained = {key: p.clone() for key, p in net.named_parameters() if p.requires_grad}
     for step in range(3):
@@ -102,9 +108,11 @@ def test_at_first_it_changes_nothing_and_then_all_of_it_learns(built, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_answer_is_that_of_the_pipeline(built, tmp_path, monkeypatch, name):
     """The export in the family's own ControlNet pipeline, by from_pretrained: at its x_t and time, what it hands to its
-    scheduler is what training computes, under prompts of unequal length and conditions that are not square."""
+    scheduler is what training computes, under prompts of unequal length and conditions that are not square; and what it draws
+    is what a sample is."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
-    cfg = config(built(name))
+    off = OFF.get(name, {"guidance_scale": 1.0})
+    cfg = config(built(name), num_inference_steps=3, guidance_scale=next(iter(off.values())))
     models, s = made(cfg), cfg.controlnet
     batch, own = encoded(models, cfg), control.entry(CONTROLNETS, cfg)
     models["controlnet"].save_pretrained(tmp_path)
@@ -120,8 +128,11 @@ def test_its_answer_is_that_of_the_pipeline(built, tmp_path, monkeypatch, name):
     pipeline.scheduler.step = listen
     image = batch["conditioning"] if own.latent else batch["conditioning"] / 2 + 0.5
     call = {own.image: image, own.scale: 1.0, "height": HEIGHT, "width": WIDTH, "num_inference_steps": 3, "output_type": "pt"}
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    pipeline(prompt=[*PROMPTS], generator=generators, **call | OFF.get(name, {"guidance_scale": 1.0}))
+    generators = lambda: [torch.Generator().manual_seed(i) for i in range(2)]  # noqa: E731
+    images = pipeline(prompt=[*PROMPTS], generator=generators(), **call | off).images
+    with torch.no_grad():
+        drawn = control_samples.sample(models, own, s, batch["conditioning"], PROMPTS, generators())
+    assert same(drawn, images, 1e-3), (drawn - images).abs().max()
     v, t, x = steps[1]
     if name in FLOWS:
         family, sigma = transformer.family(s), pipeline.scheduler.sigmas[1].expand(2)

@@ -104,12 +104,18 @@ def test_two_processes_agree_with_one_and_go_on_from_an_export(tmp_path, built, 
 
 
 def test_samples_of_prompts_at_the_size_of_their_conditions(tmp_path, built):
-    """With buckets: sizes are those of the conditions, prompts in turn; a condition that counts nothing is the base's."""
+    """With buckets: sizes are those of the conditions, prompts in turn; with a base in bfloat16."""
     for i in range(4):
         noise = np.random.default_rng(i).integers(0, 256, (24, 48, 3), dtype=np.uint8)
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.fromarray(noise).save(tmp_path / "photos" / f"{i}.png")
-    more = {"data__buckets": True, "data__trigger": "a dog", "base__num_samples": 3, "base__max_train_steps": 1}
+    more = {
+        "base__mixed_precision": "bf16",
+        "data__buckets": True,
+        "data__trigger": "a dog",
+        "base__num_samples": 3,
+        "base__max_train_steps": 1,
+    }
     more["controlnet__validation_prompts"] = ("a dog --seed 5", "a red circle --guidance 2")
     done = cli(tmp_path, *command(tmp_path, built("sd"), tmp_path / "photos", **more))
     assert done.code == 0 and "no samples" not in done.err, done.err
