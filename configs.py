@@ -228,6 +228,8 @@ class Data:
     """Column of the images that a task is conditioned on."""
     conditioning_data_dir: Live[Folder | None] = None
     """Folder with conditioning images of the same file names, in place of a column."""
+    conditioning: Literal["edges", "greyscale", "blur"] | None = None
+    """What conditioning images are made of the images by, in place of a column: Canny's edges, greyscale, or blur."""
     mask_column: Live[Name | None] = None
     """Column of masks, in grey: the loss counts what is white."""
     mask_data_dir: Live[Folder | None] = None
@@ -313,6 +315,9 @@ class Data:
         for name in alone if self.stream is not None else ():
             value = getattr(self, name)
             require(not value, f"data.{name}", value, "nothing beside --data.stream, whose images have not been seen")
+        given = {k: getattr(self, k) for k in ("conditioning_column", "conditioning_data_dir", "conditioning")}
+        several = {k: value for k, value in given.items() if value is not None}
+        require(len(several) < 2, f"data.{next(iter(several), '')}", [*several.values()], "one source of conditioning images")
         mask = [self.mask_column, self.mask_data_dir, self.mask_from_alpha or None]
         require(len(mask) - mask.count(None) < 2, "data.mask_column", mask, "one source of masks")
         is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))

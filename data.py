@@ -167,7 +167,7 @@ class Examples(torch.utils.data.Dataset):
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder throws at a broken file
-            image = self.source.images[name].name(row)
+            image = self.source.images["pixel_values" if name in self.source.made else name].name(row)
             where = f"the image {image} could be read at the start and cannot be any more ({reason(error)})"
             raise BadInput(f"{where}; the same command resumes once it is there") from None
 
@@ -299,7 +299,8 @@ def _grouped(share: Tensor, images: Decoded) -> Iterator[tuple[tuple[int, ...], 
 def _fingerprint(source: Source, images: Decoded) -> str:
     """What tells these examples from all others: files, captions, labels, and how sources are mixed."""
     check = hashlib.blake2b(images.columns["file"].contiguous().numpy(), digest_size=16)
-    for values in (source.captions, source.labels, *source.more.values(), source.shares):
+    made = [[*source.made.items()]] if source.made else []
+    for values in (source.captions, source.labels, *source.more.values(), source.shares, *made):
         for i in range(0, len(values or ()), 4096):
             check.update(repr(values[i : i + 4096]).encode())
         check.update(b"\0")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.official import CAPTION, SENTENCE, STEPS, TOKEN, Script, parsed, watched
+from benchmarks.official import CAPTION, PARTS, SENTENCE, STEPS, TOKEN, Script, parsed, watched
 
 
 def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: list[str]) -> None:
@@ -23,7 +23,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     from accelerate import Accelerator
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    from oneloop.families import edit, text_to_image, transformer
+    from oneloop.families import edit, latents, text_to_image, transformer
     from oneloop.tasks import Rng
 
     _, cfg, model = parsed(script, folder, out)
@@ -37,10 +37,11 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
 
     def draw(purpose: str, like: torch.Tensor) -> torch.Tensor:
         squeezed = like.squeeze(2) if like.ndim == 5 else like  # a frame axis; latents of FLUX.2 are drawn in patches
-        made = rng(counts[purpose]).normal(purpose, *squeezed.shape[1:])
+        packed = like.ndim == 3  # tokens
+        seen["shape"] = seen["shape"] if packed else squeezed.shape
+        made = rng(counts[purpose]).normal(purpose, *seen["shape"][1:])
         counts[purpose] += 1
-        seen["shape"] = squeezed.shape
-        return made.view_as(like).to(like)
+        return (latents.pack(made) if packed else made.view_as(like)).to(like)
 
     torch.randn_like = lambda like, **more: draw("noise", like)
 
@@ -83,7 +84,14 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
     if script.adapts:
         flags["rank"] = 4
-    if flow and script.dreambooth:
+    if script.conditioned:
+        flags |= {f"{PARTS[script.task]}_model_name_or_path": folder / "start", "image_column": "image"}
+        flags["conditioning_image_column"] = "conditioning"
+    if name.endswith("_flux") and script.conditioned:
+        flags["jsonl_for_train"] = folder / "pairs.jsonl"
+        pair = {"image": str(flags.pop("train_data_dir") / "a.png"), "conditioning": str(folder / "conditions" / "a.png")}
+        flags["jsonl_for_train"].write_text(json.dumps(pair | {"text": CAPTION}))
+    elif flow and (script.dreambooth or script.conditioned):
         flags["max_sequence_length"] = transformer.family(s).length
     path = checkout / "examples" / f"{script.path}.py"
     sys.argv = [str(path), *(text for key, x in flags.items() for text in (f"--{key}", str(x))), *more]
@@ -94,6 +102,10 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         encode, drawn = diffusers.SanaPipeline.encode_prompt, inspect.signature(diffusers.SanaPipeline.__call__).parameters
         told = {"complex_human_instruction": drawn["complex_human_instruction"].default}
         diffusers.SanaPipeline.encode_prompt = lambda *args, **more: encode(*args, **more | told)
+    if name.endswith("controlnet_sd3"):  # its conditions are in [0, 1], and its pipeline gives the autoencoder [-1, 1]
+        own = diffusers.AutoencoderKL.encode
+        wide = lambda x: 2 * x - 1 if counts["posterior"] > counts["condition"] else x  # noqa: E731
+        diffusers.AutoencoderKL.encode = lambda self, x, *more: own(self, wide(x), *more)
     Accelerator.init_trackers = Accelerator.log = lambda *args, **more: None
     with watched(model, out):
         runpy.run_path(str(path), run_name="__main__")
@@ -115,13 +127,18 @@ def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
     """Hand a script of Stable Diffusion the timestep of the example whose noise it drew."""
     import torch
 
-    draw = torch.randint
+    draw, uniform = torch.randint, torch.rand
 
     def timesteps(low: int, high: int, size: tuple[int, ...], **more: Any) -> torch.Tensor:
         asked = (low, size) == (0, (1,)) and counts["noise"]
         return rng(counts["noise"] - 1).integers("timestep", high) if asked else draw(low, high, size, **more)
 
-    torch.randint = timesteps
+    def levels(*size: Any, **more: Any) -> torch.Tensor:
+        """Of a T2I-Adapter's script."""
+        asked = size == ((1,),) and counts["noise"]
+        return rng(counts["noise"] - 1).uniform("timestep") if asked else uniform(*size, **more)
+
+    torch.randint, torch.rand = timesteps, levels
 
 
 def inject_widening(counts: dict[str, int], rng: Callable[[int], Any]) -> None:

@@ -35,6 +35,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STEPS, SIDE, CAPTION, TOKEN, SENTENCE = 24, 32, "a dog", "<dog>", "a photo of a {}"
 
 
+PARTS = {"controlnet": "controlnet", "t2i_adapter": "adapter"}
+"""Tasks on image conditions -> what trains."""
+
+
 @dataclass(frozen=True)
 class Script:
     """An official script, and what of this project does its work."""
@@ -69,6 +73,11 @@ class Script:
         return self.path.startswith("dreambooth")
 
     @property
+    def conditioned(self) -> bool:
+        """Whether it takes a second image."""
+        return self.task in PARTS
+
+    @property
     def caches(self) -> bool:
         """Whether it can encode images once."""
         return self.dreambooth and self.task == "lora"
@@ -79,6 +88,8 @@ class Script:
         return self.task == "edit"
 
 
+BOTH = ("posterior", "condition")
+"""The posteriors of an image and of its condition."""
 SCRIPTS = {
     "sd": Script("text_to_image/train_text_to_image_lora", "sd", clips=False),
     "sdxl": Script("text_to_image/train_text_to_image_lora_sdxl", "sdxl"),
@@ -137,6 +148,19 @@ SCRIPTS = {
         posteriors=("posterior", "source posterior"),
         settings=(("trains", "all"),),
     ),
+    "controlnet": Script("controlnet/train_controlnet", "sd", task="controlnet"),
+    "controlnet_sdxl": Script("controlnet/train_controlnet_sdxl", "sdxl", task="controlnet"),
+    "controlnet_sd3": Script(
+        "controlnet/train_controlnet_sd3",
+        "StableDiffusion3Pipeline",
+        ("--precondition_outputs", "0"),
+        "controlnet",
+        posteriors=BOTH,
+    ),
+    "t2i_adapter_sdxl": Script("t2i_adapter/train_t2i_adapter_sdxl", "sdxl", task="t2i_adapter"),
+    "controlnet_flux": Script(
+        "controlnet/train_controlnet_flux", "FluxPipeline", ("--guidance_scale", "1"), "controlnet", posteriors=BOTH
+    ),
 }
 
 
@@ -186,6 +210,7 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         "num-inference-steps": 1,
         "data.train-data-dir": folder / "photos",
         "data.resolution": script.side,
+        "data.train-batch-size": 1,
         "base.output-dir": out,
         "base.max-train-steps": STEPS,
         "base.num-samples": 1,
@@ -205,6 +230,9 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         flags["init-lora"] = folder / "start"
     if script.pairs:
         flags["data.conditioning-data-dir"] = folder / "before"
+    if script.conditioned:
+        flags |= {f"{PARTS[script.task]}-model-name-or-path": folder / "start"}
+        flags["data.conditioning-data-dir"] = folder / "conditions"
     flags |= dict(script.settings)
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
@@ -240,18 +268,42 @@ def make_set(script: Script, folder: Path) -> None:
         with torch.no_grad():  # the second half of the channels is the logarithm of the variance
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
-    for seed, places in enumerate(({"images": "a", "photos": "a"}, {"images": "b", "before": "a"})[: 1 + script.pairs]):
+    second = {"images": "b", "before": "a"} if script.pairs else {"images": "b", "conditions": "a"}
+    for seed, places in enumerate(({"images": "a", "photos": "a"}, second)[: 1 + (script.pairs or script.conditioned)]):
         draws = torch.Generator().manual_seed(seed)
         picture = torch.randint(256, (script.side, script.side, 3), dtype=torch.uint8, generator=draws)
         for place, name in places.items():
             (folder / place).mkdir(exist_ok=True)
             Image.fromarray(picture.numpy()).save(folder / place / f"{name}.png")
+    if script.conditioned:
+        start_control(script, folder)
     if script.task == "textual_inversion":  # its sentences are its own
         return
     (folder / "photos" / "a.txt").write_text(CAPTION)
     if not script.dreambooth or script.pairs:
-        row = {"file_name": "a.png", "text": CAPTION} | ({"source_file_name": "b.png"} if script.pairs else {})
+        named = {"source_file_name": "b.png"} if script.pairs else {"conditioning_file_name": "b.png"}
+        row = {"file_name": "a.png", "text": CAPTION} | (named if script.pairs or script.conditioned else {})
         (folder / "images" / "metadata.jsonl").write_text(json.dumps(row))
+
+
+def start_control(script: Script, folder: Path) -> None:
+    """A ControlNet or T2I-Adapter of which nothing is zero, for both."""
+    import diffusers
+    import torch
+
+    from oneloop.families import stable_diffusion, text_to_image
+    from oneloop.families.controls import CONTROLNETS
+    from oneloop.tasks import controlnet, t2i_adapter
+
+    s = controlnet.Settings(pretrained_model_name_or_path=str(folder / "model"))
+    table = t2i_adapter.ADAPTERS if script.task == "t2i_adapter" else CONTROLNETS
+    own, part = table[stable_diffusion.kind(s)], text_to_image.family(s).TRAINED
+    base = getattr(diffusers, stable_diffusion.config(s, "")[part][1]).from_pretrained(folder / "model" / part)
+    net = own.start(base, s, stable_diffusion.multiple(s))
+    for i, p in enumerate(net.parameters()):
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+    net.save_pretrained(folder / "start")
 
 
 def weights(script: Script, out: Path) -> dict[str, Any]:
@@ -307,7 +359,7 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     theirs, ours, seen = read("theirs"), read("ours"), json.loads((folder / "theirs" / "seen.json").read_text())
     far = lambda key: max(abs(a - b) / abs(a) for a, b in zip(theirs[key], ours[key], strict=True))  # noqa: E731
     a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
-    start = weights(script, folder / ("start" if script.adapts else "model"))
+    start = weights(script, folder / ("start" if (folder / "start").is_dir() else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
     moved = max(float((a[key] - start[key]).abs().max()) for key in b if a[key].shape == start[key].shape)
     silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}

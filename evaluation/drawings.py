@@ -38,6 +38,8 @@ class Reading:
     """To it, the root of the mean square difference in levels of 255, [N]."""
     second: Tensor
     """To the nearest drawing of another kind, [N]."""
+    place: Tensor
+    """The nearest drawing's centre (x, y), as shares of the side, [N, 2]."""
     blank: Tensor
     """Whether the image is nearer to one plain colour than to any drawing, [N] bool."""
 
@@ -52,16 +54,20 @@ def read(images: Tensor) -> Reading:
     side, flat = images.shape[-1], images.permute(0, 2, 3, 1).flatten(1).float()  # [N, 3 H H]
     centres = [0.5 + offset for offset in np.linspace(-REACH, REACH, PLACES)]
     pairs = torch.tensor([(COLOURS[a], COLOURS[b]) for a, b in itertools.permutations(COLOURS, 2)]).float()  # [30, 2, 3]
-    found = []
+    found, places = [], []
     for shape, size in itertools.product(SHAPES, SIZES):
         covers = np.stack([cover_shape(shape, size, x, y, side) for x, y in itertools.product(centres, centres)])
         cover = torch.from_numpy(covers).float().flatten(1)[None, :, :, None]  # [1, places, H H, 1]
         drawn = cover * pairs[:, None, None, 0] + (1 - cover) * pairs[:, None, None, 1]  # [30, places, H H, 3]
         distance = torch.cdist(flat, drawn.round().flatten(2).flatten(0, 1))  # [N, 30 places]
-        found.append(distance.view(len(flat), len(pairs), -1).amin(2))
+        nearest = distance.view(len(flat), len(pairs), -1).min(2)
+        found.append(nearest.values)
+        places.append(nearest.indices)
+    tried = torch.tensor([*itertools.product(centres, centres)]).float()  # [places, 2]
     near = torch.cat(found, 1).div(math.sqrt(flat.shape[1])).topk(2, largest=False)  # in the order of KINDS
     plain = images.flatten(2).float().var(2, correction=0).mean(1).sqrt()  # [N]
-    return Reading(near.indices[:, 0], near.values[:, 0], near.values[:, 1], plain < near.values[:, 0])
+    place = tried[torch.cat(places, 1).gather(1, near.indices[:, :1])[:, 0]]  # [N, 2]
+    return Reading(near.indices[:, 0], near.values[:, 0], near.values[:, 1], place, plain < near.values[:, 0])
 
 
 def judge(images: Tensor, like: Tensor) -> dict[str, dict[str, Estimate]]:

@@ -159,12 +159,19 @@ def instead(s: Pretrained) -> dict[str, tuple[str, str]]:
     return {part: (setting, name) for part, (setting, name) in own.items() if name}
 
 
-def pipeline_lines(s: Pretrained, exported: Collection[str] = (), kind: str | None = None) -> str:
+def pipeline_lines(
+    s: Pretrained, exported: Collection[str] = (), kind: str | None = None, beside: tuple[str, str] | None = None
+) -> str:
     """The lines of Python that make `pipeline` from the checkpoint and what stands in the place of its parts, of which the
-    `exported` ones are in the folder `path`; for `str.format`. `kind`: its class, where it is not the checkpoint's."""
+    `exported` ones are in the folder `path`; for `str.format`. `kind`: its class, where it is not the checkpoint's. `beside`: a
+    part that it has beside the checkpoint's, which is the folder `path` itself, and that part's class."""
     kind, base = kind or config(s, "")["_class_name"], quoted(s.pretrained_model_name_or_path)
     told = {"revision": s.revision, "variant": s.variant}
     more, lines = "".join(f", {key}={quoted(value)}" for key, value in told.items() if value), ""
+    if beside:
+        part, made = beside
+        lines += f"from diffusers import {made}\n{part} = {made}.from_pretrained({{path}})\n"
+        more += f", {part}={part}"
     for part in exported:
         library, made = config(s, "")[part]
         lines += f"from {library} import {made}\n{part} = {made}.from_pretrained({{path}}, subfolder={part!r})\n"
@@ -437,9 +444,11 @@ def load_lines(s: Pretrained) -> str:
     return base_lines(s) + "pipeline.load_lora_weights({path})\n"
 
 
-def base_lines(s: Pretrained, exported: Collection[str] = (), kind: str | None = None) -> str:
-    """Those that make `pipeline`, with the `exported` parts from the folder `path`."""
-    lines = pipeline_lines(s, exported, kind)
+def base_lines(
+    s: Pretrained, exported: Collection[str] = (), kind: str | None = None, beside: tuple[str, str] | None = None
+) -> str:
+    """Those that make `pipeline`, as of `pipeline_lines`."""
+    lines = pipeline_lines(s, exported, kind, beside)
     if overrides(s):
         made = type(scheduler(s)).__name__
         told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})

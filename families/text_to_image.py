@@ -289,26 +289,35 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
 
     s, side = settings(cfg), cfg.data.resolution
     own, entries = family(s), asked(cfg)
-    wanted = [entries[i % len(entries)] for i in rng.numbers] if entries else map(Prompt, next(iter(examples))["caption"])
     sizes = [(entry.height or side, entry.width or side) for entry in entries] or [(side, side)]
     canvas = torch.ones(len(rng), 3, *map(max, zip(*sizes, strict=True)))  # [B, 3, H, W]
-    alike = lambda pair: replace(pair[0], prompt="", seed=None)  # noqa: E731
-    first = 0
-    for how, pairs in itertools.groupby(zip(wanted, rng.generators("sample"), strict=True), alike):
-        some, generators = zip(*pairs, strict=True)
-        for entry, generator in zip(some, generators, strict=True):
-            generator.manual_seed(entry.seed) if entry.seed is not None else None
-        told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
-        drawn = replace(s, **{key: value for key, value in told.items() if value is not None})
+    for part, how, drawn, texts, generators in alike(lambda: next(iter(examples))["caption"], rng, cfg):
         height, width = how.height or side, how.width or side
         with spliced(models, cfg), contextlib.ExitStack() as stack:
             for name in (own.TRAINED, *own.ENCODERS):
                 if name in models:
                     stack.enter_context(adapters.scaled(models[name], {"default": how.strength, "assistant": 0.0}))
-            images = own.sample(models, drawn, [entry.prompt for entry in some], [*generators], height, width)
-        canvas[first : first + len(some), :, :height, :width] = images.cpu()
-        first += len(some)
+            images = own.sample(models, drawn, texts, generators, height, width)
+        canvas[part, :, :height, :width] = images.cpu()
     return {"samples": canvas}  # in [0, 1]
+
+
+def alike(
+    captions: Callable[[], list[str]], rng: Rng, cfg: Any
+) -> Iterator[tuple[slice, Prompt, Pretrained, list[str], list[Any]]]:
+    """The samples of a grid that are drawn together: which they are, what the first of them asks for, the settings with that,
+    their prompts, and a generator each. `captions` gives those of the examples, where no prompts are asked for."""
+    entries, first = asked(cfg), 0
+    wanted = [entries[i % len(entries)] for i in rng.numbers] if entries else map(Prompt, captions())
+    same = lambda pair: replace(pair[0], prompt="", seed=None)  # noqa: E731
+    for how, pairs in itertools.groupby(zip(wanted, rng.generators("sample"), strict=True), same):
+        some, generators = zip(*pairs, strict=True)
+        for entry, generator in zip(some, generators, strict=True):
+            generator.manual_seed(entry.seed) if entry.seed is not None else None
+        told = {"negative_prompt": how.negative, "num_inference_steps": how.steps, "guidance_scale": how.guidance}
+        drawn = replace(settings(cfg), **{key: value for key, value in told.items() if value is not None})
+        yield slice(first, first + len(some)), how, drawn, [entry.prompt for entry in some], [*generators]
+        first += len(some)
 
 
 def class_settings(cfg: Any) -> Any:

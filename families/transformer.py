@@ -95,7 +95,7 @@ def load(s: Pretrained, group: str, precision: str, encoders: bool = True, made:
     transformer, vae = models[TRAINED], models["vae"]
     family(s).prepare(transformer)
     transformer.enable_gradient_checkpointing = functools.partial(flow.recompute, transformer)
-    vae.decode = functools.partial(as_its_weights, vae, vae.decode)
+    vae.decode, vae.encode = (functools.partial(as_its_weights, vae, call) for call in (vae.decode, vae.encode))
     return models
 
 

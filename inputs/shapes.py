@@ -43,9 +43,20 @@ def draw_shape(index: int, resolution: int) -> tuple[np.ndarray, str, int]:
 
 def cover_shape(shape: str, size: str, x0: float, y0: float, resolution: int) -> np.ndarray:
     """The share of each pixel inside the outline of a shape centred at (x0, y0), [H, W] in [0, 1]."""
+    return np.clip(0.5 - _distance(shape, size, x0, y0, resolution), 0, 1)
+
+
+def draw_outline(index: int, resolution: int) -> np.ndarray:
+    """The outline of the embedded example `index`, white on black and two pixels wide, [H, W, 3] uint8: no colour of it."""
+    shape, size, _, _, x0, y0 = describe_shape(index)
+    line = np.clip(1.5 - np.abs(_distance(shape, size, x0, y0, resolution)), 0, 1)[..., None]
+    return (255 * line).round().astype(np.uint8).repeat(3, -1)
+
+
+def _distance(shape: str, size: str, x0: float, y0: float, resolution: int) -> np.ndarray:
+    """Signed distance of each pixel's centre to the outline of a shape centred at (x0, y0), in pixels, [H, W]."""
     radius, grid = SIZES[size], (np.arange(resolution) + 0.5) / resolution
-    distance = radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius)
-    return np.clip(0.5 - distance * resolution, 0, 1)
+    return radius * SHAPES[shape]((grid[None] - x0) / radius, (grid[:, None] - y0) / radius) * resolution
 
 
 @functools.cache

@@ -24,11 +24,11 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
-from oneloop.inputs import drawn, files, shards
+from oneloop.inputs import conditions, drawn, files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
-from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_shape
+from oneloop.inputs.shapes import SHAPES, caption_shape, describe_shape, draw_outline, draw_shape
 from oneloop.machine import internals
 from oneloop.tasks import COLUMNS, Column, Facts, Task, hash64, of_settings
 
@@ -93,6 +93,8 @@ class Source:
     """What images may become: for each resolution, from the lowest to the highest, its sizes from widest to tallest."""
     more: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of texts (of each row a list) and labels."""
+    made: dict[str, str] = field(default_factory=dict)
+    """Columns that are made of the image that they are like -> by what (inputs/conditions.py)."""
     shares: tuple[Share, ...] = ()
     """The sources of a mixture, in the order of rows; none: it is not mixed."""
     streams: tuple[shards.Shards | None, ...] = ()
@@ -112,7 +114,8 @@ class Source:
 
     def identity(self) -> str:
         """What tells its images from all others without reading them."""
-        return content_hash(*((name, images.identity()) for name, images in sorted(self.images.items())))
+        made = [(self.made, conditions.VERSION)] if self.made else []
+        return content_hash(*((name, images.identity()) for name, images in sorted(self.images.items())), *made)
 
     def pass_length(self) -> float:
         """Examples in one pass of a run: each row as often as its share says."""
@@ -242,14 +245,31 @@ class Shapes:
         return content_hash("shapes", self.count, *drawn)
 
 
-def _open_shapes(cfg: Data) -> Source:
+@dataclass(frozen=True)
+class Outlines(Shapes):
+    """Their outlines, white on black."""
+
+    def read(self, row: int) -> tuple[Image.Image, bytes]:
+        """As Images.read."""
+        image = draw_outline(row, self.side)
+        return Image.fromarray(image), image.tobytes()
+
+    def identity(self) -> str:
+        """As Images.identity."""
+        return content_hash("outlines", super().identity(), *(draw_outline(row, self.side).tobytes() for row in range(8)))
+
+
+def _open_shapes(cfg: Data, columns: Mapping[str, Column]) -> Source:
     captions, labels, lists, numbers = [], [], {}, {name: i for i, name in enumerate(SHAPES)}
     for row in range(cfg.num_shapes):
         text = caption_shape(*(looks := describe_shape(row)[:4]))
         captions.append(lists.setdefault(text, [text]))
         labels.append(numbers[looks[0]])
     summary, drawn = f"{cfg.num_shapes} embedded shapes, captions, {len(SHAPES)} labels", Shapes(cfg.num_shapes, cfg.resolution)
-    return Source(cfg.num_shapes, {"pixel_values": drawn}, captions, labels, summary, list(SHAPES))
+    images: dict[str, Images] = {"pixel_values": drawn}
+    if "conditioning" in columns:
+        images["conditioning"], summary = Outlines(cfg.num_shapes, cfg.resolution), f"{summary}, outlines as conditioning"
+    return Source(cfg.num_shapes, images, captions, labels, summary, list(SHAPES))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -763,15 +783,15 @@ def open_source(
             that is not optional.
     """
     what, columns = kind_of(cfg), dict(columns)
-    table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns)  # noqa: E731
+    table = lambda cfg, split="split": described(_open_table(cfg, columns, own, split), cfg, columns, own)  # noqa: E731
     given, share, held_out = cfg.validation_split, fraction(cfg.validation_split), None
     streamed = lambda cfg, share=None: described(  # noqa: E731
-        _open_stream(cfg, columns, own, folder, share), replace(cfg, trigger=None), columns
+        _open_stream(cfg, columns, own, folder, share), replace(cfg, trigger=None), columns, own
     )
     if what == "a stream of shards":
         source = streamed(cfg, share and given)
     else:
-        source = described(_open_shapes(cfg), cfg, columns) if what == "shapes" else table(cfg)
+        source = described(_open_shapes(cfg, columns), cfg, columns, own) if what == "shapes" else table(cfg)
     if cfg.validation_data_dir is not None:
         if given is not None:
             raise BadInput(f"--data.validation-data-dir and --data.validation-split {given!r} are given; expected one of them")
@@ -831,6 +851,7 @@ def facts(source: Source) -> Facts:
     """What a task may ask of the data before an image is read."""
     columns = [
         *source.images,
+        *source.made,
         *source.more,
         *["caption"] * (source.captions is not None),
         *["label"] * (source.labels is not None),
@@ -895,7 +916,7 @@ def thinned(source: Source, cfg: Data) -> Source:
     return select(source, [i * source.size // count for i in range(count)])
 
 
-def described(source: Source, cfg: Data, columns: Mapping[str, Column]) -> Source:
+def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any = None) -> Source:
     """A source with the captions that its trigger makes, and all that the task needs."""
     if cfg.trigger:
         if "{label}" in cfg.trigger and source.labels is None:
@@ -904,11 +925,21 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column]) -> Sourc
         front = [cfg.trigger.replace("{label}", (source.classes or [""])[label]) for label in labels]
         made = [[f"{f} {t}".strip() for t in ts or [""]] for f, ts in zip(front, captions, strict=True)]
         source = replace(source, captions=made)
-    there = {"caption": source.captions, "label": source.labels} | source.images | source.more
+    chosen = {name: setting(cfg, own, column.made) for name, column in columns.items() if column.made}
+    made = {name: by for name, by in chosen.items() if by is not None}
+    for name, by in made.items():
+        known = f"one of {', '.join(conditions.FUNCTIONS)}"
+        require(by in conditions.FUNCTIONS, columns[name].made, by, known)
+    if made:
+        said = "".join(f", {name} by {by}" for name, by in made.items())
+        images = {name: x for name, x in source.images.items() if name not in made}
+        source = replace(source, made=made, images=images, summary=source.summary + said)
+    there = {"caption": source.captions, "label": source.labels} | source.images | source.made | source.more
     for name, column in columns.items():
         if there.get(name) is None and not column.optional:
             ways = [f"{flag(column.setting)} names their column"] if column.setting else []
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
+            ways += [f"{flag(column.made)} ({', '.join(conditions.FUNCTIONS)}) makes it"] if column.made else []
             ways += ["--data.trigger is one for all"] if name == "caption" else []
             raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
     return source

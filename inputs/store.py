@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput, Data
+from oneloop.inputs import conditions
 from oneloop.inputs.buckets import targets
 from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
@@ -99,7 +100,7 @@ def named(column: str, what: str) -> str:
 
 def image_columns(source: Source) -> dict[str, Column]:
     """Those of a source, each after the one that it is like."""
-    there = {name: source.columns[name] for name in source.images}
+    there = {name: source.columns[name] for name in (*source.images, *source.made)}
     return dict(sorted(there.items(), key=lambda item: (item[1].like is not None, item[0] != "pixel_values")))
 
 
@@ -126,6 +127,8 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
     broken file."""
     images, opened, whole, changes, mode, file = {}, {}, {}, [], "", hashlib.blake2b(digest_size=16)
     for name, column in kinds.items():
+        if name in source.made:
+            continue
         image, raw = source.images[name].read(row)
         if marks:
             file.update(raw)
@@ -155,8 +158,12 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             anchor = column.like or name
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
-            x = None if marks or column.kind != "image" else plain(*opened[name], cover, size, cfg)
-            pixels[name] = x = (fit(images[name](), cover, size, cfg) if x is None else x).contiguous()
+            if name in source.made:
+                x = conditions.make(source.made[name], pixels[anchor])
+            else:
+                x = None if marks or column.kind != "image" else plain(*opened[name], cover, size, cfg)
+                x = (fit(images[name](), cover, size, cfg) if x is None else x).contiguous()
+            pixels[name] = x
             if marks:
                 mark = bytes.fromhex(content_hash(x.shape, x.numpy().data))
                 values[named(name, "mark")] = np.frombuffer(mark, np.uint8)
@@ -193,6 +200,8 @@ def _apart(a: Size, b: Size) -> float:
 def read(source: Source, cfg: Data, name: str, row: int, cover: Size, target: Size, largest: Size) -> Tensor:
     """The image of one column at a row, [C, h, w] uint8, resized to `cover` and cut to `target`, as `decode` makes it;
     `largest` is what it covers at the highest of its resolutions."""
+    if name in source.made:
+        return conditions.make(source.made[name], read(source, cfg, source.columns[name].like, row, cover, target, largest))
     image, raw = source.images[name].read(row)
     shrink(image, largest)
     if source.columns[name].kind == "image" and (x := plain(image, raw, cover, target, cfg)) is not None:

@@ -64,6 +64,8 @@ class Column:
     that is None: the column called as here."""
     folder: str | None = None
     """The setting that names a folder with images of the same names, in place of a column."""
+    made: str | None = None
+    """The setting that names what it is made by of the image that it is like (inputs/conditions.py), in place of a column."""
     optional: bool = False
     """Whether the task works without it. An optional image or mask is looked for where a setting names it."""
 

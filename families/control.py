@@ -1,0 +1,199 @@
+"""What tasks on image conditions do alike: the part beside a frozen base (controls.py) and its condition. Its samples and its
+export: control_samples.py. `s` are a task's settings, `Conditioned`; what a `Task` calls takes the whole `cfg`, whose group `s`
+is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from oneloop.configs import Amount, BadInput, Live
+from oneloop.families import adapters, flow, hub, latents, stable_diffusion, text_to_image, transformer
+from oneloop.families.controlnets import pooled_is_zero
+from oneloop.families.controls import Control, controlled, narrow
+from oneloop.families.settings import Pretrained, flag
+from oneloop.families.text_to_image import family, group_of, settings
+from oneloop.tasks import Batch, Column, Encoding, Models, Rng
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Controls = Mapping[str, Control]
+COLUMNS = text_to_image.COLUMNS | {
+    "conditioning": Column(
+        "image",
+        like="pixel_values",
+        setting="data.conditioning_column",
+        folder="data.conditioning_data_dir",
+        made="data.conditioning",
+    )
+}
+UNUSED = ("train_text_encoder", "text_encoder_learning_rate", "placeholder_tokens", "initializer_tokens", "num_vectors")
+UNUSED += ("token_learning_rate",)
+
+
+@dataclass(frozen=True)
+class Conditioned(Pretrained):
+    """Settings that tasks on image conditions share."""
+
+    conditioning_scale: Live[Amount] = 1.0
+    """How much the condition counts in samples; in training it counts 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused.
+
+
+def given(s: Any, own: Control) -> str | None:
+    """What the part starts from, in place of the base: the task's own setting says so."""
+    return getattr(s, f"{own.part}_model_name_or_path")
+
+
+def of(controls: Controls, cfg: Any) -> Control:
+    """The entry of the checkpoint's family.
+
+    Raises:
+        BadInput: it has none, or the settings, the checkpoint and the part that is given do not fit each other.
+    """
+    text_to_image.check_base(cfg)
+    s, group = settings(cfg), group_of(cfg)
+    for name in UNUSED:
+        if getattr(s, name) != getattr(Pretrained, name):
+            raise BadInput(f"{flag(group, name)}: what sees the condition trains, and nothing of the text; leave it out")
+    kind = stable_diffusion.kind(s)
+    if kind not in controls:
+        where = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path} is a {kind}"
+        raise BadInput(f"{where}, for which diffusers has no such model; expected one of {', '.join(controls)}")
+    for entry in text_to_image.asked(cfg):
+        if entry.width or entry.height:
+            raise BadInput(f"a sample of {entry.width} x {entry.height}: it has the size of its condition; leave that out")
+    own = controls[kind]
+    for name in ("num_layers", "num_single_layers"):
+        if name not in own.layers and (value := getattr(s, name, None)) is not None:
+            raise BadInput(f"{flag(group, name)} is {value}: a {kind} has no use for it; leave it out")
+    if given(s, own):
+        check_given(s, own, group, kind)
+    else:
+        blank(s, own, group)
+    return own
+
+
+def entry(controls: Controls, cfg: Any) -> Control:
+    """The same, of settings that were checked."""
+    return controls[stable_diffusion.kind(settings(cfg))]
+
+
+def check_given(s: Any, own: Control, group: str, base: str) -> None:
+    """Refuse a part of another family, or with other conditions, by its config alone."""
+    name, what = given(s, own), f"{flag(group, f'{own.part}_model_name_or_path')} {given(s, own)}"
+    with hub.readable(what, f"a {own.kind}", f"a folder that {own.kind}.save_pretrained wrote, or its name on the hub"):
+        config = hub.read(name, None, "config.json")
+        if (made := config.get("_class_name")) != own.kind:
+            raise BadInput(f"{what} is a {made}; expected a {own.kind}, as a {base} takes")
+    new = json.loads(json.dumps(dict(blank(s, own, group).config), default=str))
+    for key in own.same:
+        size = len if key == "conditioning_embedding_out_channels" else lambda value: value  # each but one halves the image
+        if size(config.get(key, new[key])) != size(new[key]):
+            expected = f"{new[key]}, as one for {s.pretrained_model_name_or_path} has"
+            raise BadInput(f"{what}: its {key} is {config[key]}; expected {expected}")
+
+
+def blank(s: Any, own: Control, group: str) -> nn.Module:
+    """A new part without weights.
+
+    Raises:
+        BadInput: diffusers makes none for this base.
+    """
+    import torch
+
+    name = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path}"
+    with torch.device("meta"), hub.readable(name, f"a base for a {own.kind}", "the layers of a published one"):
+        return own.start(stable_diffusion.skeleton(s, group, family(s).TRAINED), s, stable_diffusion.multiple(s))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models.
+
+
+def make_models(controls: Controls, cfg: Any, constants: Mapping[str, Tensor] | None = None) -> Models:
+    """The frozen base and the part beside it, which trains in float32."""
+    import torch
+
+    own, s = of(controls, cfg), settings(cfg)
+    models = text_to_image.load(cfg, cfg.base.mixed_precision, constants is None)
+    base = models[family(s).TRAINED]
+    with torch.no_grad():
+        told = text_to_image.encode_constants(models, cfg) if constants is None else constants
+    what = f"{flag(group_of(cfg), f'{own.part}_model_name_or_path')} {given(s, own)}"
+    if given(s, own):
+        net = hub.load("diffusers", own.kind, given(s, own), what).float()
+    else:
+        net = own.start(base, s, stable_diffusion.multiple(s))
+    net.requires_grad_(True)
+    own.settle(net, base)
+    base.register_forward_pre_hook(narrow, with_kwargs=True)
+    models[own.part] = net
+    if family(s) is transformer:
+        net.enable_gradient_checkpointing = functools.partial(flow.recompute, net)
+        still(models, own, s, text_to_image.under("rehearsal", told))
+    if cfg.base.gradient_checkpointing:  # the gradient goes through it
+        base.enable_gradient_checkpointing()
+    prompts = text_to_image.under("prompts", told)
+    return models | ({"prompts": text_to_image.held(prompts)} if prompts else {})
+
+
+def still(models: Models, own: Control, s: Pretrained, columns: flow.Columns) -> None:
+    """Freeze what no gradient reaches, as the text in a last block, whose output nothing reads: several processes would wait
+    for it."""
+    import torch
+
+    net, side = models[own.part], transformer.family(s).multiple
+    with torch.no_grad():
+        one = latents.encode(transformer.family(s), models["vae"], torch.zeros(1, 3, side, side))["latent_mean"]
+    condition = one[..., :1, :1].expand(1, -1, *[8 * transformer.family(s).patch] * 2)  # [1, C, h, w]
+    both = controlled(models, own, condition, s)
+    leaves = [name for name, m in net.named_modules() if not [*m.children()] and [*m.parameters()]]
+    for name in adapters.silent(net, leaves, functools.partial(transformer.rehearsal, both, s, dict(columns)), zero=False):
+        net.get_submodule(name).requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conditions.
+
+
+def encodings(controls: Controls, cfg: Any) -> Mapping[str, Encoding]:
+    """Conditions are encoded as images are, for families whose conditions go through the autoencoder."""
+    if not of(controls, cfg).latent:
+        return text_to_image.ENCODINGS
+    key = lambda cfg: (stable_diffusion.kind(settings(cfg)), unshifted(controls, cfg))  # noqa: E731
+    encode = functools.partial(encode_condition, controls)
+    functools.update_wrapper(encode, encode_condition)
+    return text_to_image.ENCODINGS | {"conditioning": Encoding(fn=encode, models=("vae",), key=key)}
+
+
+def unshifted(controls: Controls, cfg: Any) -> bool:
+    """Whether the part that is given wants latents without their shift."""
+    name = given(settings(cfg), entry(controls, cfg))
+    return bool(name) and pooled_is_zero(hub.read(name, None, "config.json"))
+
+
+def encode_condition(controls: Controls, models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """Conditions [B, 3, H, W] in [-1, 1] -> mean and, where images have one, deviation of their latents, [B, C, h, w] each."""
+    s, vae = settings(cfg), models["vae"]
+    made = latents.encode(transformer.family(s), vae, x)
+    if unshifted(controls, cfg):
+        mean, std = latents.statistics(vae)
+        made["latent_mean"] = made["latent_mean"] + mean / std
+    return {name.replace("latent", "condition"): x for name, x in made.items()}
+
+
+def condition_of(own: Control, batch: Batch, rng: Rng) -> Tensor:
+    """What the part is given: latents, a sample as of the images, or the image in [0, 1]."""
+    if not own.latent:
+        return batch["conditioning"] / 2 + 0.5
+    columns = {f"latent_{k}": batch[f"condition_{k}"] for k in ("mean", "std") if f"condition_{k}" in batch}
+    return latents.draw(columns, rng.normal("condition", *batch["condition_mean"].shape[1:]))
