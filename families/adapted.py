@@ -84,7 +84,7 @@ def encoders(cfg: Any, constants: Constants | None = None, key: Any = None) -> E
 
 def make(
     cfg: Any,
-    given: Mapping[str, Tensor] | None,
+    given: Mapping[str, Tensor] | None = None,
     constants: Constants = text_to_image.encode_constants,
     texts: tuple[str, ...] = ("prompts",),
 ) -> Models:

@@ -11,9 +11,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 WAY_OUT = "a folder that save_pretrained wrote works without it"
 
@@ -191,6 +195,15 @@ def load(library: Any, kind: Any, name: str, what: str, **where: Any) -> Any:
 def is_file(name: str) -> bool:
     """Whether it names a single file of weights."""
     return name.endswith((".safetensors", ".gguf"))
+
+
+def save(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """A diffusers model as a folder that `from_pretrained` opens, in this precision; the module itself stays as it is."""
+    from huggingface_hub import save_torch_state_dict
+
+    module.save_config(folder)
+    state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in module.state_dict().items()}
+    save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
 
 
 def load_file(kind: str, name: str, what: str, **where: Any) -> Any:

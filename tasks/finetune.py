@@ -186,16 +186,13 @@ def whole(s: Settings) -> list[str]:
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
     import torch
-    from huggingface_hub import save_torch_state_dict
     from safetensors.torch import save_file
 
     s, part = cfg.finetune, family(cfg.finetune).TRAINED
     dtype, folders = getattr(torch, s.save_dtype), whole(s)
     for name in folders:
         if name == part:
-            models[part].save_config(path / part)
-            state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in models[part].state_dict().items()}
-            save_torch_state_dict(state, path / part, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+            hub.save(models[part], path / part, dtype)
         else:  # in float32: transformers opens a model in what it was saved in, diffusers in float32
             module = models[name] if models[name].dtype == torch.float32 else copy.deepcopy(models[name]).float()
             module.save_pretrained(path / name)

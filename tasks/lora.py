@@ -79,11 +79,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     if "prompt_embeds" not in batch:  # something of the text encoders trains
         batch = batch | encode_captions(models, batch["caption"], cfg)
     if s.preservation_weight:
-        like = batch["prompt_embeds"]
-        same = {
-            key: x.to(like.dtype if x.is_floating_point() else x.dtype).expand(len(like), *x.shape[1:])
-            for key, x in models["preservation"].named_buffers()
-        }
+        same = text_to_image.repeated(models["preservation"], batch["prompt_embeds"])
         with without_adapters(models[family(s).TRAINED]) as base:
             kept = mean(objective(models, batch | same, rng, cfg, base), batch)
         yield Loss("lora", s.preservation_weight * kept, {"preservation": kept.detach()}, step=False)
