@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import distilled
 from benchmarks.official import CAPTION, SENTENCE, SIDE, STEPS, TOKEN, Script, parsed, watched
 
 
@@ -37,30 +38,35 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         made = rng(counts[purpose]).normal(purpose, *squeezed.shape[1:])
         counts[purpose] += 1
         seen["shape"] = squeezed.shape
-        return made.view_as(like).to(like)
+        return made.view(1, *like.shape[1:]).expand_as(like).to(like)  # of a pair, the same for both
 
     torch.randn_like = lambda like, **more: draw("noise", like)
     DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mean + self.std * draw("posterior", self.mean)
     if flow:
         inject_sigmas(s, name, counts, seen, rng)
     else:
-        inject_timesteps(counts, rng)
-    if script.task == "lora":
-        given = transformer.family(s).targets if flow else own.TARGETS
+        inject_timesteps(counts, rng, int(script.task == "lcm"))
+    if script.adapts:
+        given = s.target_modules or (transformer.family(s).targets if flow else own.TARGETS)
         start_adapters(given, own.TRAINED, folder, seen)
-    flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": SIDE, "output_dir": out}
+    teacher = "pretrained_teacher_model" if script.task == "lcm" else "pretrained_model_name_or_path"
+    flags: dict[str, Any] = {teacher: folder / "model", "resolution": SIDE, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
     flags |= {"lr_warmup_steps": 0, "mixed_precision": "no", "seed": 0}
     if script.task == "textual_inversion":
         flags |= {"train_data_dir": folder / "images", "placeholder_token": TOKEN, "initializer_token": "dog", "num_vectors": 2}
         flags["lr_scheduler"] = "constant"
         inject_sentence()
+    elif script.task == "lcm":
+        flags |= distilled.inject(script, folder, rng, counts)
+    elif script.task == "dpo":
+        flags |= distilled.pairs(folder)
     elif script.dreambooth:
         flags |= {"instance_data_dir": folder / "images", "instance_prompt": CAPTION}
     else:
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
-    if script.task == "lora":
-        flags["rank"] = 4
+    if script.adapts:
+        flags["lora_rank" if script.task == "lcm" else "rank"] = 4
     if flow:
         flags["max_sequence_length"] = transformer.family(s).length
     path = checkout / "examples" / f"{script.path}.py"
@@ -89,15 +95,15 @@ def inject_sentence() -> None:
     torchvision.transforms.RandomHorizontalFlip = lambda p: flip(p=0.0)
 
 
-def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
-    """Hand a script of Stable Diffusion the timestep of the example whose noise it drew."""
+def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any], before: int = 0) -> None:
+    """Hand a script of Stable Diffusion the timestep of the example whose noise it drew, or, `before` that, will draw."""
     import torch
 
     draw = torch.randint
 
     def timesteps(low: int, high: int, size: tuple[int, ...], **more: Any) -> torch.Tensor:
-        asked = (low, size) == (0, (1,)) and counts["noise"]
-        return rng(counts["noise"] - 1).integers("timestep", high) if asked else draw(low, high, size, **more)
+        asked = (low, size) == (0, (1,)) and counts["noise"] + before
+        return rng(counts["noise"] - 1 + before).integers("timestep", high) if asked else draw(low, high, size, **more)
 
     torch.randint = timesteps
 

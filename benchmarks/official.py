@@ -1,4 +1,5 @@
-"""The official scripts beside `lora`, `finetune` and `textual_inversion`: the same checkpoint, image and draws, step by step.
+"""The official scripts beside `lora`, `finetune`, `textual_inversion`, `lcm` and `dpo`, step by step: the same checkpoint,
+image and draws.
 
     python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 
@@ -46,6 +47,8 @@ class Script:
     flags: tuple[str, ...] = ()
     """Those without which it trains another objective (docs/lora.md says which)."""
     task: str = "lora"
+    ours: tuple[str, ...] = ()
+    """Flags of the task."""
     clips: bool = True
     """Whether gradients are clipped there: not in textual inversion, and not where the list of parameters is an iterator,
     which the optimizer has used up."""
@@ -56,6 +59,11 @@ class Script:
     def dreambooth(self) -> bool:
         """Whether it takes one prompt for a folder of images."""
         return self.path.startswith("dreambooth")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters train."""
+        return "lora" in self.path or self.task == "dpo"
 
     @property
     def caches(self) -> bool:
@@ -84,6 +92,43 @@ SCRIPTS = {
     "finetune_flux": Script("dreambooth/train_dreambooth_flux", "FluxPipeline", ("--guidance_scale", "1"), "finetune"),
     "finetune_sd3": Script(
         "dreambooth/train_dreambooth_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "finetune"
+    ),
+    "lcm_sd": Script(
+        "consistency_distillation/train_lcm_distill_sd_wds",
+        "sd",
+        ("--loss_type", "huber", "--unet_time_cond_proj_dim", "64"),
+        "lcm",
+        ("trains", "all", "w-min", "5", "unet-time-cond-proj-dim", "64"),
+    ),
+    "lcm_sdxl": Script(
+        "consistency_distillation/train_lcm_distill_sdxl_wds",
+        "sdxl",
+        task="lcm",
+        ours=("trains", "all", "loss-type", "l2"),
+    ),
+    "lcm_lora_sdxl": Script(
+        "consistency_distillation/train_lcm_distill_lora_sdxl",
+        "sdxl",
+        ("--num_ddim_timesteps", "20"),
+        "lcm",
+        ("target-decay", "0", "num-ddim-timesteps", "20", "loss-type", "l2"),
+        clips=False,
+    ),
+    "dpo_sd": Script(  # whose beta is twice that of the other one and of the paper's authors
+        "research_projects/diffusion_dpo/train_diffusion_dpo",
+        "sd",
+        ("--beta_dpo", "50", "--no_hflip"),
+        "dpo",
+        ("beta", "100"),
+        pinned=True,
+    ),
+    "dpo_sdxl": Script(
+        "research_projects/diffusion_dpo/train_diffusion_dpo_sdxl",
+        "sdxl",
+        ("--beta_dpo", "100", "--no_hflip"),
+        "dpo",
+        ("beta", "100"),
+        pinned=True,
     ),
     "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
 }
@@ -150,8 +195,11 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
         flags |= {"placeholder-tokens": TOKEN, "initializer-tokens": "dog", "num-vectors": 2}
         flags["data.trigger"] = SENTENCE.format(TOKEN)
     switches = ("--base.no-use-ema", "--base.no-validate-first")
-    if script.task == "lora":
+    if script.adapts:
         flags["init-lora"] = folder / "start"
+    if script.task == "dpo":
+        flags["rejected-data-dir"] = folder / "worse"
+    flags |= dict(zip(script.ours[::2], script.ours[1::2], strict=True))
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
     module, cfg = command_line.parse(
@@ -186,10 +234,12 @@ def make_set(script: Script, folder: Path) -> None:
         with torch.no_grad():  # the second half of the channels is the logarithm of the variance
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
-    picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for place in ("images", "photos"):
-        (folder / place).mkdir()
-        Image.fromarray(picture.numpy()).save(folder / place / "a.png")
+    generator = torch.Generator().manual_seed(0)
+    for places in (("images", "photos"), ("worse",)):
+        picture = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
+        for place in places:
+            (folder / place).mkdir()
+            Image.fromarray(picture.numpy()).save(folder / place / "a.png")
     if script.task == "textual_inversion":  # its sentences are its own
         return
     (folder / "photos" / "a.txt").write_text(CAPTION)
@@ -202,7 +252,7 @@ def weights(script: Script, out: Path) -> dict[str, Any]:
     from diffusers.utils import convert_unet_state_dict_to_peft
     from safetensors.torch import load_file
 
-    if script.task == "lora":  # scripts of Stable Diffusion write an older form
+    if script.adapts:  # scripts of Stable Diffusion write an older form
         made = load_file(out / "pytorch_lora_weights.safetensors")
         return convert_unet_state_dict_to_peft(made) if script.checkpoint.startswith("sd") else made
     if script.task == "textual_inversion":
@@ -250,9 +300,9 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     theirs, ours, seen = read("theirs"), read("ours"), json.loads((folder / "theirs" / "seen.json").read_text())
     far = lambda key: max(abs(a - b) / abs(a) for a, b in zip(theirs[key], ours[key], strict=True))  # noqa: E731
     a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
-    start = weights(script, folder / ("start" if script.task == "lora" else "model"))
+    start = weights(script, folder / ("start" if script.adapts else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
-    moved = max(float((a[key] - start[key]).abs().max()) for key in b)
+    moved = max(float((a[key] - start.get(key, 0)).abs().max()) for key in b)
     silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}
     parts = {"script alone": seen["layers"][0], "task alone": seen["layers"][1], "without gradient, left out": sorted(silent)}
     layers = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)

@@ -6,7 +6,6 @@ answer at neighbouring points alike (Song et al. 2023, Consistency Models, arXiv
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ def embedded(w: Tensor, width: int) -> Tensor:
     import torch
 
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=w.device) * -(math.log(10_000) / (half - 1)))
+    step = torch.tensor(10_000.0).log() / (half - 1)  # in float32, as theirs: an angle is up to thousands
+    frequencies = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * -step)
     angles = 1000 * w[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], 1)

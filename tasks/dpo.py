@@ -35,8 +35,9 @@ class Settings(Pretrained, Adapters):
     rejected_data_dir: Live[Folder | None] = None
     """Folder of them under the preferred images' file names, in place of a column."""
     beta: Annotated[float, Range(0, 3e38, without=0)] = 5000.0
-    """How soon a step away from the reference is enough: the larger, the closer to it the model stays. It multiplies squared
-    errors averaged over the numbers of a latent, as the paper's 2000 (Stable Diffusion 1.5) and 5000 (SDXL) do."""
+    """How soon a step away from the reference is enough: the larger, the closer to it the model stays. Counted as the paper's
+    authors do, for whom 2000 is right for Stable Diffusion 1.5 and 5000 for SDXL: half of it multiplies errors averaged over a
+    latent's numbers."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """What is made of the margin: the paper's, a hinge, or IPO's square (Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     learning_rate: Live[Amount] = 1e-5
@@ -85,7 +86,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     with torch.no_grad(), without_adapters(models[net]) as reference:
         base = objective(models | {net: reference}, both, alike, cfg)  # [2 B]
     won, lost = (objective(models, both, alike, cfg) - base).chunk(2)  # [B] each
-    margin = lost - won
+    margin = (lost - won) / 2
     logs = {"margin": margin.detach().mean(), "accuracy": (margin.detach().sign() / 2 + 0.5).mean()}
     yield Loss("dpo", mean(preference(s, margin), batch), logs)
 

@@ -97,7 +97,7 @@ def answers(models, net, cfg, row, latent, rng):
 
 @pytest.mark.parametrize(
     ("name", "loss_type", "beta"),
-    [*((name, "sigmoid", 300.0) for name in NAMES), ("sd", "hinge", 2.0), ("sd", "hinge", 30.0), ("sdxl", "ipo", 40.0)],
+    [*((name, "sigmoid", 600.0) for name in NAMES), ("sd", "hinge", 4.0), ("sd", "hinge", 60.0), ("sdxl", "ipo", 40.0)],
 )
 def test_the_loss_is_the_official_one(built, name, loss_type, beta):
     """Image by image, with the reference from the checkpoint itself; noise and its level are those of both of a pair."""
@@ -121,7 +121,7 @@ def test_the_loss_is_the_official_one(built, name, loss_type, beta):
                 for model in (net, bare):
                     errors.append(F.mse_loss(*answers(models, model, cfg, row, latent, own)))
         model_diff, ref_diff = errors[0] - errors[2], errors[1] - errors[3]
-        logits = ref_diff - model_diff
+        logits = 0.5 * (ref_diff - model_diff)
         makes = {
             "sigmoid": lambda x: torch.log1p(torch.exp(-beta * x)),
             "hinge": lambda x: torch.clamp(1 - beta * x, min=0),
@@ -137,7 +137,7 @@ def test_the_loss_is_the_official_one(built, name, loss_type, beta):
 
 def test_it_learns_which_is_preferred(built):
     """At first nothing is preferred: the loss is log 2, and the accuracy a half. It falls over fixed draws."""
-    cfg = config(built("sd"), beta=500.0, learning_rate=1e-2)
+    cfg = config(built("sd"), beta=1000.0, learning_rate=1e-2)
     models = dpo.task.make_models(cfg)
     batch, optimizer = encoded(models, cfg), dpo.task.make_optim(models, cfg)["dpo"]
     seen = []
