@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from test_lora import in_fork
-from warm import UNET, cli, cli_many, digest, distance, flags, metrics
+from warm import ROOT, UNET, cli, cli_many, digest, distance, flags, metrics, tensors
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
@@ -153,3 +154,23 @@ def test_two_processes_agree_with_one(tmp_path):
 def test_settings_that_do_not_fit_are_a_line(settings, says):
     with pytest.raises(BadInput, match=says):
         consistency.Settings(**settings)
+
+
+def test_the_task_of_the_page_on_adding_one(tmp_path):
+    """arrive.py beside the README's flow.py: it trains, and its average is resumed in the same bits."""
+    for page, name in ((ROOT / "README.md", "flow"), (ROOT / "docs" / "adding-a-task.md", "arrive")):
+        (code,) = (code for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S) if "task = " in code)
+        (tmp_path / f"{name}.py").write_text(code)
+    given = {"base.max_train_steps": 4, "base.logger": "none", "base.num_samples": 2, "base.checkpointing_steps": 2}
+    given |= {"data.num_shapes": 24, "data.resolution": 8, "data.train_batch_size": 4, "arrive.decay": 0.5}
+    run = lambda out: cli(tmp_path, *flags("arrive", given | {"base.output_dir": tmp_path / out}))  # noqa: E731
+    assert run("whole").code == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+    assert run("again").code == 0 and digest(tmp_path / "again") == digest(tmp_path / "whole")
+    found = tensors(tmp_path / "whole")
+    far = [(found[f"ema/target.{key}"] - x).abs().max() for key, x in by_name(found, "model/")]
+    assert far and max(far) > 1e-5
+
+
+def by_name(found, front):
+    return [(key.removeprefix(front), x) for key, x in found.items() if key.startswith(front)]

@@ -18,7 +18,7 @@ from oneloop.settings import command_line
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")
 OTHER = r"pip install -e|#!|#SBATCH|export MASTER_ADDR=|if \[ \$\? = 75 \]; then scontrol requeue"
 """Lines of the documentation that are no command of ours."""
-PRETRAINED = ("lora", "finetune", "textual_inversion")
+PRETRAINED = ("lora", "finetune", "textual_inversion", "lcm", "dpo")
 """Tasks on a text-to-image checkpoint."""
 DONE = set()
 """Commands that another page had before."""
@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     """A folder in which the documentation's commands find what they speak of."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "examples").symlink_to(ROOT / "examples")
-    for name in ("images", "photos", "dog", "masks"):
+    for name in ("images", "photos", "dog", "masks", "better", "worse"):
         draw_photos(folder / name)
     parquet(folder / "shards")
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
@@ -85,6 +85,8 @@ def small(folder, cfg):
     elif task == "vae":
         model = {"vae.pretrained_model_name_or_path": "sd/vae"} if own.train == "decoder" else {"vae.model_config": "vae.json"}
         settings |= model | {"vae.disc_channels": 4, "vae.disc_layers": 1, "vae.perceptual_weight": 0}
+    elif task == "consistency":
+        settings["consistency.model_config"] = "unet.json"
     elif task == "ddpm":
         settings |= {"ddpm.model_config": "unet.json", "ddpm.ddpm_num_inference_steps": 2}
     return flags(task, settings)[1:]
