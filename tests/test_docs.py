@@ -18,7 +18,7 @@ from oneloop.settings import command_line
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")
 OTHER = r"pip install -e|#!|#SBATCH|export MASTER_ADDR=|if \[ \$\? = 75 \]; then scontrol requeue"
 """Lines of the documentation that are no command of ours."""
-PRETRAINED = ("lora", "finetune", "textual_inversion", "lcm", "dpo")
+PRETRAINED = ("lora", "finetune", "textual_inversion", "lcm", "dpo", "dmd")
 """Tasks on a text-to-image checkpoint."""
 DONE = set()
 """Commands that another page had before."""

@@ -43,6 +43,7 @@ CASES = {  # task, its checkpoint, what is not as in RUN
     "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True, "optimizer": "schedulefree"}),
     "lcm": ("lcm", "sdxl", AGAIN | NARROW | {"masks": True, "target_decay": 0.5, "offload_ema": True}),
     "dpo": ("dpo", "sd", AGAIN | {"worse": True, "gradient_accumulation_steps": 2, "random_flip": True}),
+    "dmd": ("dmd", "FluxPipeline", AGAIN | NARROW | {"fake_updates": 2, "checkpointing_steps": 1}),
     "consistency": ("consistency", None, AGAIN | {"validation_split": 0.4, "random_flip": True}),
     "finetune flux2": ("finetune", "Flux2KleinPipeline", {"offload_ema": True, "buckets": True}),
 }
@@ -101,7 +102,7 @@ def line(case, folder, photos, built):
         own["train_data_dir"] = photos / "images"
     if model:
         own = {"pretrained_model_name_or_path": built(model), "num_inference_steps": 1, "learning_rate": 1e-3} | own
-        own |= {"rank": 2} if task in ("lora", "lcm", "dpo") and "trains" not in own else {}
+        own |= {"rank": 2} if task in ("lora", "lcm", "dpo", "dmd") and "trains" not in own else {}
     cfg = command_line.parse([task])[1]
     group = lambda name: next(g for g in (task, "data", "base") if hasattr(getattr(cfg, g), name))  # noqa: E731
     given = [] if model else tiny(folder, steps=None, task=task)[1:]
