@@ -51,7 +51,7 @@ def student(folder: Path) -> None:
     """In `student-run`."""
     own = ("--lcm.pretrained-model-name-or-path", folder / "teacher", "--lcm.trains", "all", "--lcm.learning-rate", 5e-4)
     own += ("--lcm.w-min", GUIDANCE - 1, "--lcm.w-max", GUIDANCE - 1, "--lcm.adam-beta2", 0.99, "--data.num-shapes", 16384)
-    own += ("--data.train-batch-size", 16, "--base.max-train-steps", 800, "--base.no-validate-first")
+    own += ("--data.train-batch-size", 16, "--base.max-train-steps", 400, "--base.no-validate-first")
     run("lcm", *COMMON, *own, "--base.output-dir", folder / "student-run")
 
 

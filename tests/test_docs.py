@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+import tiny_families
 import tiny_models
 from test_lora import draw_photos
 from test_streaming import parquet
@@ -56,6 +57,7 @@ def place(tmp_path_factory):
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)
+    tiny_families.build("ZImagePipeline", folder).rename(folder / "z_image")
     for name, model in (("unet.json", UNET), ("vae.json", VAE)):
         (folder / name).write_text(json.dumps(model))
     (folder / "lpips.py").touch()  # an optional package that no command gets as far as using
@@ -79,7 +81,8 @@ def small(folder, cfg):
         settings["data.dataset_name"] = "shapes"
         settings["data.validation_split"] = None
     if task in PRETRAINED:
-        own = {"pretrained_model_name_or_path": "sd", "num_inference_steps": 2, "variant": None}
+        model = "z_image" if task == "dmd" else "sd"
+        own = {"pretrained_model_name_or_path": model, "num_inference_steps": 2, "variant": None}
         settings |= {f"{task}.{name}": value for name, value in own.items()}
         settings |= {"data.num_class_images": 2} if data.num_class_images else {}
     elif task == "vae":

@@ -130,6 +130,16 @@ def test_the_loss_is_of_diffusers_own_steps(built, kind, settings, trains):
     assert not silent and any(p.grad.any() for p in models["unet"].parameters() if p.requires_grad)
 
 
+def test_the_answer_at_the_start_is_what_it_is_given():
+    """And at small timesteps between it and the model's, as LCMScheduler has it."""
+    t = torch.tensor([0, 1, 3, 20])
+    for scaling in (0.1, 10.0):
+        c_skip, c_out = consistency.boundary(t, scaling)
+        theirs = LCMScheduler(timestep_scaling=scaling).get_scalings_for_boundary_condition_discrete(t)
+        torch.testing.assert_close((c_skip, c_out), theirs)
+        assert (c_skip[0], c_out[0]) == (1, 0)
+
+
 def test_the_student_begins_as_the_teacher(built):
     """Whatever the guidance that it is told; its copy trains in float32, and the teacher does not."""
     models = lcm.make_models(config(built("sd"), trains="all"))
@@ -145,7 +155,7 @@ def test_the_student_begins_as_the_teacher(built):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs.
 
-FORMS = [("sd", "adapters"), ("sd", "all"), ("sdxl", "adapters"), ("sdxl", "all")]
+FORMS = [("sd", "all"), ("sdxl", "adapters")]
 
 
 @pytest.mark.parametrize(("kind", "trains"), FORMS)
@@ -192,9 +202,8 @@ def trained(module):
     return [(key, p) for key, p in module.named_parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize(("kind", "trains"), [("sdxl", "adapters"), ("sd", "all")])
-def test_two_processes_agree_with_one(tmp_path, built, photos, kind, trains):  # noqa: F811
-    line = functools.partial(command, tmp_path, built(kind), photos, lcm__trains=trains)
+def test_two_processes_agree_with_one(tmp_path, built, photos):  # noqa: F811
+    line = functools.partial(command, tmp_path, built("sdxl"), photos, lcm__trains="all")
     assert cli(tmp_path, *line("one")).code == 0
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
