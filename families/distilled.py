@@ -79,6 +79,13 @@ def teacher(models: Models, s: Any) -> Iterator[nn.Module]:
             yield base
 
 
+def twin(module: nn.Module) -> nn.Module:
+    """Once more the base with adapters that begin alike and train by themselves."""
+    from oneloop.machine.placement import twin
+
+    return twin(module)
+
+
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Any) -> str:
     """The adapters, or the student as a folder; the lines that load them."""
     import torch

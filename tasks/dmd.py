@@ -87,11 +87,9 @@ def encoders(cfg: Config) -> Encoders | None:
 
 def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> Models:
     """The teacher with the student's adapters, and once more with those of the model of what it draws: the same base."""
-    from oneloop.machine.placement import twin
-
     check_base(cfg)
     models = adapted.make(cfg, constants, distilled.encode_constants, ("null", "prompts"))
-    return models | {"fake": twin(models["transformer"])}
+    return models | {"fake": distilled.twin(models["transformer"])}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
