@@ -329,7 +329,7 @@ def make_learner(
     decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731
     followed = list(weights.values())
     shown = ema.Ema(state.ema, followed, decay, base.offload_ema, lambda: optimizers.averaged(state.optims, followed))
-    averages = [shown, *ema.following(models, task.follows)]
+    averages = [shown, *ema.following(models, task.follows, cfg)]
     state.follows = {key: value for average in averages[1:] for key, value in average.values.items()}
     memory.watch(models, state)
     if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:

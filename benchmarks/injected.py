@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import distilled
 from benchmarks.official import CAPTION, PARTS, SENTENCE, STEPS, TOKEN, Script, parsed, watched
 
 
@@ -41,7 +42,8 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
         seen["shape"] = seen["shape"] if packed else squeezed.shape
         made = rng(counts[purpose]).normal(purpose, *seen["shape"][1:])
         counts[purpose] += 1
-        return (latents.pack(made) if packed else made.view_as(like)).to(like)
+        made = made if packed else made.view(1, *like.shape[1:]).expand_as(like)  # of a pair, the same for both
+        return (latents.pack(made) if packed else made).to(like)
 
     torch.randn_like = lambda like, **more: draw("noise", like)
 
@@ -53,14 +55,15 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     if flow:
         inject_sigmas(s, name, counts, seen, rng)
     else:
-        inject_timesteps(counts, rng)
+        inject_timesteps(counts, rng, int(script.task == "lcm"))
     if script.pairs and not flow:
         inject_widening(counts, rng)
     if script.adapts:
-        given = transformer.family(s).targets if flow else own.TARGETS
-        given = edit.targets(s) if script.pairs else given
+        given = edit.targets(s) if script.pairs else s.target_modules
+        given = given or (transformer.family(s).targets if flow else own.TARGETS)
         start_adapters(given, own.TRAINED, folder, seen)
-    flags: dict[str, Any] = {"pretrained_model_name_or_path": folder / "model", "resolution": script.side, "output_dir": out}
+    teacher = "pretrained_teacher_model" if script.task == "lcm" else "pretrained_model_name_or_path"
+    flags: dict[str, Any] = {teacher: folder / "model", "resolution": script.side, "output_dir": out}
     flags |= {"max_train_steps": STEPS, "train_batch_size": 1, "learning_rate": 1e-3, "adam_weight_decay": 1e-2}
     flags |= {"lr_warmup_steps": 0, "mixed_precision": "no", "seed": 0}
     if script.task == "textual_inversion":
@@ -70,6 +73,10 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     elif script.dreambooth and script.pairs:
         flags |= {"dataset_name": folder / "images", "instance_prompt": CAPTION, "caption_column": "text"}
         flags |= {"image_column": "image", "cond_image_column": "source"}
+    elif script.task == "lcm":
+        flags |= distilled.inject(script, folder, rng, counts)
+    elif script.task == "dpo":
+        flags |= distilled.pairs(folder)
     elif script.dreambooth:
         flags |= {"instance_data_dir": folder / "images", "instance_prompt": CAPTION}
     elif flow and script.pairs:
@@ -83,7 +90,7 @@ def run_theirs(script: Script, folder: Path, out: Path, checkout: Path, more: li
     else:
         flags |= {"train_data_dir": folder / "images", "cache_dir": folder / "cache", "caption_column": "text"}
     if script.adapts:
-        flags["rank"] = 4
+        flags["lora_rank" if script.task == "lcm" else "rank"] = 4
     if script.conditioned:
         flags |= {f"{PARTS[script.task]}_model_name_or_path": folder / "start", "image_column": "image"}
         flags["conditioning_image_column"] = "conditioning"
@@ -123,15 +130,15 @@ def inject_sentence() -> None:
     torchvision.transforms.RandomHorizontalFlip = lambda p: flip(p=0.0)
 
 
-def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any]) -> None:
-    """Hand a script of Stable Diffusion the timestep of the example whose noise it drew."""
+def inject_timesteps(counts: dict[str, int], rng: Callable[[int], Any], before: int = 0) -> None:
+    """Hand a script of Stable Diffusion the timestep of the example whose noise it drew, or, `before` that, will draw."""
     import torch
 
     draw, uniform = torch.randint, torch.rand
 
     def timesteps(low: int, high: int, size: tuple[int, ...], **more: Any) -> torch.Tensor:
-        asked = (low, size) == (0, (1,)) and counts["noise"]
-        return rng(counts["noise"] - 1).integers("timestep", high) if asked else draw(low, high, size, **more)
+        asked = (low, size) == (0, (1,)) and counts["noise"] + before
+        return rng(counts["noise"] - 1 + before).integers("timestep", high) if asked else draw(low, high, size, **more)
 
     def levels(*size: Any, **more: Any) -> torch.Tensor:
         """Of a T2I-Adapter's script."""

@@ -1,4 +1,4 @@
-"""The official scripts beside `lora`, `finetune`, `textual_inversion` and `edit`: the same checkpoint, images and draws.
+"""The official scripts beside the tasks that do their work, step by step: the same checkpoint, images and draws.
 
     python -m benchmarks.official CHECKOUT_OF_DIFFUSERS [flux sd finetune_sd ...]
 
@@ -65,7 +65,7 @@ class Script:
     @property
     def adapts(self) -> bool:
         """Whether it trains adapters."""
-        return "_lora" in self.path
+        return "lora" in self.path or self.task == "dpo"
 
     @property
     def dreambooth(self) -> bool:
@@ -111,6 +111,43 @@ SCRIPTS = {
     "finetune_flux": Script("dreambooth/train_dreambooth_flux", "FluxPipeline", ("--guidance_scale", "1"), "finetune"),
     "finetune_sd3": Script(
         "dreambooth/train_dreambooth_sd3", "StableDiffusion3Pipeline", ("--precondition_outputs", "0"), "finetune"
+    ),
+    "lcm_sd": Script(
+        "consistency_distillation/train_lcm_distill_sd_wds",
+        "sd",
+        ("--loss_type", "huber", "--unet_time_cond_proj_dim", "64"),
+        "lcm",
+        settings=(("trains", "all"), ("w-min", "5"), ("unet-time-cond-proj-dim", "64")),
+    ),
+    "lcm_sdxl": Script(
+        "consistency_distillation/train_lcm_distill_sdxl_wds",
+        "sdxl",
+        task="lcm",
+        settings=(("trains", "all"), ("loss-type", "l2")),
+    ),
+    "lcm_lora_sdxl": Script(
+        "consistency_distillation/train_lcm_distill_lora_sdxl",
+        "sdxl",
+        ("--num_ddim_timesteps", "20"),
+        "lcm",
+        settings=(("target-decay", "0"), ("num-ddim-timesteps", "20"), ("loss-type", "l2")),
+        clips=False,
+    ),
+    "dpo_sd": Script(  # whose beta is twice that of the other one and of the paper's authors
+        "research_projects/diffusion_dpo/train_diffusion_dpo",
+        "sd",
+        ("--beta_dpo", "50", "--no_hflip"),
+        "dpo",
+        settings=(("beta", "100"),),
+        pinned=True,
+    ),
+    "dpo_sdxl": Script(
+        "research_projects/diffusion_dpo/train_diffusion_dpo_sdxl",
+        "sdxl",
+        ("--beta_dpo", "100", "--no_hflip"),
+        "dpo",
+        settings=(("beta", "100"),),
+        pinned=True,
     ),
     "finetune_sdxl": Script("text_to_image/train_text_to_image_sdxl", "sdxl", task="finetune", pinned=True),
     "edit_sd": Script(
@@ -233,6 +270,8 @@ def parsed(script: Script, folder: Path, out: Path) -> tuple[Any, Any, type]:
     if script.conditioned:
         flags |= {f"{PARTS[script.task]}-model-name-or-path": folder / "start"}
         flags["data.conditioning-data-dir"] = folder / "conditions"
+    if script.task == "dpo":
+        flags["rejected-data-dir"] = folder / "worse"
     flags |= dict(script.settings)
     group = script.task.replace("_", "-")
     pairs = ((name if "." in name else f"{group}.{name}", str(value)) for name, value in flags.items())
@@ -268,8 +307,9 @@ def make_set(script: Script, folder: Path) -> None:
         with torch.no_grad():  # the second half of the channels is the logarithm of the variance
             vae.quant_conv.weight[4:], vae.quant_conv.bias[4:] = 0, -30
         vae.save_pretrained(folder / "model" / "vae")
-    second = {"images": "b", "before": "a"} if script.pairs else {"images": "b", "conditions": "a"}
-    for seed, places in enumerate(({"images": "a", "photos": "a"}, second)[: 1 + (script.pairs or script.conditioned)]):
+    place = {"edit": "before", "dpo": "worse"}.get(script.task, "conditions")
+    second = [{"images": "b", place: "a"}] if script.pairs or script.conditioned else [{place: "a"}] if place == "worse" else []
+    for seed, places in enumerate([{"images": "a", "photos": "a"}, *second]):
         draws = torch.Generator().manual_seed(seed)
         picture = torch.randint(256, (script.side, script.side, 3), dtype=torch.uint8, generator=draws)
         for place, name in places.items():
@@ -361,7 +401,8 @@ def compare(folder: Path, checkout: Path, name: str) -> str:
     a, b = weights(script, folder / "theirs"), weights(script, folder / "ours" / "export")
     start = weights(script, folder / ("start" if (folder / "start").is_dir() else "model"))
     wide = max(float((a[key] - b[key]).abs().max()) for key in b)
-    moved = max(float((a[key] - start[key]).abs().max()) for key in b if a[key].shape == start[key].shape)
+    known = {key: start.get(key, torch.zeros_like(x)) for key, x in a.items()}  # what is new begins at zero
+    moved = max(float((a[key] - known[key]).abs().max()) for key in b if a[key].shape == known[key].shape)
     silent = {key.partition(".")[2].partition(".lora_")[0] for key in a.keys() - b.keys()}
     parts = {"script alone": seen["layers"][0], "task alone": seen["layers"][1], "without gradient, left out": sorted(silent)}
     layers = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)

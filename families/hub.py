@@ -11,9 +11,13 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 WAY_OUT = "a folder that save_pretrained wrote works without it"
 
@@ -193,6 +197,15 @@ def is_file(name: str) -> bool:
     return name.endswith((".safetensors", ".gguf"))
 
 
+def save(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """A diffusers model as a folder that `from_pretrained` opens, in this precision; the module itself stays as it is."""
+    from huggingface_hub import save_torch_state_dict
+
+    module.save_config(folder)
+    state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in module.state_dict().items()}
+    save_torch_state_dict(state, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+
+
 def load_file(kind: str, name: str, what: str, **where: Any) -> Any:
     """A diffusers module with the weights of a single file, in the names of its authors or of diffusers.
 
@@ -225,12 +238,3 @@ def load_file(kind: str, name: str, what: str, **where: Any) -> Any:
     except Exception as error:  # whatever is wrong with someone's file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BadInput(f"{what} cannot be loaded as a {kind}: {reason}") from None
-
-
-def save(module: Any, path: Path, dtype: Any) -> None:
-    """Write a diffusers model that trained as a folder that diffusers opens, in this precision."""
-    from huggingface_hub import save_torch_state_dict
-
-    module.save_config(path)
-    state = {key: x.detach().to("cpu", dtype).contiguous() for key, x in module.state_dict().items()}
-    save_torch_state_dict(state, path, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")

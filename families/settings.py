@@ -5,9 +5,9 @@ A task's own settings are a dataclass of these and of its own fields: `class Set
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 from oneloop.configs import Amount, BadInput, Live, Name, Range, ShareBelowOne, Words
 from oneloop.training import optimizers
@@ -163,6 +163,17 @@ class Sampled:
     num_inference_steps: Live[Annotated[int, Range(1, 1000)] | None] = None
     """Steps to draw a sample. None: the default of the model's pipeline."""
 
+    @property
+    def sampler(self) -> Mapping[str, Any]:
+        """The scheduler that samples of Stable Diffusion need: its `_class_name`, and what its config has beside the
+        checkpoint's. Empty: the checkpoint's own."""
+        return {}
+
+    @property
+    def guidance(self) -> float | None:
+        """guidance_scale, or what the task has in the place of None."""
+        return self.guidance_scale
+
 
 @dataclass(frozen=True)
 class Pretrained(Sampled, Objective, Optimized, Tokens, Checkpoint):
@@ -171,6 +182,8 @@ class Pretrained(Sampled, Objective, Optimized, Tokens, Checkpoint):
 
 TEXT = ("train_text_encoder", "text_encoder_learning_rate")
 """Settings for families whose official scripts train text encoders."""
+OWN_TEXT = ("train_text_encoder", "text_encoder_learning_rate", *(f.name for f in fields(Tokens)))
+"""Settings of what trains beside the UNet or transformer."""
 DIFFUSION = ("prediction_type", "rescale_betas_zero_snr", "snr_gamma", "noise_offset", "input_perturbation")
 """Settings that only the families of Stable Diffusion have a use for."""
 FLOW = ("weighting_scheme", "density", "logit_mean", "logit_std", "mode_scale", "flow_shift", "max_sequence_length")
@@ -180,6 +193,17 @@ FLOW = ("weighting_scheme", "density", "logit_mean", "logit_std", "mode_scale", 
 def flag(group: str, name: str) -> str:
     """A setting as it is typed."""
     return f"--{group}.{name}".replace("_", "-")
+
+
+def check_unused(s: object, group: str, names: Iterable[str], why: str) -> None:
+    """Refuse settings that mean nothing, and say why.
+
+    Raises:
+        BadInput: one of them is given.
+    """
+    for name in names:
+        if getattr(s, name) != getattr(type(s), name):
+            raise BadInput(f"{flag(group, name)}: {why}; leave it out")
 
 
 def check_apart(s: object, group: str, apart: Mapping[str, tuple[str, ...]]) -> None:

@@ -242,16 +242,20 @@ def overrides(s: Pretrained) -> dict[str, Any]:
 
 
 def scheduler(s: Pretrained) -> Any:
-    """The scheduler to sample with: the checkpoint's own; a DDIM from the last step on where the schedule was rescaled, as Lin
-    et al. 2023, Common Diffusion Noise Schedules and Sample Steps are Flawed (arXiv:2305.08891), ask."""
+    """The scheduler to sample with: the one that the task needs, or else the checkpoint's own; a DDIM from the last step on
+    where the schedule was rescaled, as Lin et al. 2023, Common Diffusion Noise Schedules and Sample Steps are Flawed
+    (arXiv:2305.08891), ask."""
     import diffusers
 
+    said, told = config(s, "scheduler"), changes(s)
+    return getattr(diffusers, told.pop("_class_name", said["_class_name"])).from_config(said, **told)
+
+
+def changes(s: Pretrained) -> dict[str, Any]:
+    """What the scheduler to sample with has in its config that the checkpoint's own has not."""
     told = overrides(s)
-    rescaled = told.get("rescale_betas_zero_snr") is not None
-    name = "DDIMScheduler" if rescaled else config(s, "scheduler")["_class_name"]
-    return getattr(diffusers, name).from_config(
-        config(s, "scheduler"), **told, **({"timestep_spacing": "trailing"} if rescaled else {})
-    )
+    rescaled = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"}
+    return told | (rescaled if "rescale_betas_zero_snr" in told else {}) | dict(s.sampler)
 
 
 @functools.cache
@@ -421,7 +425,7 @@ def pipeline(models: Models, s: Pretrained) -> Any:
 
 def arguments(s: Pretrained, height: int, width: int) -> dict[str, Any]:
     """How the pipeline is called to draw one sample; what is not asked for is its own."""
-    asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance_scale}
+    asked = {"num_inference_steps": s.num_inference_steps, "guidance_scale": s.guidance}
     asked |= {"negative_prompt": s.negative_prompt or None}
     return {"height": height, "width": width, **{key: value for key, value in asked.items() if value is not None}}
 
@@ -449,11 +453,10 @@ def base_lines(
 ) -> str:
     """Those that make `pipeline`, as of `pipeline_lines`."""
     lines = pipeline_lines(s, exported, kind, beside)
-    if overrides(s):
-        made = type(scheduler(s)).__name__
-        told = overrides(s) | ({"timestep_spacing": "trailing"} if "rescale_betas_zero_snr" in overrides(s) else {})
-        changes = "".join(f", {key}={quoted(value)}" for key, value in told.items())
-        lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{changes})\n"
+    if told := changes(s):
+        made = told.pop("_class_name", config(s, "scheduler")["_class_name"])
+        more = "".join(f", {key}={quoted(value)}" for key, value in told.items())
+        lines += f"from diffusers import {made}\npipeline.scheduler = {made}.from_config(pipeline.scheduler.config{more})\n"
     return lines
 
 

@@ -28,7 +28,7 @@ from oneloop.tasks import Batch, Column, Encoders, Encoding, Images, Models, Pri
 from oneloop.training import optimizers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 COLUMNS = {"caption": Column("text", setting="data.caption_column")}
 KNOWN = (*stable_diffusion.PIPELINES, *flow.FAMILIES)
@@ -188,7 +188,7 @@ def encoders(cfg: Any, constants: Callable[..., dict[str, Tensor]] | None = None
         prompts=encode_prompts,
         key=lambda cfg: (
             *(caption_key(cfg), version("diffusers"), version("transformers")),
-            *(asked(cfg), settings(cfg).negative_prompt, settings(cfg).guidance_scale, settings(cfg).num_inference_steps),
+            *(asked(cfg), settings(cfg).negative_prompt, settings(cfg).guidance, settings(cfg).num_inference_steps),
             *(cfg.data.resolution, key),
         ),
     )
@@ -229,6 +229,12 @@ def held(columns: Mapping[str, Tensor]) -> Any:
     for key, x in columns.items():
         module.register_buffer(key, x, persistent=False)
     return module
+
+
+def repeated(text: nn.Module, like: Tensor) -> dict[str, Tensor]:
+    """The columns of one caption that `held` holds, for as many examples as `like` [B, ...] has and in its precision."""
+    own = lambda x: x.to(like.dtype) if x.is_floating_point() else x  # noqa: E731
+    return {key: own(x).expand(len(like), *x.shape[1:]) for key, x in text.named_buffers()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -304,7 +304,7 @@ def arguments(s: Pretrained, height: int, width: int) -> dict[str, Any]:
     told = flow.samples(kind, own)
     if distilled(s):
         told = {"num_inference_steps": own.few_steps, own.guided_by: own.off}
-    asked = {"num_inference_steps": s.num_inference_steps, own.guided_by: s.guidance_scale}
+    asked = {"num_inference_steps": s.num_inference_steps, own.guided_by: s.guidance}
     asked |= {"max_sequence_length": s.max_sequence_length} if "max_sequence_length" in known else {}
     asked |= {"negative_prompt": s.negative_prompt or own.negative} if "negative_prompt" in known else {}
     return {"height": height, "width": width, **told, **{k: v for k, v in asked.items() if v is not None}, **own.call}

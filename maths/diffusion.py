@@ -44,6 +44,26 @@ def target(prediction_type: str, x: Tensor, noise: Tensor, a: Tensor) -> Tensor:
     return a.sqrt() * noise - (1 - a).sqrt() * x
 
 
+def clean(prediction_type: str, prediction: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
+    """The x that a prediction at x_t means; x_t, prediction [B, ...]; a [B], above 0 for epsilon."""
+    if prediction_type == "sample":
+        return prediction
+    a = like(a, x_t)
+    if prediction_type == "epsilon":
+        return (x_t - (1 - a).sqrt() * prediction) / a.sqrt()
+    return a.sqrt() * x_t - (1 - a).sqrt() * prediction
+
+
+def noise_in(prediction_type: str, prediction: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
+    """The noise that a prediction at x_t means; x_t, prediction [B, ...]; a [B], below 1 for sample."""
+    if prediction_type == "epsilon":
+        return prediction
+    a = like(a, x_t)
+    if prediction_type == "sample":
+        return (x_t - a.sqrt() * prediction) / (1 - a).sqrt()
+    return a.sqrt() * prediction + (1 - a).sqrt() * x_t
+
+
 def loss_weight(prediction_type: str, a: Tensor, snr_gamma: float | None) -> Tensor:
     """Weight of each example's squared error, [B].
 

@@ -116,8 +116,9 @@ class Follow:
 
     of: str
     """The model that it follows, one that trains; it must survive `copy.deepcopy`."""
-    decay: float | Callable[[int, int], float]
-    """In [0, 1]; or a function of the optimizer steps taken (1, 2, ...) and the run's total."""
+    decay: float | str | Callable[[int, int], float]
+    """In [0, 1]; or the setting that has it, such as "mine.decay"; or a function of the optimizer steps taken (1, 2, ...) and
+    the run's total."""
 
 
 @dataclass(frozen=True, kw_only=True)

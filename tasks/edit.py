@@ -28,7 +28,7 @@ from oneloop.families import (
     transformer,
 )
 from oneloop.families.objective import objective
-from oneloop.families.settings import TEXT, Adapters, Checkpoint, Pretrained, Tokens, check_apart, flag
+from oneloop.families.settings import TEXT, Adapters, Checkpoint, Pretrained, Tokens, flag
 from oneloop.families.text_to_image import family, under
 from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean
 from oneloop.training import optimizers
@@ -53,7 +53,6 @@ class Settings(Pretrained, Adapters):
     def __post_init__(self):
         check(self, "edit")
         adapted.check_settings(self, "edit")
-        check_apart(self, "edit", adapted.APART)
         for name in (*TEXT, *(each.name for each in fields(Tokens))):
             if getattr(self, name) != getattr(type(self), name):
                 raise BadInput(f"{flag('edit', name)}: edit trains no text encoder and no words; leave it out")
@@ -96,7 +95,7 @@ def check_base(cfg: Config) -> None:
             unset = getattr(s, name) is None
             require(unset, f"edit.{name}", getattr(s, name), f"nothing with a {stable_diffusion.kind(s)}; leave it out")
     if trains(s) == "lora":
-        adapted.check(s, "edit")
+        adapted.check_form(s, "edit")
         return
     for each in fields(Adapters):
         if not hasattr(Checkpoint, each.name) and each.name != "save_dtype" and getattr(s, each.name) != each.default:

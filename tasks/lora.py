@@ -9,18 +9,17 @@ own files and that table say. The export is a `pytorch_lora_weights.safetensors`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from oneloop.configs import Amount, BadInput, Base, Data, Words, check
-from oneloop.families import adapted, adapters, flow, offload, precision, text_to_image
+from oneloop.configs import Amount, Base, Data, Words, check
+from oneloop.families import adapted, text_to_image
+from oneloop.families.adapted import export_fn, make_optim
 from oneloop.families.objective import objective
 from oneloop.families.settings import Adapters, Pretrained, check_apart
-from oneloop.families.text_to_image import encode_captions, family, sample_fn, under
-from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean, without_adapters
-from oneloop.training import optimizers
+from oneloop.families.text_to_image import encode_captions, family, sample_fn
+from oneloop.tasks import Batch, Encoders, Loss, Models, Rng, Task, mean, without_adapters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,12 +40,7 @@ class Settings(Pretrained, Adapters):
     def __post_init__(self):
         check(self, "lora")
         adapted.check_settings(self, "lora")
-        check_apart(self, "lora", APART)
-
-
-APART = adapted.APART | {
-    "preservation_weight": ("train_text_encoder", "placeholder_tokens"),
-}
+        check_apart(self, "lora", {"preservation_weight": ("train_text_encoder", "placeholder_tokens")})
 
 
 @dataclass(frozen=True)
@@ -58,22 +52,13 @@ class Config:
     lora: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
-        precision.check(self.lora, "lora", self.base)
-        text_to_image.check(self)
-        scaled = [entry.strength for entry in text_to_image.asked(self) if entry.strength != 1]
-        if self.lora.use_dora and scaled:
-            raise BadInput(f"--lora.use-dora with a sample at strength {scaled[0]:g}: DoRA has no strength; leave one out")
+        adapted.check(self)
 
 
 def encoders(cfg: Config) -> Encoders | None:
     """The text encoders, unless something of them trains."""
     s = cfg.lora
-    text_to_image.check_base(cfg)
-    adapted.check(s, "lora")
-    if s.train_text_encoder or s.placeholder_tokens:
-        return None
-    text_to_image.check_parts(cfg)
-    return text_to_image.encoders(cfg, encode_constants, bool(s.preservation_weight) and s.preservation_prompt)
+    return adapted.encoders(cfg, encode_constants, bool(s.preservation_weight) and s.preservation_prompt)
 
 
 def encode_constants(models: Models, cfg: Config) -> dict[str, Tensor]:
@@ -85,32 +70,7 @@ def encode_constants(models: Models, cfg: Config) -> dict[str, Tensor]:
 
 def make_models(cfg: Config, constants: Mapping[str, Tensor] | None = None) -> Models:
     """The parts with adapters; without text encoders where `constants` has what is needed of them."""
-    import torch
-
-    s = cfg.lora
-    text_to_image.check_base(cfg)
-    adapted.check(s, "lora")
-    models = text_to_image.load(cfg, cfg.base.mixed_precision, constants is None)
-    with torch.no_grad():
-        given = encode_constants(models, cfg) if constants is None else constants
-    adapted.adapt(models, cfg, given, encoded=constants is not None)
-    texts = {name: under(name, given) for name in ("preservation", "prompts")}  # [1, ...] of the preservation prompt
-    return models | {name: text_to_image.held(columns) for name, columns in texts.items() if columns}
-
-
-def untouched(cfg: Config, constants: Mapping[str, Tensor] | None) -> Models:
-    """The parts without adapters, stored as the run's are."""
-    models, s = text_to_image.untouched(cfg, constants), cfg.lora
-    module = models[family(s).TRAINED]
-    precision.quantize(module, s.base_precision)
-    precision.cast(module, s.base_precision)
-    if s.group_offload:
-        offload.hold(module, flow.recomputable(module))
-    return models
-
-
-def make_optim(models: Models, cfg: Config) -> Optims:
-    return {"lora": optimizers.make(adapted.groups(models, cfg.lora), cfg.lora)}
+    return adapted.make(cfg, constants, encode_constants, ("preservation", "prompts"))
 
 
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
@@ -119,36 +79,14 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     if "prompt_embeds" not in batch:  # something of the text encoders trains
         batch = batch | encode_captions(models, batch["caption"], cfg)
     if s.preservation_weight:
-        like = batch["prompt_embeds"]
-        same = {
-            key: x.to(like.dtype if x.is_floating_point() else x.dtype).expand(len(like), *x.shape[1:])
-            for key, x in models["preservation"].named_buffers()
-        }
+        same = text_to_image.repeated(models["preservation"], batch["prompt_embeds"])
         with without_adapters(models[family(s).TRAINED]) as base:
             kept = mean(objective(models, batch | same, rng, cfg, base), batch)
         yield Loss("lora", s.preservation_weight * kept, {"preservation": kept.detach()}, step=False)
     yield Loss("lora", mean(objective(models, batch, rng, cfg), batch))
 
 
-def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
-    adapted.save(models, path, cfg)
-    lines = family(cfg.lora).load_lines(cfg.lora) + text_to_image.save_tokens(models, path, cfg)
-    return lines + text_to_image.call_line(examples, cfg)
-
-
-def merged(cfg: Config, folder: Path, strength: float, precision: str) -> tuple[Any, str]:
-    """The checkpoint's pipeline with the adapters of an export added to its weights, times a strength, and the name of the part
-    that trained; `precision` is what a transformer is read in: bf16, or no."""
-    s, own = cfg.lora, family(cfg.lora)
-    if (s.single_file or "").endswith(".gguf"):
-        raise BadInput(f"--lora.single-file {s.single_file}: adapters cannot be merged into a GGUF file's quantized weights")
-    models = text_to_image.load(cfg, precision)
-    pipeline = own.pipeline(models, s)
-    adapters.read(pipeline, str(folder), "the folder")
-    for name in (own.TRAINED, *own.ENCODERS):
-        adapters.merge(models[name], strength) if name in models else None
-    return pipeline, own.TRAINED
-
+merged = adapted.merged
 
 task = Task(
     config=Config,
@@ -160,7 +98,7 @@ task = Task(
     card=lambda cfg: text_to_image.card(cfg, "lora", "text-to-image", "template:sd-lora"),
     encodings=text_to_image.ENCODINGS,
     encoders=encoders,
-    prior=replace(text_to_image.PRIOR, load=untouched),
+    prior=replace(text_to_image.PRIOR, load=adapted.untouched),
     float32=("vae",),
     columns=text_to_image.COLUMNS,
     multiple=text_to_image.multiple,

@@ -5,7 +5,7 @@ import itertools
 import shutil
 from types import MethodType
 
-import consistency
+import following
 import pytest
 import torch
 from accelerate import Accelerator
@@ -39,14 +39,14 @@ def command(folder, out, steps=6, **more):
         "data.resolution": 8,
         "data.train_batch_size": 2,
     }
-    return flags("consistency", given | {name.replace("__", "."): value for name, value in more.items()})
+    return flags("following", given | {name.replace("__", "."): value for name, value in more.items()})
 
 
 def by_hand(steps, batches, size):
     """The run of `command` with the EMA written out: losses of every micro-batch summed, one step, then the target moves."""
-    cfg = consistency.Config(data=data.Data(num_shapes=24, resolution=8, train_batch_size=size))
+    cfg = following.Config(data=data.Data(num_shapes=24, resolution=8, train_batch_size=size))
     torch.manual_seed(hash64(cfg.base.seed, "models"))
-    models = {"net": consistency.Net(False), "seen": consistency.Seen()}
+    models = {"net": following.Net(False), "seen": following.Seen()}
     target = models["target"] = copy.deepcopy(models["net"]).requires_grad_(False).eval()
     net, optim = models["net"], torch.optim.AdamW(models["net"].parameters(), 0.05)
     examples = data.Examples(sources.open_source(cfg.data), cfg.data, cfg.base.seed)
@@ -55,26 +55,26 @@ def by_hand(steps, batches, size):
         for _ in range(batches):
             batch = examples.ready(next(stream), "cpu")
             rng = Rng.of(cfg.base.seed, batch["n"].tolist())
-            for loss in consistency.loss_fn(models, batch, rng, cfg):
+            for loss in following.loss_fn(models, batch, rng, cfg):
                 (loss.value / batches).backward()
         nn.utils.clip_grad_norm_(net.parameters(), cfg.base.max_grad_norm)
         optim.step()
         optim.zero_grad()
         for own, weight in zip(target.parameters(), net.parameters(), strict=True):
-            own.lerp_(weight.detach(), 1 - consistency.decay(step + 1, steps))
+            own.lerp_(weight.detach(), 1 - following.decay(step + 1, steps))
     return net.state_dict(), target.state_dict()
 
 
 def test_a_target_network(tmp_path):
     """Equal to the EMA by hand: accumulated, on two processes, resumed from any step; in the same bits."""
     split = {"base__gradient_accumulation_steps": 2, "base__checkpointing_steps": 1, "base__checkpoints_total_limit": None}
-    result = cli(tmp_path, *command(tmp_path, "accumulated", consistency__alone=True, **split))
+    result = cli(tmp_path, *command(tmp_path, "accumulated", following__alone=True, **split))
     assert result.code == 0, result.err
-    for result in cli_many(tmp_path, 2, *command(tmp_path, "two", consistency__alone=True)):
+    for result in cli_many(tmp_path, 2, *command(tmp_path, "two", following__alone=True)):
         assert result.code == 0, result.err
     for stop in (1, 4):
         shutil.copytree(tmp_path / f"accumulated/checkpoint-{stop}", tmp_path / f"resumed-{stop}/checkpoint-{stop}")
-        result = cli(tmp_path, *command(tmp_path, f"resumed-{stop}", consistency__alone=True, **split))
+        result = cli(tmp_path, *command(tmp_path, f"resumed-{stop}", following__alone=True, **split))
         assert result.code == 0 and f"resuming after step {stop}" in result.err, result.err
     outs = [tmp_path / out for out in ("accumulated", "two", "resumed-1", "resumed-4")]
     assert len({digest(out) for out in outs}) == 1
@@ -91,7 +91,7 @@ def test_a_target_network(tmp_path):
 
 def test_losses_that_share_a_step_on_two_processes(tmp_path):
     """The same weights, to the rounding of sums in another order."""
-    more = {"consistency__twice": True, "base__logging_steps": 6}
+    more = {"following__twice": True, "base__logging_steps": 6}
     assert cli(tmp_path, *command(tmp_path, "accumulated", base__gradient_accumulation_steps=2, **more)).code == 0
     for result in cli_many(tmp_path, 2, *command(tmp_path, "two", **more)):
         assert result.code == 0, result.err
@@ -101,7 +101,7 @@ def test_losses_that_share_a_step_on_two_processes(tmp_path):
 
 def test_gradients_that_were_not_reduced_are_refused(tmp_path):
     """DDP reduces one backward pass after each call: of two calls in a row the second stays each process's own."""
-    for result in cli_many(tmp_path, 2, *command(tmp_path, "out", consistency__twice=True, consistency__ahead=True)):
+    for result in cli_many(tmp_path, 2, *command(tmp_path, "out", following__twice=True, following__ahead=True)):
         assert result.code and "the gradient of 'net' was not reduced across processes (norms " in result.err, result.err
 
 
@@ -109,8 +109,8 @@ def test_gradients_that_were_not_reduced_are_refused(tmp_path):
 def test_state_that_does_not_train_survives(tmp_path, processes):
     """Batch norm and a state of the task's own, though warm-up passes (of three processes) and validation move them."""
     more = {
-        "consistency__moving": True,
-        "consistency__twice": True,
+        "following__moving": True,
+        "following__twice": True,
         "data__validation_split": 0.3,
         "base__use_ema": False,
         "data__num_shapes": 40,

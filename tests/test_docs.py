@@ -7,6 +7,7 @@ import shlex
 import sys
 
 import pytest
+import tiny_families
 import tiny_models
 from test_lora import draw_photos
 from test_streaming import parquet
@@ -18,7 +19,7 @@ from oneloop.settings import command_line
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.name != "settings.md")
 OTHER = r"pip install -e|#!|#SBATCH|export MASTER_ADDR=|if \[ \$\? = 75 \]; then scontrol requeue"
 """Lines of the documentation that are no command of ours."""
-PRETRAINED = ("lora", "finetune", "textual_inversion", "edit", "controlnet", "t2i_adapter")
+PRETRAINED = ("lora", "finetune", "textual_inversion", "edit", "controlnet", "t2i_adapter", "lcm", "dpo", "dmd")
 """Tasks on a text-to-image checkpoint."""
 DONE = set()
 """Commands that another page had before."""
@@ -50,12 +51,13 @@ def place(tmp_path_factory):
     """A folder in which the documentation's commands find what they speak of."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "examples").symlink_to(ROOT / "examples")
-    for name in ("images", "photos", "dog", "masks", "after", "before", "edges"):
+    for name in ("images", "photos", "dog", "masks", "after", "before", "edges", "better", "worse"):
         draw_photos(folder / name)
     parquet(folder / "shards")
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)
+    tiny_families.build("ZImagePipeline", folder).rename(folder / "z_image")
     for name, model in (("unet.json", UNET), ("vae.json", VAE)):
         (folder / name).write_text(json.dumps(model))
     (folder / "lpips.py").touch()  # an optional package that no command gets as far as using
@@ -79,12 +81,15 @@ def small(folder, cfg):
         settings["data.dataset_name"] = "shapes"
         settings["data.validation_split"] = None
     if task in PRETRAINED:
-        own = {"pretrained_model_name_or_path": "sd", "num_inference_steps": 2, "variant": None}
+        model = "z_image" if task == "dmd" else "sd"
+        own = {"pretrained_model_name_or_path": model, "num_inference_steps": 2, "variant": None}
         settings |= {f"{task}.{name}": value for name, value in own.items()}
         settings |= {"data.num_class_images": 2} if data.num_class_images else {}
     elif task == "vae":
         model = {"vae.pretrained_model_name_or_path": "sd/vae"} if own.train == "decoder" else {"vae.model_config": "vae.json"}
         settings |= model | {"vae.disc_channels": 4, "vae.disc_layers": 1, "vae.perceptual_weight": 0}
+    elif task == "consistency":
+        settings["consistency.model_config"] = "unet.json"
     elif task == "ddpm":
         settings |= {"ddpm.model_config": "unet.json", "ddpm.ddpm_num_inference_steps": 2}
     return flags(task, settings)[1:]

@@ -95,6 +95,7 @@ def in_fork(folder, function):
     """Run a test's own code where it may set global state."""
     result = fork(function, folder).wait()
     assert result.code == 0, result.err
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

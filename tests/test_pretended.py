@@ -41,9 +41,15 @@ CASES = {  # task, its checkpoint, what is not as in RUN
     "flux offloaded": ("lora", "FluxPipeline", {"group_offload": True, "gradient_checkpointing": True}),
     "qwen int8": ("lora", "QwenImagePipeline", NARROW | {"base_precision": "int8"}),
     "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True, "optimizer": "schedulefree"}),
+    "lcm": ("lcm", "sdxl", AGAIN | NARROW | {"masks": True, "target_decay": 0.5, "offload_ema": True}),
+    "dpo": ("dpo", "sd", AGAIN | {"worse": True, "gradient_accumulation_steps": 2, "random_flip": True}),
+    "dmd": ("dmd", "FluxPipeline", AGAIN | NARROW | {"fake_updates": 2, "checkpointing_steps": 1}),
+    "consistency": ("consistency", None, AGAIN | {"validation_split": 0.4, "random_flip": True}),
     "finetune flux2": ("finetune", "Flux2KleinPipeline", {"offload_ema": True, "buckets": True}),
 }
 MORE = {
+    "lcm all": ("lcm", "sd", AGAIN | NARROW | {"trains": "all", "example_cache": "no"}),
+    "dpo flux": ("dpo", "FluxPipeline", AGAIN | NARROW | {"worse": True, "masks": True}),
     "vae bf16": ("vae", None, {"mixed_precision": "bf16", "use_ema": False, "optimizer": "prodigy", "learning_rate": 1.0}),
     "sdxl in the step": ("lora", "sdxl", {"example_cache": "no", "optimizer": "adafactor"}),
     "flux float8": ("lora", "FluxPipeline", AGAIN | NARROW | {"base_precision": "float8", "offload_ema": True}),
@@ -73,9 +79,9 @@ def photos(tmp_path_factory):
 
 
 def draw_photos(folder):
-    """A folder of captioned images of two shapes, and one of masks."""
+    """A folder of captioned images of two shapes, one of masks, and one of other images."""
     noise = np.random.default_rng(0)
-    for name, mode in (("images", "RGB"), ("masks", "L")):
+    for name, mode in (("images", "RGB"), ("masks", "L"), ("worse", "RGB")):
         (folder / name).mkdir()
         for i in range(12):
             pixels = noise.integers(0, 256, (3, 4, 3) if mode == "RGB" else (3, 4), dtype=np.uint8)
@@ -90,11 +96,13 @@ def line(case, folder, photos, built):
     own = RUN | more
     if own.pop("masks", False):
         own["mask_data_dir"] = photos / "masks"
+    if own.pop("worse", False):
+        own["rejected_data_dir"] = photos / "worse"
     if model or own.get("buckets"):
         own["train_data_dir"] = photos / "images"
     if model:
         own = {"pretrained_model_name_or_path": built(model), "num_inference_steps": 1, "learning_rate": 1e-3} | own
-        own |= {"rank": 2} if task == "lora" else {}
+        own |= {"rank": 2} if task in ("lora", "lcm", "dpo", "dmd") and "trains" not in own else {}
     cfg = command_line.parse([task])[1]
     group = lambda name: next(g for g in (task, "data", "base") if hasattr(getattr(cfg, g), name))  # noqa: E731
     given = [] if model else tiny(folder, steps=None, task=task)[1:]

@@ -275,7 +275,7 @@ FILES = {
     "groups.json": ('{"ddpm": {}, "base": [1, 2]}', ["the group 'base' is [1, 2]; expected its settings by name"]),
     "other.json": ('{"task": "ddpm", "ddmp": {}}', ["the group 'ddmp' is {}; expected some of base, data, ddpm"]),
     "task.json": ('{"task": 5, "ddpm": {}}', ["the task is 5; expected the name of one: ", "ddpm"]),
-    "tasks.json": ('{"task": ["ddpm"], "ddpm": {}}', ["the task is ['ddpm']; expected the name of one: ", " ddpm"]),
+    "tasks.json": ('{"task": ["ddpm"], "ddpm": {}}', ["the task is ['ddpm']; expected the name of one: ", "ddpm"]),
     "deep.json": ("[" * 50_000, ["not valid JSON or YAML"]),
     "deep.yaml": ("[" * 50_000, ["not valid JSON or YAML"]),
     "deeper.json": ('{"ddpm": {}, "base": {"seed": {"a": {}}}}', ["--base.seed is {'a': {}}; expected text, a number"]),

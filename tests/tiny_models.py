@@ -36,7 +36,7 @@ def tokenizer(length: int = LENGTH, pad: str | None = None):
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, **more)
 
 
-def text_encoder(words: int, width: int, projected: bool, seed: int, act: str = "quick_gelu"):
+def text_encoder(words: int, width: int, projected: bool, seed: int, act: str = "quick_gelu", length: int = LENGTH):
     """A CLIP text encoder of two layers; with a projection as SDXL's second one has, or with OpenCLIP's `gelu` as SD 2 has."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -47,7 +47,7 @@ def text_encoder(words: int, width: int, projected: bool, seed: int, act: str = 
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=LENGTH,
+        max_position_embeddings=length,
         projection_dim=width,
         hidden_act=act,
         bos_token_id=words - 2,

@@ -176,6 +176,7 @@ def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddp
     (folder / "vae.json").write_text(json.dumps(VAE))
     own = {
         "ddpm": {"ddpm.model_config": folder / "unet.json", "ddpm.ddpm_num_inference_steps": 2},
+        "consistency": {"consistency.model_config": folder / "unet.json"},
         "vae": {
             "vae.model_config": folder / "vae.json",
             "vae.disc_channels": 4,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,12 @@ def decay_at(step: int, largest: float, power: float) -> float:
     return min(largest, 1 - step**-power)
 
 
-def following(models: Models, follows: Mapping[str, Follow]) -> list[Ema]:
-    """The EMAs whose values are the parameters of the copies that placement.followers made."""
+def following(models: Models, follows: Mapping[str, Follow], cfg: Any = None) -> list[Ema]:
+    """The EMAs whose values are the parameters of the copies that placement.followers made; `cfg` has the settings that give
+    decays."""
 
-    def one(name: str, of: str, decay: float | Callable[[int, int], float]) -> Ema:
+    def one(name: str, of: str, decay: float | str | Callable[[int, int], float]) -> Ema:
+        decay = functools.reduce(getattr, decay.split("."), cfg) if isinstance(decay, str) else decay
         own = dict(models[name].named_parameters())
         trained = {n: p for n, p in models[of].named_parameters() if p.requires_grad}
         values = {f"{name}.{n}": own[n].data for n in trained}

@@ -10,6 +10,7 @@ strength is fixed.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,10 +23,10 @@ from oneloop.views import check_writable
 
 @dataclass(frozen=True)
 class Settings:
-    """Add what a run of `lora` or `finetune` learned to the weights of its base."""
+    """Add what a run of `lora`, `finetune`, `lcm` or `dpo` learned to the weights of its base."""
 
     folder: Positional[Name]
-    """The output folder of a run of `lora` or `finetune`, whose last checkpoint is taken, or one checkpoint-N in it."""
+    """The output folder of a run of one of these tasks, whose last checkpoint is taken, or one checkpoint-N in it."""
     to: Name
     """A new folder for the whole pipeline, or a .safetensors file for the UNet or transformer."""
     strength: Annotated[float, Range(-100, 100)] = 1.0
@@ -60,19 +61,18 @@ def main(settings: Settings) -> None:
     from oneloop import checkpoint
     from oneloop.families import original, stable_diffusion, text_to_image
     from oneloop.machine import files
-    from oneloop.tasks import finetune, lora
     from oneloop.views.sample import opened
 
-    saved, _, task, cfg = opened(settings.folder)
-    module = next((module for module in (lora, finetune) if task is module.task), None)
-    if module is None:
-        raise BadInput(f"{settings.folder}: holds no run of lora or finetune")
+    saved, _, _, cfg = opened(settings.folder)
+    merged = getattr(sys.modules[type(cfg).__module__], "merged", None)
+    if merged is None:
+        raise BadInput(f"{settings.folder}: holds no run of lora, finetune, lcm or dpo")
     s = text_to_image.settings(cfg)
     if settings.original and text_to_image.family(s) is not stable_diffusion:
         kinds = " or a ".join(stable_diffusion.PIPELINES)
         raise BadInput(f"--original with a {stable_diffusion.kind(s)}; expected a {kinds}; leave it out")
     precision = "bf16" if settings.dtype == "bfloat16" else "no"
-    pipeline, part = module.merged(cfg, saved, settings.strength, precision)
+    pipeline, part = merged(cfg, saved, settings.strength, precision)
     if not settings.original:  # whose names have no place for new words; they stay in a file of their own
         text_to_image.settle_tokens(pipeline, saved, cfg)
     for name, module in pipeline.components.items():

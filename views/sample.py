@@ -116,7 +116,7 @@ def drawer(saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Callable[[r
     weights = placement.trained(models)
     ema = {key: p.detach().clone() for key, p in weights.items()} if cfg.base.use_ema else {}
     training = placement.saved(models, task)
-    followers = {key: value for average in following(models, task.follows) for key, value in average.values.items()}
+    followers = {key: value for average in following(models, task.follows, cfg) for key, value in average.values.items()}
     for module in training.values():
         accelerator.prepare(module)  # called as in the run: in its precision
     checkpoint.attach(accelerator, training, ema | followers)

@@ -27,7 +27,7 @@ class Settings:
 class Config:
     base: Base = field(default_factory=Base)
     data: Data = field(default_factory=Data)
-    consistency: Settings = field(default_factory=Settings)
+    following: Settings = field(default_factory=Settings)
 
 
 class Net(torch.nn.Module):
@@ -64,19 +64,19 @@ def loss_fn(models, batch, rng, cfg):
     assert not goal.requires_grad and not models["target"].training
     error = (models["net"](far, t + 0.1) - goal).square().mean() * (1 + seen.mean)
     second = lambda: 0.1 * models["net"](near, t).square().mean()  # noqa: E731
-    early = second() if cfg.consistency.ahead else None
-    logs = {"late": float(batch["n"][0])} if cfg.consistency.alone and batch["n"][0] % 4 >= 2 else {}
-    yield Loss("net", error, logs, step=not cfg.consistency.twice)
-    if cfg.consistency.moving:  # without regard to the phase: what a pass moves beside the training, it puts back
+    early = second() if cfg.following.ahead else None
+    logs = {"late": float(batch["n"][0])} if cfg.following.alone and batch["n"][0] % 4 >= 2 else {}
+    yield Loss("net", error, logs, step=not cfg.following.twice)
+    if cfg.following.moving:  # without regard to the phase: what a pass moves beside the training, it puts back
         seen.count += 1
         seen.mean += (error.detach() - seen.mean) / seen.count
-    if cfg.consistency.twice:
+    if cfg.following.twice:
         yield Loss("net", second() if early is None else early)
 
 
 task = Task(
     config=Config,
-    make_models=lambda cfg: {"net": Net(cfg.consistency.moving), "seen": Seen()},
+    make_models=lambda cfg: {"net": Net(cfg.following.moving), "seen": Seen()},
     make_optim=lambda models, cfg: {"net": torch.optim.AdamW(models["net"].parameters(), 0.05)},
     loss_fn=loss_fn,
     sample_fn=lambda models, examples, rng, cfg: {},
