@@ -231,7 +231,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         for text in itertools.chain(*remarks, task.remarks(learner.models, cfg)):
             report.say(text)
         left = {k: e for k, e in task.encodings.items() if k not in examples.encoded}
-        frozen = {k: e for k, e in left.items() if not any(map(trains, named(learner.models, e.models)))}
+        frozen = {k: e for k, e in left.items() if (m := named(learner.models, e.models)) and not any(map(trains, m))}
         idle = encodings.encode_once(examples, frozen, learner.models, cfg, accelerator, report.say)
         move(learner.models, idle, "cpu")
         manifest = facts | {

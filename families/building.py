@@ -98,7 +98,7 @@ def build(
 def usual(kind: str, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The config with one key as it works beside most others: at a plain value, or else at its default."""
     levels = len(config["block_out_channels"]) if isinstance(config.get("block_out_channels"), list) else 4
-    middle = {"UNet2DModel": "", "AutoencoderKL": "Encoder"}[kind]
+    middle = {"AutoencoderKL": "Encoder"}.get(kind, "")
     plain = {
         "norm_num_groups": 1,
         "block_out_channels": [32] * levels,

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from test_lora import draw_photos
 from test_streaming import parquet
-from warm import ROOT, UNET, VAE, cli, flags
+from warm import DIT, ROOT, UNET, VAE, cli, flags
 
 from oneloop import configs
 from oneloop.settings import command_line
@@ -56,7 +56,7 @@ def place(tmp_path_factory):
     code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Task(" in code)
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)
-    for name, model in (("unet.json", UNET), ("vae.json", VAE)):
+    for name, model in (("unet.json", UNET), ("vae.json", VAE), ("dit.json", DIT)):
         (folder / name).write_text(json.dumps(model))
     (folder / "lpips.py").touch()  # an optional package that no command gets as far as using
     return folder
@@ -87,6 +87,8 @@ def small(folder, cfg):
         settings |= model | {"vae.disc_channels": 4, "vae.disc_layers": 1, "vae.perceptual_weight": 0}
     elif task == "ddpm":
         settings |= {"ddpm.model_config": "unet.json", "ddpm.ddpm_num_inference_steps": 2}
+    elif task in ("edm", "dit"):
+        settings |= {f"{task}.model_config": "unet.json" if task == "edm" else "dit.json", f"{task}.num_inference_steps": 2}
     return flags(task, settings)[1:]
 
 
