@@ -1,22 +1,22 @@
 """Models from scratch: classes and guidance, EDM, transformers on pixels and latents; formulas written here a second time."""
 
+import json
 import math
 import runpy
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import EDMEulerScheduler, UNet2DModel
+from PIL import Image
 from test_settings import refused
-from warm import DIT, UNET, checkpoints, cli, cli_many, digest, distance, fork, tiny
+from warm import DIT, UNET, cli, cli_many, digest, distance, fork, tiny
 
 from oneloop.families import classes, drawing
 from oneloop.families import dit as transformer
 from oneloop.maths import edm as maths
-from oneloop.tasks import Facts, Rng, ddpm, dit, edm
-
+from oneloop.tasks import Rng, ddpm, dit, edm
 
 
 class Answer(torch.nn.Module):
@@ -129,7 +129,7 @@ def test_edm_loss_is_the_paper_s():
 
 
 def test_dit_loss_is_sit_s():
-    """v = alpha' x + sigma' noise with alpha = 1 - t, sigma = t (Ma et al. 2024), at 1000 t; a shift has t' = a t / (1 + (a - 1) t)."""
+    """v = alpha' x + sigma' noise, alpha = 1 - t, sigma = t (Ma et al. 2024), at 1000 t; shifted: a t / (1 + (a - 1) t)."""
     torch.manual_seed(0)
     cfg = dit.Config(dit=dit.Settings(num_classes=3, label_dropout=0.5, flow_shift=3.0))
     model = transformer.make(DIT, "it", (3, 8, 8), 3).train()
@@ -231,3 +231,41 @@ def test_an_autoencoder_its_latents_and_a_transformer_on_them(tmp_path):
     shutil.rmtree(tmp_path / "vae")
     scope = runpy.run_path(str(tmp_path / "moved" / "load.py"))
     assert scope["x"].shape == (3, 2, 4, 4) and scope["vae"].config.scaling_factor != 0.18215
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "says"),
+    [
+        ("ddpm", ["--ddpm.guidance-scale", "3"], ["--ddpm.guidance-scale is 3.0", "--ddpm.class-conditional beside it"]),
+        ("dit", ["--dit.label-dropout", "0"], ["--dit.guidance-scale is 1.5", "--dit.label-dropout above 0"]),
+        ("edm", ["--edm.class-conditional", "--edm.num-classes", "2"], ["--edm.num-classes is 2", "at least 3, the classes"]),
+        ("edm", ["--edm.sigma-min", "100"], ["--edm.sigma-min is 100.0", "less than sigma_max, 80.0"]),
+        ("edm", ["--edm.model-config", "fourier.json"], ["fourier.json", "time_embedding_type", "expected positional"]),
+        ("dit", ["--data.resolution", "9"], ["--data.resolution is 9", "a multiple of 2, the patches of --dit.model-config"]),
+        ("dit", ["--data.buckets"], ["--data.buckets is True", "positions are those of one size"]),
+        ("dit", ["--dit.model-config", "unet.json"], ["unet.json", "_class_name is DiTTransformer2DModel"]),
+        ("dit", ["--dit.model-config", "four.json"], ["four.json: in_channels is 4; expected 3"]),
+        ("dit", ["--dit.model-config", "odd.json"], ["odd.json: num_attention_heads is 'two'"]),
+        ("dit", ["--dit.model-config", "patch.json"], ["patch.json: patch_size is 0; expected an integer from 1"]),
+        ("dit", ["--dit.vae-subfolder", "vae"], ["--dit.vae-subfolder is 'vae'", "--dit.pretrained-vae-model-name-or-path"]),
+        ("dit", ["--dit.pretrained-vae-model-name-or-path", "./gone"], ["gone: not an autoencoder of diffusers"]),
+        ("dit", ["--dit.pretrained-vae-model-name-or-path", "./unet"], ["holds a UNet2DModel; expected an autoencoder"]),
+        ("dit", ["--data.train-data-dir", "plain"], ["--dit.class-conditional: the images do not say labels"]),
+    ],
+)
+def test_bad_input_is_a_line(tmp_path, task, flags, says):
+    given = tiny(tmp_path, task=task)
+    for name, config in (
+        ("fourier", UNET | {"time_embedding_type": "fourier"}),
+        ("four", DIT | {"in_channels": 4}),
+        ("odd", DIT | {"num_attention_heads": "two"}),
+        ("patch", DIT | {"patch_size": 0}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(UNET))
+    (tmp_path / "plain").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "plain" / f"{i}.png")
+    refused(cli(tmp_path, *given, *flags), *says)
+    assert not (tmp_path / "out" / "checkpoint-6").exists()
