@@ -65,7 +65,7 @@ from oneloop.machine.placement import (
     trains,
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
-from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
+from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, hash64
 from oneloop.training import ema, fused, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
@@ -74,6 +74,7 @@ from oneloop.training.profiling import profiled
 from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
+from oneloop.views.evaluate import during
 from oneloop.views.introduction import introduce
 from oneloop.views.loading import load_file
 from oneloop.views.publish import owed, publish
@@ -153,6 +154,8 @@ class Run:
     """Optimizer steps of the whole run."""
     factor_at: Callable[[int], float]
     """Optimizer step -> the factor on the peak learning rates."""
+    judge: Callable[[], Callable[..., dict[str, float]]]
+    """What judges samples while it trains (views/evaluate.py), made once, on the main process."""
 
 
 def run(task: Task, cfg: Any) -> TrainState | None:
@@ -242,7 +245,9 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         }
         guard = Guard(accelerator, learner.state, cfg.base.max_skipped_updates, examples.source.name)
         made = (task, cfg, accelerator, report, saves, learner, guard, examples, held_out, frozen, idle, manifest)
-        this = Run(*made, total, factor_at)
+        judge = functools.cache(lambda: during(task, cfg))
+        on_main(accelerator, lambda: judge() and None) if cfg.base.evaluate_steps else None
+        this = Run(*made, total, factor_at, judge)
 
         # What every number became, said once; then the loop, and its end.
         first = examples[range(cfg.data.train_batch_size)]
@@ -458,6 +463,8 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
             run.guard.read()
             rates = {f"lr/{k}" if len(learner.peaks) > 1 else "lr": peak[0] * factor for k, peak in learner.peaks.items()}
             report.log(meter.read(per_step) | rates | {"ema_decay": decay}, state.step)
+        if base.evaluate_steps and (last or state.step % base.evaluate_steps == 0):  # before what would not be done again
+            show(run, "judgement", lambda draw: run.judge()(state.step, draw), run.report.log)
         if last or state.step % base.checkpointing_steps == 0:
             saved = save(run)
         if validates(run):
@@ -522,18 +529,31 @@ def validate(run: Run) -> None:
             measures = validation.measure(run.held_out, accelerator, measured, shown)
         run.report.log(measures, state.step)
 
-    def samples() -> None:
-        rng = Rng.of(base.seed, range(base.num_samples), "samples", accelerator.device)
-        shown = lambda first, count: data.Fixed(run.examples, count, accelerator.device, base.num_samples, first, True)  # noqa: E731
+    count = base.num_samples
+    show(run, "samples", lambda draw: draw(range(count), count), run.report.images)
+
+
+def show(run: Run, what: str, make: Callable[..., Any], tell: Callable[[Any, int], None]) -> None:
+    """Tell, on the main process, what is made with a function that draws the samples of some numbers of a grid; where that
+    fails there is a warning, and training goes on."""
+    accelerator, learner, seed = run.accelerator, run.learner, run.cfg.base.seed
+
+    def drawn(numbers: range, count: int) -> Images:
+        rng = Rng.of(seed, numbers, "samples", accelerator.device)
+        shown = lambda at, size: data.Fixed(run.examples, size, accelerator.device, count, numbers[0] + at, True)  # noqa: E731
+        return draw(run.task, learner.models, learner.weights, learner.state.ema, shown, rng, accelerator, run.cfg)
+
+    def warned() -> None:
         try:
-            drawn = draw(run.task, learner.models, learner.weights, state.ema, shown, rng, accelerator, run.cfg)
+            made = make(drawn)
         except Exception as error:
             reason = " ".join(str(error).split())[:500]
-            run.report.say(f"warning: no samples of step {state.step}: {type(error).__name__}: {reason}")
+            run.report.say(f"warning: no {what} of step {learner.state.step}: {type(error).__name__}: {reason}")
         else:
-            run.report.images(drawn, state.step)
+            tell(made, learner.state.step)
 
-    on_main(accelerator, samples)
+    move(learner.models, run.idle, accelerator.device)
+    on_main(accelerator, warned)
     move(learner.models, run.idle, "cpu")
 
 
