@@ -52,7 +52,7 @@ class Config:
     """Settings of a run of this task."""
 
     base: Base = field(default_factory=Base)
-    data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=16))
+    data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=8))
     ddpm: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
