@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from oneloop.configs import BadInput, require
+from oneloop.configs import BadInput
 from oneloop.families import building
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ def make(config: Mapping[str, Any], what: str, size: tuple[int, int, int], num_c
     import torch
 
     channels, side = size[:2]
-    expected = f"a side of latents that is a multiple of {patch(config, what)}, the patches of {what}"
-    require(side % patch(config, what) == 0, "data.resolution", f"{side} as a latent", expected)
+    if side % patch(config, what):
+        raise BadInput(
+            f"--data.resolution: latents are {side} wide; expected a multiple of {patch(config, what)}, as {what} says"
+        )
     for key in ("in_channels", "out_channels"):
         if config.get(key, channels) not in (channels, None):
             raise BadInput(f"{what}: {key} is {config[key]!r}; expected {channels}, the channels of what is trained on")
