@@ -41,10 +41,9 @@ def make(config: Mapping[str, Any], what: str, size: tuple[int, int, int], num_c
     import torch
 
     channels, side = size[:2]
-    if side % patch(config, what):
-        raise BadInput(
-            f"--data.resolution: latents are {side} wide; expected a multiple of {patch(config, what)}, as {what} says"
-        )
+    least = patch(config, what)
+    if side % least:
+        raise BadInput(f"--data.resolution: latents are {side} wide; expected a multiple of {least}, the patches of {what}")
     for key in ("in_channels", "out_channels"):
         if config.get(key, channels) not in (channels, None):
             raise BadInput(f"{what}: {key} is {config[key]!r}; expected {channels}, the channels of what is trained on")
