@@ -55,7 +55,6 @@ from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import (
     altered,
     at_rest,
-    draw,
     identity,
     make_models,
     move,
@@ -65,8 +64,8 @@ from oneloop.machine.placement import (
     trains,
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
-from oneloop.tasks import Batch, Encoding, Images, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, fused, optimizers, prior, rounding, validation
+from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
+from oneloop.training import ema, fused, optimizers, prior, rounding, showing, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
@@ -74,7 +73,6 @@ from oneloop.training.profiling import profiled
 from oneloop.training.signals import Signals
 from oneloop.views import data_report, estimate
 from oneloop.views.console import Report, clock
-from oneloop.views.evaluate import during
 from oneloop.views.introduction import introduce
 from oneloop.views.loading import load_file
 from oneloop.views.publish import owed, publish
@@ -245,9 +243,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         }
         guard = Guard(accelerator, learner.state, cfg.base.max_skipped_updates, examples.source.name)
         made = (task, cfg, accelerator, report, saves, learner, guard, examples, held_out, frozen, idle, manifest)
-        judge = functools.cache(lambda: during(task, cfg))
-        on_main(accelerator, lambda: judge() and None) if cfg.base.evaluate_steps else None
-        this = Run(*made, total, factor_at, judge)
+        this = Run(*made, total, factor_at, showing.judge_of(task, cfg, accelerator))
 
         # What every number became, said once; then the loop, and its end.
         first = examples[range(cfg.data.train_batch_size)]
@@ -435,6 +431,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
     if validates(run) and not on_main(accelerator, drawn):  # before the first step; or saved, and killed before this
         validate(run)
+    showing.judge(run, again=False)
     while state.step < run.total and not signals.agreed():
         factor = set_rates(run)
         for batch in meter.fetch(batches, base.gradient_accumulation_steps):
@@ -463,12 +460,11 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
             run.guard.read()
             rates = {f"lr/{k}" if len(learner.peaks) > 1 else "lr": peak[0] * factor for k, peak in learner.peaks.items()}
             report.log(meter.read(per_step) | rates | {"ema_decay": decay}, state.step)
-        if base.evaluate_steps and (last or state.step % base.evaluate_steps == 0):  # before what would not be done again
-            show(run, "judgement", lambda draw: run.judge()(state.step, draw), run.report.log)
         if last or state.step % base.checkpointing_steps == 0:
             saved = save(run)
         if validates(run):
             validate(run)
+        showing.judge(run)
     run.saves.settle()
     if saved is None or saved.name != f"checkpoint-{state.step}":  # stopped by a signal between two checkpoints
         saved = save(run)
@@ -517,7 +513,7 @@ def step_optimizer(run: Run, name: str, meter: Meter) -> None:
 
 def validate(run: Run) -> None:
     """The loss on held-out examples, and a grid of samples; a sample that fails is a warning, and training goes on."""
-    accelerator, base, learner, state = run.accelerator, run.cfg.base, run.learner, run.learner.state
+    accelerator, learner, state = run.accelerator, run.learner, run.learner.state
     run.guard.read()
     run.guard.check_weights(learner.weights, state.ema | state.follows)
     move(learner.models, run.idle, accelerator.device)
@@ -529,32 +525,7 @@ def validate(run: Run) -> None:
             measures = validation.measure(run.held_out, accelerator, measured, shown)
         run.report.log(measures, state.step)
 
-    count = base.num_samples
-    show(run, "samples", lambda draw: draw(range(count), count), run.report.images)
-
-
-def show(run: Run, what: str, make: Callable[..., Any], tell: Callable[[Any, int], None]) -> None:
-    """Tell, on the main process, what is made with a function that draws the samples of some numbers of a grid; where that
-    fails there is a warning, and training goes on."""
-    accelerator, learner, seed = run.accelerator, run.learner, run.cfg.base.seed
-
-    def drawn(numbers: range, count: int) -> Images:
-        rng = Rng.of(seed, numbers, "samples", accelerator.device)
-        shown = lambda at, size: data.Fixed(run.examples, size, accelerator.device, count, numbers[0] + at, True)  # noqa: E731
-        return draw(run.task, learner.models, learner.weights, learner.state.ema, shown, rng, accelerator, run.cfg)
-
-    def warned() -> None:
-        try:
-            made = make(drawn)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:500]
-            run.report.say(f"warning: no {what} of step {learner.state.step}: {type(error).__name__}: {reason}")
-        else:
-            tell(made, learner.state.step)
-
-    move(learner.models, run.idle, accelerator.device)
-    on_main(accelerator, warned)
-    move(learner.models, run.idle, "cpu")
+    showing.samples(run)
 
 
 def save(run: Run) -> Path:

@@ -156,6 +156,13 @@ def test_judged_while_it_trains(run, tmp_path):
     figures = {line["step"]: line for line in metrics(tmp_path / "out") if "evaluate/named" in line}
     files = {int(path.stem): json.loads(path.read_text()) for path in (tmp_path / "out" / "evaluation").glob("*.json")}
     assert list(figures) == sorted(files) == [4, 6] and digest(tmp_path / "out") == digest(folder / "out")
+    for path in (
+        *(tmp_path / "out" / "evaluation").glob("6.*"),
+        *(tmp_path / "out").glob("export*"),
+    ):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = cli(tmp_path, *tiny(tmp_path, **settings), patch=quicker)
+    assert again.code == 0 and json.loads((tmp_path / "out" / "evaluation" / "6.json").read_text()) == files[6], again.err
     assert cli(tmp_path, "evaluate", "out", "--num", "40", patch=quick).code == 0
     assert json.loads((tmp_path / "out" / "evaluation" / "6.json").read_text()) == files[6] and files[6]["num"] == 40
     for name, kind in (("frechet", files[6]["features"]["classifier"]), ("median distance", files[6]["drawings"])):
