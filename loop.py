@@ -516,15 +516,14 @@ def validate(run: Run) -> None:
     accelerator, learner, state = run.accelerator, run.learner, run.learner.state
     run.guard.read()
     run.guard.check_weights(learner.weights, state.ema | state.follows)
-    move(learner.models, run.idle, accelerator.device)
     if run.held_out:
+        move(learner.models, run.idle, accelerator.device)
         versions = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
         shown = {name: at_rest(learner.models, learner.weights, version) for name, version in versions.items()}
         measured = lambda batch, rng: losses(run, batch, rng, learner.models, state.step, "validate")  # noqa: E731
         with same_buffers(learner.models):
             measures = validation.measure(run.held_out, accelerator, measured, shown)
         run.report.log(measures, state.step)
-
     showing.samples(run)
 
 
