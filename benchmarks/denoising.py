@@ -1,6 +1,7 @@
 """Short runs on the embedded shapes, by how well they denoise: what is worth a run that is judged by its samples.
 
     python -m benchmarks.denoising base rate-4e-3 --steps 400
+    python -m benchmarks.denoising batch-8 --steps 700
 
 A line of JSON for each variant: the CPU seconds of its training alone, in a bare loop on one thread, and the root mean square
 error of the clean image, in levels of 255, at ten noise levels, over 256 drawings that were not trained on: it varies far less
@@ -26,7 +27,7 @@ from oneloop.training.ema import decay_at
 SIDE, SIZE, LEVELS = 16, 2560, (50, 200, 400, 500, 600, 700, 800, 850, 900, 950)
 USUAL: dict[str, Any] = {"unet": {}, "batch": 16, "rate": 2e-3, "predicts": "sample", "gamma": 1.0}
 PLAIN = {"down_block_types": [*2 * ["DownBlock2D"], "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", *2 * ["UpBlock2D"]]}
-EARLIER = {
+UNET = {  # the default when these were measured
     "layers_per_block": 1,
     "block_out_channels": [24, 48, 64],
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
@@ -40,9 +41,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scale-shift": {"unet": {"resnet_time_scale_shift": "scale_shift"}},
     "wide": {"unet": {"block_out_channels": [16, 64, 128], **PLAIN}},
     "batch-8": {"batch": 8},
-    "v": {"predicts": "v_prediction"},
+    "batch-8-v": {"batch": 8, "predicts": "v_prediction"},
+    "batch-8-small": {"batch": 8, "unet": {"block_out_channels": [16, 32, 64], **PLAIN}},
 }
-"""Variant -> what it changes of USUAL, and of the UNet that was the default before."""
+"""Variant -> what it changes of USUAL, and of the UNet."""
 
 
 def drawings(first: int, count: int) -> Tensor:
@@ -55,7 +57,7 @@ def trained(steps: int, seed: int, unet: dict, batch: int, rate: float, predicts
     """The EMA of a run of so many steps."""
     drawn, data, order = torch.Generator().manual_seed(seed), drawings(0, SIZE), []
     torch.manual_seed(seed)
-    model = UNet2DModel(**(EARLIER | unet), sample_size=SIDE).train()
+    model = UNet2DModel(**(UNET | unet), sample_size=SIDE).train()
     params, alphas = list(model.parameters()), diffusion.alphas_cumprod(1000, "squaredcos_cap_v2", "cpu")
     optim = torch.optim.AdamW(params, rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average, warmup = [p.detach().clone() for p in params], steps // 20
