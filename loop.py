@@ -65,13 +65,13 @@ from oneloop.machine.placement import (
 )
 from oneloop.machine.processes import company, in_turns, on_main, share
 from oneloop.tasks import Batch, Encoding, Loss, Models, Optims, Rng, Task, hash64
-from oneloop.training import ema, fused, optimizers, prior, rounding, showing, validation
+from oneloop.training import ema, fused, optimizers, prior, rounding, validation
 from oneloop.training.guard import Guard
 from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
 from oneloop.training.profiling import profiled
 from oneloop.training.signals import Signals
-from oneloop.views import data_report, estimate
+from oneloop.views import data_report, estimate, showing
 from oneloop.views.console import Report, clock
 from oneloop.views.introduction import introduce
 from oneloop.views.loading import load_file

@@ -70,13 +70,13 @@ BUGS = [  # what, file, line, the same with the bug
     ),
     (
         "encoders are not brought back for samples",
-        "training/showing.py",
+        "views/showing.py",
         "    move(learner.models, run.idle, accelerator.device)\n",
         "",
     ),
     (
         "encoders stay on the device after samples",
-        "training/showing.py",
+        "views/showing.py",
         '    on_main(accelerator, told)\n    move(learner.models, run.idle, "cpu")\n',
         "    on_main(accelerator, told)\n",
     ),

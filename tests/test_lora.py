@@ -27,7 +27,7 @@ from oneloop.inputs import encodings, shapes, sources
 from oneloop.maths import diffusion
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
-from oneloop.training import showing
+from oneloop.views import showing
 from oneloop.views.loading import load_lines
 
 CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
