@@ -101,6 +101,9 @@ class Base:
     """Optimizer steps between two lines of metrics."""
     validation_steps: Live[CountOrZero] = 500
     """Optimizer steps between two validations, a grid of samples and the loss on data.validation_split; 0: only at the end."""
+    evaluate_steps: Live[CountOrZero] = 0
+    """Optimizer steps between two judgements of 256 samples by what `evaluate` measures, in the log, the report and the
+    trackers (docs/evaluating.md); 0: none."""
     num_samples: Live[Images] = 16
     """Images in a grid; the same seeds each time."""
     checkpointing_steps: Live[Count] = 500

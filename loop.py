@@ -55,7 +55,6 @@ from oneloop.machine.memory import Memory, peak_memory
 from oneloop.machine.placement import (
     altered,
     at_rest,
-    draw,
     identity,
     make_models,
     move,
@@ -72,7 +71,7 @@ from oneloop.training.losses import in_order, no_leak, same_gradients
 from oneloop.training.meter import Meter
 from oneloop.training.profiling import profiled
 from oneloop.training.signals import Signals
-from oneloop.views import data_report, estimate
+from oneloop.views import data_report, estimate, showing
 from oneloop.views.console import Report, clock
 from oneloop.views.introduction import introduce
 from oneloop.views.loading import load_file
@@ -153,6 +152,8 @@ class Run:
     """Optimizer steps of the whole run."""
     factor_at: Callable[[int], float]
     """Optimizer step -> the factor on the peak learning rates."""
+    judge: Callable[[], Callable[..., dict[str, float]]]
+    """What judges samples while it trains (views/evaluate.py), made once, on the main process."""
 
 
 def run(task: Task, cfg: Any) -> TrainState | None:
@@ -232,7 +233,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         for text in itertools.chain(*remarks, task.remarks(learner.models, cfg)):
             report.say(text)
         left = {k: e for k, e in task.encodings.items() if k not in examples.encoded}
-        frozen = {k: e for k, e in left.items() if not any(map(trains, named(learner.models, e.models)))}
+        frozen = {k: e for k, e in left.items() if (m := named(learner.models, e.models)) and not any(map(trains, m))}
         idle = encodings.encode_once(examples, frozen, learner.models, cfg, accelerator, report.say)
         move(learner.models, idle, "cpu")
         manifest = facts | {
@@ -243,7 +244,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         }
         guard = Guard(accelerator, learner.state, cfg.base.max_skipped_updates, examples.source.name)
         made = (task, cfg, accelerator, report, saves, learner, guard, examples, held_out, frozen, idle, manifest)
-        this = Run(*made, total, factor_at)
+        this = Run(*made, total, factor_at, showing.judge_of(task, cfg, accelerator))
 
         # What every number became, said once; then the loop, and its end.
         first = examples[range(cfg.data.train_batch_size)]
@@ -431,6 +432,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
     drawn = lambda: any(run.report.out.glob(f"samples/{state.step}*.png"))  # noqa: E731
     if validates(run) and not on_main(accelerator, drawn):  # before the first step; or saved, and killed before this
         validate(run)
+    showing.judge(run, again=False)
     while state.step < run.total and not signals.agreed():
         factor = set_rates(run)
         for batch in meter.fetch(batches, base.gradient_accumulation_steps):
@@ -463,6 +465,7 @@ def train(run: Run, batches: Iterator[Batch], signals: Signals, saved: Path | No
             saved = save(run)
         if validates(run):
             validate(run)
+        showing.judge(run)
     run.saves.settle()
     if saved is None or saved.name != f"checkpoint-{state.step}":  # stopped by a signal between two checkpoints
         saved = save(run)
@@ -511,31 +514,18 @@ def step_optimizer(run: Run, name: str, meter: Meter) -> None:
 
 def validate(run: Run) -> None:
     """The loss on held-out examples, and a grid of samples; a sample that fails is a warning, and training goes on."""
-    accelerator, base, learner, state = run.accelerator, run.cfg.base, run.learner, run.learner.state
+    accelerator, learner, state = run.accelerator, run.learner, run.learner.state
     run.guard.read()
     run.guard.check_weights(learner.weights, state.ema | state.follows)
-    move(learner.models, run.idle, accelerator.device)
     if run.held_out:
+        move(learner.models, run.idle, accelerator.device)
         versions = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
         shown = {name: at_rest(learner.models, learner.weights, version) for name, version in versions.items()}
         measured = lambda batch, rng: losses(run, batch, rng, learner.models, state.step, "validate")  # noqa: E731
         with same_buffers(learner.models):
             measures = validation.measure(run.held_out, accelerator, measured, shown)
         run.report.log(measures, state.step)
-
-    def samples() -> None:
-        rng = Rng.of(base.seed, range(base.num_samples), "samples", accelerator.device)
-        shown = lambda first, count: data.Fixed(run.examples, count, accelerator.device, base.num_samples, first, True)  # noqa: E731
-        try:
-            drawn = draw(run.task, learner.models, learner.weights, state.ema, shown, rng, accelerator, run.cfg)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:500]
-            run.report.say(f"warning: no samples of step {state.step}: {type(error).__name__}: {reason}")
-        else:
-            run.report.images(drawn, state.step)
-
-    on_main(accelerator, samples)
-    move(learner.models, run.idle, "cpu")
+    showing.samples(run)
 
 
 def save(run: Run) -> Path:

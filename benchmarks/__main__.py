@@ -99,7 +99,7 @@ class Case:
 UNET = "ddpm --ddpm.model-config examples/mnist_unet.json --data.train-batch-size 64"
 LORA = "--data.num-shapes 64 --data.center-crop --base.num-samples 1 --lora.num-inference-steps 1"
 CASES = {
-    "smallest": Case("ddpm", times=10),
+    "smallest": Case("ddpm --data.train-batch-size 16", times=10),
     "mnist_unet": Case(f"{UNET} --data.resolution 32", limit=62_700, times=10),
     "unet64": Case(f"{UNET} --data.resolution 64", gpu=True, times=10),
     "lora": Case(

@@ -1,4 +1,4 @@
-"""The loss of a run against its steps, as an SVG: python benchmarks/curve.py runs/mnist docs/mnist_loss.svg
+"""The loss of a run against its steps, as an SVG: python benchmarks/curve.py runs/mnist loss.svg
 
 Needs matplotlib.
 """

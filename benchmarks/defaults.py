@@ -23,7 +23,7 @@ SHAPES = {
     "v": ["--ddpm.prediction-type", "v_prediction", "--ddpm.snr-gamma", "5"],
     "gamma-0.1": ["--ddpm.snr-gamma", "0.1"],
     "rate-4e-3": ["--ddpm.learning-rate", "4e-3"],
-    "batch-32": ["--data.train-batch-size", "32"],
+    "batch-16": ["--data.train-batch-size", "16"],
 }
 OFFICIAL = ["--ddpm.prediction-type", "epsilon", "--ddpm.ddpm-beta-schedule", "linear", "--ddpm.snr-gamma", "None"]
 MNIST = {
@@ -66,7 +66,7 @@ def scores(result: dict) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("shapes", "mnist"))
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, help="of each run; none: as many as are usual")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--only", nargs="+", help="some of the variants")
@@ -77,11 +77,12 @@ def main() -> None:
     digits = ["--data.dataset-name", given.data_dir, "--data.validation-split", "test", "--data.train-batch-size", "32"]
     for name in given.only or variants:
         for seed in range(given.seeds):
-            out = Path(given.to) / f"{given.what}-{name.replace(', ', '-')}-{given.steps}-{seed}"
-            flags = ["--base.max-train-steps", str(given.steps), "--base.seed", str(seed), *variants[name]]
-            cpu = train(out, flags + (digits if given.what == "mnist" else []))
-            line = {"variant": name, "steps": given.steps, "seed": seed, "cpu seconds": cpu}
-            print(json.dumps(line | scores(evaluate(out, ["--num", str(given.num)]))), flush=True)
+            out = Path(given.to) / f"{given.what}-{name.replace(', ', '-')}-{given.steps or 'usual'}-{seed}"
+            length = ["--base.max-train-steps", str(given.steps)] if given.steps else []
+            cpu = train(out, [*length, "--base.seed", str(seed), *variants[name], *(digits if given.what == "mnist" else [])])
+            result = evaluate(out, ["--num", str(given.num)])
+            line = {"variant": name, "steps": result["step"], "seed": seed, "cpu seconds": cpu}
+            print(json.dumps(line | scores(result)), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LEVELS = 16
 """Most levels of a model, each of which halves the image but the first."""
 LAYERS = 1000
-"""Most layers of a level."""
+"""Most layers of a level, or of a transformer."""
 NUMBER = 10**6
 """The largest integer in a config."""
 
@@ -44,7 +44,7 @@ def check_types(kind: type, config: Mapping[str, Any], what: str) -> None:
         BadInput: with the key.
     """
     for name, hint in get_type_hints(inspect.unwrap(kind.__init__)).items():
-        most = LAYERS if name == "layers_per_block" else NUMBER
+        most = LAYERS if name in ("layers_per_block", "num_layers") else NUMBER
         if name in config and not _fits(config[name], hint, most):
             words = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("tuple", "list")
             raise BadInput(f"{what}: {name} is {_shown(config[name])}; expected {words}, integers up to {most:,}")
@@ -98,7 +98,7 @@ def build(
 def usual(kind: str, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     """The config with one key as it works beside most others: at a plain value, or else at its default."""
     levels = len(config["block_out_channels"]) if isinstance(config.get("block_out_channels"), list) else 4
-    middle = {"UNet2DModel": "", "AutoencoderKL": "Encoder"}[kind]
+    middle = {"AutoencoderKL": "Encoder"}.get(kind, "")
     plain = {
         "norm_num_groups": 1,
         "block_out_channels": [32] * levels,

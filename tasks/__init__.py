@@ -137,7 +137,7 @@ class Encoding(Generic[C]):
     """The columns that it reads; none: the one that it is called by in `Task.encodings`."""
     models: tuple[str, ...]
     """Models that it calls and the loss does not: with everything cached they leave the device but for samples. While one of
-    them trains the loop leaves the column as it is, and the loss encodes it."""
+    them trains, or where the task made none, the loop leaves the column as it is."""
     key: Callable[[C], Any] = lambda cfg: None
     """What decides the result beside the values and the models, such as a tokenizer; compared by its repr."""
     remark: Callable[[list[str], C], str | None] | None = None

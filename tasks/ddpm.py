@@ -1,6 +1,7 @@
-"""Train a diffusion model of images from scratch, without conditions.
+"""Train a diffusion model of images from scratch, alone or by class.
 
     python loop.py ddpm --base.num-epochs 10
+    python loop.py ddpm --ddpm.class-conditional
 
 Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models (arXiv:2006.11239). The export is a `DDPMPipeline`.
 """
@@ -12,39 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from oneloop.configs import (
-    Amount,
-    Base,
-    Data,
-    Live,
-    Name,
-    Range,
-    ShareBelowOne,
-    check,
-    read_model_config,
-    require,
-)
-from oneloop.families import building
+from oneloop.configs import Base, Data, Live, Range, check, require
+from oneloop.families import classes, drawing, scratch
+from oneloop.families.scratch import New
 from oneloop.maths import diffusion
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, masked, mean
 from oneloop.training import optimizers
 
-DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
-    "layers_per_block": 1,
-    "block_out_channels": [24, 48, 64],
-    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    "attention_head_dim": 16,
-    "norm_num_groups": 8,
-}
-
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(New):
     """The model and its objective."""
 
-    model_config: Live[Name | None] = None
-    """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: a small one fit for 16x16 on a CPU."""
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "sample"
     """What the model predicts: the noise, the clean image (best where training is short), or v."""
     snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = 1.0
@@ -59,18 +39,6 @@ class Settings:
     ddpm_num_inference_steps: Live[Annotated[int, Range(1, 100_000)] | None] = None
     """Steps to draw a sample. None: 25 with dpm++, 50 with ddim, 100 with ddpm, and twice as many on the schedule linear, where
     fewer would draw images too close to their mean."""
-    optimizer: optimizers.Kind = "adamw"
-    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
-    learning_rate: Live[Amount] = 2e-3
-    """Peak learning rate: of AdamW; about 1 with prodigy."""
-    adam_beta1: Live[ShareBelowOne] = 0.9
-    """AdamW's beta1."""
-    adam_beta2: Live[ShareBelowOne] = 0.99
-    """AdamW's beta2."""
-    adam_weight_decay: Live[Amount] = 1e-2
-    """AdamW's weight decay."""
-    adam_epsilon: Live[Amount] = 1e-8
-    """AdamW's epsilon."""
 
     def __post_init__(self):
         check(self, "ddpm")
@@ -84,19 +52,16 @@ class Config:
     """Settings of a run of this task."""
 
     base: Base = field(default_factory=Base)
-    data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=16))
+    data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=8))
     ddpm: Settings = field(default_factory=Settings)
 
     def __post_init__(self):
-        optimizers.check(self.ddpm, "ddpm", self.base)
-        what = f"--ddpm.model-config {self.ddpm.model_config or '(the default)'}"
-        building.check_config(model_config(self), what, self.data.resolution, 4)
+        scratch.check_unet(self, "ddpm")
 
 
 def model_config(cfg: Config) -> dict[str, Any]:
     """The UNet2DModel config that the settings name."""
-    path = cfg.ddpm.model_config
-    return DEFAULT_UNET if path is None else read_model_config(path, "ddpm.model-config", "UNet2DModel")
+    return scratch.unet_config(cfg.ddpm, "ddpm")
 
 
 def scheduler(cfg: Config) -> Any:
@@ -125,12 +90,7 @@ def inference_steps(s: Settings) -> int:
 
 
 def make_models(cfg: Config) -> Models:
-    import torch
-
-    config, side = model_config(cfg) | {"sample_size": cfg.data.resolution}, cfg.data.resolution
-    call = lambda unet, x: unet(x, torch.zeros(len(x), dtype=torch.long), return_dict=False)[0]  # noqa: E731
-    what = f"--ddpm.model-config {cfg.ddpm.model_config or '(the default)'}"
-    return {"unet": building.build("UNet2DModel", config, what, (2, 3, side, side), call)}
+    return scratch.make_unet(cfg, "ddpm")
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -142,7 +102,9 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     noise = rng.normal("noise", *x.shape[1:])  # [B, 3, H, W]
     t = rng.integers("timestep", cfg.ddpm.ddpm_num_steps)  # [B]
     a = diffusion.alphas_cumprod(cfg.ddpm.ddpm_num_steps, cfg.ddpm.ddpm_beta_schedule, x.device)[t]  # [B]
-    prediction = models["unet"](diffusion.add_noise(x, noise, a), t, return_dict=False)[0]
+    labels = classes.shown(batch, rng, cfg.ddpm)  # [B]
+    given = {} if labels is None else {"class_labels": labels}
+    prediction = models["unet"](diffusion.add_noise(x, noise, a), t, **given, return_dict=False)[0]
     error = diffusion.square_error(prediction, diffusion.target(cfg.ddpm.prediction_type, x, noise, a))  # [B, 3, H, W]
     weight = diffusion.loss_weight(cfg.ddpm.prediction_type, a, cfg.ddpm.snr_gamma)  # [B]
     yield Loss("unet", mean(weight * masked(error, batch), batch))
@@ -152,6 +114,9 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
     import torch
     from diffusers import DDPMPipeline
 
+    if cfg.ddpm.class_conditional:  # a DDPMPipeline takes no labels
+        x = drawing.samples(models["unet"], scheduler(cfg), rng, scratch.shape(cfg), inference_steps(cfg.ddpm), cfg.ddpm)
+        return {"samples": (x / 2 + 0.5).clamp(0, 1)}
     pipeline = DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
@@ -166,7 +131,11 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Config) 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config) -> str:
     from diffusers import DDPMPipeline
 
-    DDPMPipeline(unet=models["unet"], scheduler=scheduler(cfg)).save_pretrained(path)
+    made = scheduler(cfg)
+    DDPMPipeline(unet=models["unet"], scheduler=made).save_pretrained(path)
+    if cfg.ddpm.class_conditional:
+        call = drawing.arguments(scratch.shape(cfg), inference_steps(cfg.ddpm), cfg.ddpm)
+        return drawing.lines({"unet": "UNet2DModel", "scheduler": type(made).__name__}, f"unet, scheduler, {call}")
     return (
         "from diffusers import DDPMPipeline\n"
         "pipeline = DDPMPipeline.from_pretrained({path})\n"
@@ -181,6 +150,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
-    multiple=lambda cfg: 2 ** (len(model_config(cfg).get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1),
+    resolve=lambda cfg, facts: classes.resolve(cfg, facts, "ddpm"),
+    multiple=lambda cfg: scratch.unet_multiple(cfg.ddpm, "ddpm"),
     card=lambda cfg: {"pipeline_tag": "unconditional-image-generation", "tags": ["ddpm"]},
 )

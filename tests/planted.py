@@ -70,15 +70,15 @@ BUGS = [  # what, file, line, the same with the bug
     ),
     (
         "encoders are not brought back for samples",
-        "loop.py",
+        "views/showing.py",
         "    move(learner.models, run.idle, accelerator.device)\n",
         "",
     ),
     (
         "encoders stay on the device after samples",
-        "loop.py",
-        '    on_main(accelerator, samples)\n    move(learner.models, run.idle, "cpu")\n',
-        "    on_main(accelerator, samples)\n",
+        "views/showing.py",
+        '    on_main(accelerator, told)\n    move(learner.models, run.idle, "cpu")\n',
+        "    on_main(accelerator, told)\n",
     ),
     (
         "modules of buffers alone are not placed",

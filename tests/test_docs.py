@@ -11,7 +11,7 @@ import tiny_families
 import tiny_models
 from test_lora import draw_photos
 from test_streaming import parquet
-from warm import ROOT, UNET, VAE, cli, flags
+from warm import DIT, ROOT, UNET, VAE, cli, flags
 
 from oneloop import configs
 from oneloop.settings import command_line
@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     (folder / "flow.py").write_text(code)
     tiny_models.build(folder)
     tiny_families.build("ZImagePipeline", folder).rename(folder / "z_image")
-    for name, model in (("unet.json", UNET), ("vae.json", VAE)):
+    for name, model in (("unet.json", UNET), ("vae.json", VAE), ("dit.json", DIT)):
         (folder / name).write_text(json.dumps(model))
     (folder / "lpips.py").touch()  # an optional package that no command gets as far as using
     return folder
@@ -92,6 +92,8 @@ def small(folder, cfg):
         settings["consistency.model_config"] = "unet.json"
     elif task == "ddpm":
         settings |= {"ddpm.model_config": "unet.json", "ddpm.ddpm_num_inference_steps": 2}
+    elif task in ("edm", "dit"):
+        settings |= {f"{task}.model_config": "unet.json" if task == "edm" else "dit.json", f"{task}.num_inference_steps": 2}
     return flags(task, settings)[1:]
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_settings import refused
-from warm import cli, tiny
+from warm import cli, digest, metrics, tiny
 
 from oneloop.evaluation import drawings, features, judge, measures, models
 from oneloop.inputs.shapes import describe_shape, draw_shape
-from oneloop.views import page
+from oneloop.views import evaluate, page
 
 
 def drawn(numbers, side=16):
@@ -139,6 +139,36 @@ def run(tmp_path_factory):
 def quick():
     """A classifier of a few steps."""
     features.STEPS = 4
+
+
+def quicker():
+    """And of few images."""
+    quick()
+    evaluate.Settings.num = 40
+
+
+def test_judged_while_it_trains(run, tmp_path):
+    """Figures in the log and a file of each step, those that `evaluate` finds; the weights have the bits of a run without."""
+    folder, _ = run
+    settings = {"data__num_shapes": 400, "data__resolution": 16, "data__validation_split": 0.1, "base__evaluate_steps": 4}
+    result = cli(tmp_path, *tiny(tmp_path, **settings), patch=quicker)
+    assert result.code == 0 and "step 6/6, evaluate/blank " in result.err, result.err
+    figures = {line["step"]: line for line in metrics(tmp_path / "out") if "evaluate/named" in line}
+    files = {int(path.stem): json.loads(path.read_text()) for path in (tmp_path / "out" / "evaluation").glob("*.json")}
+    assert list(figures) == sorted(files) == [4, 6] and digest(tmp_path / "out") == digest(folder / "out")
+    for path in (
+        *(tmp_path / "out" / "evaluation").glob("6.*"),
+        *(tmp_path / "out").glob("export*"),
+    ):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = cli(tmp_path, *tiny(tmp_path, **settings), patch=quicker)
+    assert again.code == 0 and json.loads((tmp_path / "out" / "evaluation" / "6.json").read_text()) == files[6], again.err
+    assert cli(tmp_path, "evaluate", "out", "--num", "40", patch=quick).code == 0
+    assert json.loads((tmp_path / "out" / "evaluation" / "6.json").read_text()) == files[6] and files[6]["num"] == 40
+    for name, kind in (("frechet", files[6]["features"]["classifier"]), ("median distance", files[6]["drawings"])):
+        assert figures[6][f"evaluate/{name}"] == kind["samples"][name]["value"]
+    nothing = cli(tmp_path, *tiny(tmp_path, "none", data__train_data_dir=".", base__evaluate_steps=4))
+    assert nothing.code == 2 and "error: the run held out no images (--data.validation-split)" in nothing.err, nothing.err
 
 
 def test_a_run_is_judged(run):

@@ -27,6 +27,7 @@ from oneloop.inputs import encodings, shapes, sources
 from oneloop.maths import diffusion
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
+from oneloop.views import showing
 from oneloop.views.loading import load_lines
 
 CAPTIONS = ["a photo of sks dog", "a red circle on a black background", "a small white dog", "the blue square"]
@@ -386,7 +387,7 @@ def test_what_is_cut_at_random_is_encoded_in_the_step(tmp_path, built, photos):
             seen, moves, dropped, real, placed = [], [], [], encodings.encode_once, encodings.place
             encodings.place = lambda models, *given: dropped.extend(models) or placed(models, *given)
             encodings.encode_once = lambda *args: seen.append(real(*args)) or seen[-1]
-            loop.move = lambda models, names, device: moves.append((names, device))
+            loop.move = showing.move = lambda models, names, device: moves.append((names, device))
             cfg = command_line.parse(
                 command(tmp_path, built["sd"], photos, f"out{len(str(more))}", base__max_train_steps=1, **more)
             )[1]

@@ -170,13 +170,25 @@ VAE = {
 }
 
 
+DIT = {
+    "_class_name": "DiTTransformer2DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "num_layers": 2,
+    "patch_size": 2,
+}
+
+
 def tiny(folder: Path, out: str = "out", steps: int | None = 6, task: str = "ddpm", **more: object) -> list[str]:
-    """A command line that trains in a second: 24 shapes of 8x8, a model of a few thousand weights, for `ddpm` with dropout."""
+    """A command line that trains in a second: 24 shapes of 8x8, a model of a few thousand weights, UNets with dropout."""
     (folder / "unet.json").write_text(json.dumps(UNET))
     (folder / "vae.json").write_text(json.dumps(VAE))
+    (folder / "dit.json").write_text(json.dumps(DIT))
     own = {
         "ddpm": {"ddpm.model_config": folder / "unet.json", "ddpm.ddpm_num_inference_steps": 2},
         "consistency": {"consistency.model_config": folder / "unet.json"},
+        "edm": {"edm.model_config": folder / "unet.json", "edm.num_inference_steps": 3},
+        "dit": {"dit.model_config": folder / "dit.json", "dit.num_inference_steps": 2},
         "vae": {
             "vae.model_config": folder / "vae.json",
             "vae.disc_channels": 4,

@@ -146,14 +146,14 @@ class Report:
         if not self.main:
             return
         self.metrics.write(json.dumps({"step": step} | values) + "\n")
-        first = ("loss", "lr", "images_per_second", "validation/loss")
+        first = ("loss", "lr", "images_per_second", "validation/loss", "evaluate/")
         shown = {k: f"{v:.4g}" for k, v in values.items() if k.startswith(first)}
         if self.bar is not None:
             self.bar.set_postfix(shown)
         else:  # a pipe or a file
             left = (time.perf_counter() - self.started) / max(step - self.first, 1) * (self.total - step)
             line = f"step {step}/{self.total}, {', '.join(f'{k} {v}' for k, v in shown.items())}, {clock(left)} left"
-            merged = step < self.total and not any(key.startswith("validation/") for key in values)
+            merged = step < self.total and not any(key.startswith(("validation/", "evaluate/")) for key in values)
             (self._say_soon if merged else self.say)(line)
 
     def images(self, images: Images, step: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,6 @@ def main(settings: Settings) -> None:
     """
     from oneloop import checkpoint
     from oneloop.evaluation import judge
-    from oneloop.machine import files
     from oneloop.views import page
 
     saved, facts, task, cfg = opened(settings.folder, settings.task)
@@ -77,18 +77,65 @@ def main(settings: Settings) -> None:
         sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num)
         judges = judge.judges(sets, settings.model, folder)
         samples = drawn(kept, saved, task, cfg, seed, settings.num)
-        if samples.shape[1:] != sets.held_out.shape[1:]:
-            sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
-            raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
-        result = {"step": step, "seed": seed, "num": settings.num} | judge.judge(samples, sets, judges)
-        judge.save_neighbours(samples, sets, folder / f"{step}.png")
-        files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
+        result = judged(samples, sets, judges, folder, step, seed)
         if (out / "run.json").is_file():
             page.write(out)
     except OSError as error:
         raise checkpoint.StorageError(f"writing {error.filename or folder} failed: {error.strerror or error}") from None
     print("\n".join(judge.told(result)))
     print(f"{settings.num} images of step {step}, seed {seed}, judged: {folder / f'{step}.json'}")
+
+
+def judged(samples: Tensor, sets: Any, judges: list[Any], folder: Path, step: int, seed: int) -> dict[str, Any]:
+    """What is measured of the samples of a step, which is written into the folder too."""
+    from oneloop.evaluation import judge
+    from oneloop.machine import files
+
+    if samples.shape[1:] != sets.held_out.shape[1:]:
+        sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
+        raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
+    result = {"step": step, "seed": seed, "num": len(samples)} | judge.judge(samples, sets, judges)
+    judge.save_neighbours(samples, sets, folder / f"{step}.png")
+    files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def during(task: Any, cfg: Any) -> Callable[[int, Callable[[range, int], Any]], dict[str, float]]:
+    """A judge of a run that goes on: (step, what draws some numbers of a grid) -> figures by name. It compares what this
+    command would compare, with the run's own seed, as many images as its default, and no models but its own classifier.
+
+    Raises:
+        BadInput: there is nothing to compare with.
+    """
+    import torch
+
+    from oneloop.evaluation import judge
+
+    folder, num = Path(cfg.base.output_dir).expanduser() / "evaluation", Settings.num
+    folder.mkdir(parents=True, exist_ok=True)
+    sets = judge.open_sets(task, cfg, None, "test", num)
+    judges = judge.judges(sets, (), folder)
+
+    def figures(step: int, draw: Callable[[range, int], Any]) -> dict[str, float]:
+        samples = torch.cat([pixels(draw(range(i, min(i + CHUNK, num)), num), "the task") for i in range(0, num, CHUNK)])
+        result = judged(samples, sets, judges, folder, step, cfg.base.seed)
+        found = [result.get("drawings", {}), *result["features"].values()]
+        return {f"evaluate/{name}": value["value"] for kind in found for name, value in kind.get("samples", {}).items()}
+
+    return figures
+
+
+def pixels(images: Any, name: Any) -> Tensor:
+    """A task's samples, [N, 3, H, W] uint8.
+
+    Raises:
+        BadInput: they are something else, such as reconstructions.
+    """
+    import torch
+
+    if "samples" not in images:
+        raise BadInput(f"{name}: its task draws {', '.join(images)}; expected samples, which alone can be judged")
+    return images["samples"].float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def drawn(folder: Path, saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Tensor:
@@ -106,12 +153,9 @@ def drawn(folder: Path, saved: Path, task: Any, cfg: Any, seed: int, num: int) -
         path = folder / f"{numbers[0]:06}-{numbers[-1]:06}.npy"
         if not path.is_file():
             draw = draw or drawer(saved, task, cfg, seed, num)
-            images = draw(numbers)
-            if "samples" not in images:
-                raise BadInput(f"{saved}: its task draws {', '.join(images)}; expected samples, which alone can be judged")
-            made = images["samples"].float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+            made = pixels(draw(numbers), saved)
             with open(staged := path.with_suffix(".writing"), "wb") as file:
-                np.save(file, made)
+                np.save(file, made.numpy())
             staged.rename(path)
             print(f"drew {numbers[-1] + 1} of {num} images", file=sys.stderr)
         parts.append(torch.from_numpy(np.load(path)))
