@@ -16,9 +16,9 @@ from typing import Annotated, Any
 
 from oneloop.configs import Amount, Base, Count, Data, Live, Name, Range, ShareBelowOne, check, read_model_config, require
 from oneloop.families import building
+from oneloop.families.scratch import DEFAULT_UNET
 from oneloop.maths import consistency
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, masked, mean
-from oneloop.tasks.ddpm import DEFAULT_UNET
 from oneloop.training import optimizers
 
 Positive = Annotated[float, Range(0, 3e38, without=0)]
