@@ -78,7 +78,8 @@ def test_sources_that_do_not_fit_are_a_line(tmp_path, built, pairs):  # noqa: F8
 
     line = command(tmp_path, built("sd"), pairs)
     at = line.index("--data.conditioning_data_dir")
-    done = cli(tmp_path, *line[:at], *line[at + 2 :])
+    line = [*line[:at], *line[at + 2 :]]
+    done = cli(tmp_path, *line)
     assert (
         done.code == 2 and "the task needs a conditioning for each image and found none; --data.conditioning-column" in done.err
     )
@@ -87,7 +88,8 @@ def test_sources_that_do_not_fit_are_a_line(tmp_path, built, pairs):  # noqa: F8
     assert "1 images have no partner" in told("sd", data__conditioning_data_dir=few)
     Image.new("RGB", (70, 80)).save(tall / "1.png")
     assert "its conditioning, 1.png, is 70 x 80 where it is 80 x 70" in told("sd", data__conditioning_data_dir=tall)
-    assert "--data.conditioning-column is 'what'" in told("sd", data__conditioning_column="what")
+    assert "--data.conditioning-column is 'what'" in cli(tmp_path, *line, "--data.conditioning_column", "what").err
+    assert "expected one source of conditioning images" in told("sd", data__conditioning_column="what")
     classes = told("sd", data__num_class_images=2, data__class_prompt="a dog", data__class_data_dir=tmp_path / "classes")
     assert "--data.num-class-images is 2" in classes
 
