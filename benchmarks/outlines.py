@@ -1,6 +1,6 @@
 """A ControlNet on outlines of the embedded shapes, beside a text-to-image model that is trained from scratch before it.
 
-    python -m benchmarks.outlines FOLDER
+    python -m benchmarks.outlines FOLDER [--judge]
 
 Makes a checkpoint of Stable Diffusion's kind for 16x16 pixels, trains its UNet by `finetune`, a ControlNet on it by
 `controlnet`, and draws held-out outlines with their captions. An exact reader (evaluation/drawings.py) says of how many samples
@@ -24,7 +24,7 @@ FAR = 0.02
 """How far a centre may lie from the outline's, as a share of the side, in x and in y: a third of a pixel. Centres lie within
 0.06 of the middle."""
 STEPS = {"finetune": 1000, "controlnet": 800}
-HELD_OUT, COUNT = 100_000, 256
+HELD_OUT, COUNT = 100_000, 128
 """The first of the drawings that are judged, of which none was trained on, and their number."""
 SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "timestep_spacing": "trailing"}
 SCHEDULE |= {"clip_sample": False, "steps_offset": 1}
@@ -75,7 +75,8 @@ def make_base(folder: Path) -> None:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    words = tiny_models.tokenizer()
+    tiny_models.LENGTH = 32  # tokens, enough for every caption
+    words = tiny_models.tokenizer(tiny_models.LENGTH)
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=SIDE,
@@ -122,13 +123,14 @@ def judged(folder: Path) -> dict[str, float]:
     from oneloop.evaluation import drawings
     from oneloop.inputs import shapes
 
-    net = ControlNetModel.from_pretrained(folder / "control" / "export")
+    steps = [int(path.name.partition("-")[2]) for path in (folder / "control").glob("checkpoint-*")]
+    net = ControlNetModel.from_pretrained(folder / "control" / f"checkpoint-{max(steps)}")
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(folder / "trained", controlnet=net)
     pipeline.set_progress_bar_config(disable=True)
     looks = [shapes.describe_shape(HELD_OUT + i) for i in range(COUNT)]
     conditions = torch.stack([torch.from_numpy(shapes.draw_outline(HELD_OUT + i, SIDE)) for i in range(COUNT)])
     conditions = conditions.permute(0, 3, 1, 2) / 255  # [N, 3, H, W]
-    centres, shares = torch.tensor([look[4:] for look in looks]), {}
+    centres, shares = torch.tensor([look[4:] for look in looks]), {"step": max(steps)}
     for name, given in (("with the outline", conditions), ("condition zeroed", torch.zeros_like(conditions))):
         made = pipeline(
             [shapes.caption_shape(*look[:4]) for look in looks],
@@ -154,7 +156,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--judge", action="store_true", help="judge the last checkpoint that there is, and train nothing")
+    args = parser.parse_args()
+    folder = args.folder
+    if args.judge:
+        return print(json.dumps(judged(folder), indent=2))
     if not (folder / "base").exists():
         make_base(folder / "base")
     train("finetune", folder / "base", folder / "run", 2e-3, "--finetune.from-scratch")

@@ -10,8 +10,10 @@ from PIL import Image, ImageFilter
 from test_plane import draw
 from test_streaming import parquet
 
+from benchmarks import outlines
 from oneloop import data
 from oneloop.configs import BadInput, Data
+from oneloop.evaluation import drawings
 from oneloop.inputs import conditions, shapes, sources, store
 from oneloop.settings.ranges import hints
 from oneloop.tasks import COLUMNS, Column
@@ -182,3 +184,21 @@ def test_bad_settings_are_a_line(tmp_path, settings, says):
 def test_the_settings_say_the_functions_that_there_are():
     literal, _ = get_args(hints(Data)["conditioning"])
     assert get_args(literal) == (*conditions.FUNCTIONS,)
+
+
+def test_the_reader_says_where_a_shape_is():
+    """To a fifth of a pixel, on drawings as they are."""
+    drawn = torch.stack([torch.from_numpy(shapes.draw_shape(row, 16)[0]) for row in range(12)]).permute(0, 3, 1, 2)
+    reading = drawings.read(drawn)
+    for row, (kind, place) in enumerate(zip(reading.kind.tolist(), reading.place, strict=True)):
+        *looks, x, y = shapes.describe_shape(row)
+        assert drawings.KINDS[kind] == tuple(looks) and (place - torch.tensor([x, y])).abs().max() < 0.012, row
+
+
+def test_an_autoencoder_whose_latents_are_pixels():
+    """What benchmarks/outlines.py trains in."""
+    vae, x = outlines.pixels(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(x).latent_dist
+        assert (posterior.mean - x).abs().max() < 1e-4 and posterior.std.max() < 1e-5
+        assert (vae.decode(posterior.mean).sample - x).abs().max() < 1e-4
