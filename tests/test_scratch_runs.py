@@ -43,12 +43,13 @@ def argv(folder, name, out="out", **more):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_export_draws(runs, name, tmp_path):
+def test_the_export_draws(runs, name, tmp_path, monkeypatch):
     """load.py, from a folder elsewhere: a sample of each class, the one that the task draws from the same noise."""
     folder = runs(name)
     shutil.copytree(folder / "out" / "checkpoint-6", moved := tmp_path / "moved")
     done = fork(lambda: runpy.run_path(str(moved / "load.py")), tmp_path).wait(60)
     assert done.code == 0 and (tmp_path / "sample.png").is_file(), done.err
+    monkeypatch.chdir(tmp_path)  # where it writes a sample
     scope = runpy.run_path(str(moved / "load.py")) if name == "dit" else {}
     if scope:
         assert scope["x"].shape == (3, 3, 8, 8)
@@ -73,7 +74,7 @@ def test_resumed_and_on_two_processes(runs, name):
     assert distance(folder / "out", folder / "two") < 1e-5 or name != "dit"  # a UNet's dropout is by the batch
 
 
-def test_an_autoencoder_its_latents_and_a_transformer_on_them(tmp_path):
+def test_an_autoencoder_its_latents_and_a_transformer_on_them(tmp_path, monkeypatch):
     """The chain of docs/from-scratch.md, tiny: latents are encoded once, samples are images, the export is whole anywhere."""
     assert cli(tmp_path, *tiny(tmp_path, "vae", 2, task="vae", vae__disc_weight=0)).code == 0
     own = {"dit__pretrained_vae_model_name_or_path": tmp_path / "vae" / "export"}
@@ -84,6 +85,7 @@ def test_an_autoencoder_its_latents_and_a_transformer_on_them(tmp_path):
     assert '"in_channels": 2' in made.read_text() and '"sample_size": 4' in made.read_text()
     shutil.move(out / "checkpoint-6", tmp_path / "moved")
     shutil.rmtree(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
     scope = runpy.run_path(str(tmp_path / "moved" / "load.py"))
     assert scope["x"].shape == (3, 2, 4, 4) and scope["vae"].config.scaling_factor != 0.18215
 
