@@ -5,6 +5,7 @@ distil do alike; their settings have `trains`, which says which, and those of se
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -80,10 +81,9 @@ def teacher(models: Models, s: Any) -> Iterator[nn.Module]:
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """Once more the base with adapters that begin alike and train by themselves."""
-    from oneloop.machine.placement import twin
-
-    return twin(module)
+    """Once more the frozen base, itself, with adapters that begin alike and train by themselves."""
+    shared = [*(p for p in module.parameters() if not p.requires_grad), *module.buffers()]
+    return copy.deepcopy(module, {id(x): x for x in shared})
 
 
 def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Any) -> str:

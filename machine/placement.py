@@ -36,15 +36,6 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator, constants: Mappi
     return models | followers(models, task.follows)
 
 
-def twin(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with parameters of its own where the model trains; what is frozen and all buffers are the model's own."""
-    shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-    made = copy.deepcopy(model, {id(x): x for x in shared})
-    for own, other in zip(made.modules(), model.modules(), strict=True):
-        own._buffers = other._buffers
-    return made
-
-
 def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
     """The frozen copies that follow models, in eval(): float32 parameters of their own where the model trains, the model's own
     frozen parameters and buffers elsewhere, so that the copy of a model with adapters takes no more than the adapters.
@@ -59,8 +50,11 @@ def followers(models: Models, follows: Mapping[str, Follow]) -> Models:
             raise ValueError(f"the task's {name!r} follows {follow.of!r}; expected a new name and one of its models that train")
         if any(isinstance(vars(m).get("forward"), FunctionType) for m in model.modules()):
             raise ValueError(f"the task's {name!r} cannot copy {follow.of!r}: its forward is a closure; make it a method")
-        made[name] = twin(model).requires_grad_(False).eval()
+        shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+        made[name] = copy.deepcopy(model, {id(x): x for x in shared}).requires_grad_(False).eval()
         widen(made[name])
+        for own, other in zip(made[name].modules(), model.modules(), strict=True):
+            own._buffers = other._buffers
         for key, p in made[name].named_parameters():
             p.data = p.data.float() if model.get_parameter(key).requires_grad else p.data
     return made

@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 from test_lora import CAPTIONS, in_fork, photos  # noqa: F401  a fixture
-from warm import brief, cli, cli_many, digest, distance, flags
+from warm import brief, cli, cli_many, digest, flags, tensors
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
@@ -203,12 +203,18 @@ def trained(module):
 
 
 def test_two_processes_agree_with_one(tmp_path, built, photos):  # noqa: F811
-    line = functools.partial(command, tmp_path, built("sdxl"), photos, lcm__trains="all")
+    """With an epsilon under which steps follow gradients: those that are rounding alone would else decide by their signs."""
+    more = {"lcm__trains": "all", "lcm__adam_epsilon": 1e-3, "lcm__learning_rate": 1e-2, "lcm__adam_weight_decay": 0}
+    line = functools.partial(command, tmp_path, built("sdxl"), photos, **more)
     assert cli(tmp_path, *line("one")).code == 0
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
-    assert distance(tmp_path / "one", tmp_path / "two", "ema/target") < 1e-4
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    moved = [(x - one[f"ema/target.{key.removeprefix('model/')}"]).abs().max() for key, x in one.items() if "model/" in key]
+    assert max(moved) > 1e-3
+    for key, x in one.items():
+        if key.startswith(("model", "ema")):
+            torch.testing.assert_close(two[key], x, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("trains", ["adapters", "all"])
