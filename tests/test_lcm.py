@@ -19,6 +19,7 @@ from oneloop.machine import placement
 from oneloop.maths import consistency
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lcm, without_adapters
+from oneloop.training import ema
 
 SIDE = 32
 diffusers.utils.logging.set_verbosity_error()
@@ -150,6 +151,19 @@ def test_the_student_begins_as_the_teacher(built):
     assert torch.equal(*answers)
     assert {p.requires_grad for p in models["unet"].parameters()} == {True} and models["unet"].dtype == torch.float32
     assert not any(p.requires_grad for name, m in models.items() if name != "unet" for p in m.parameters())
+
+
+def test_the_target_moves_as_the_setting_says(built):
+    cfg = config(built("sd"), target_decay=0.75)
+    models = lcm.make_models(cfg)
+    models |= placement.followers(models, lcm.task.follows)
+    (average,) = ema.following(models, lcm.task.follows, cfg)
+    with torch.no_grad():
+        before = {key: x.clone() for key, x in average.values.items()}
+        [p.add_(1) for p in models["unet"].parameters() if p.requires_grad]
+    assert before and average.update(1, 10) == 0.75
+    for key, x in average.values.items():
+        torch.testing.assert_close(x, before[key] + 0.25)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
