@@ -23,7 +23,7 @@ DEFAULT_UNET = {  # 0.9 M parameters, fit for 16x16 on a CPU
 
 
 @dataclass(frozen=True)
-class New(Classes):
+class Unconditional:
     """A new model and its optimizer."""
 
     model_config: Live[Name | None] = None
@@ -42,12 +42,17 @@ class New(Classes):
     """AdamW's epsilon."""
 
 
-def named(s: New, group: str) -> str:
+@dataclass(frozen=True)
+class New(Unconditional, Classes):
+    """The same for a model that may have classes."""
+
+
+def named(s: Unconditional, group: str) -> str:
     """The model's config, as messages begin."""
     return f"{flag(group, 'model_config')} {s.model_config or '(the default)'}"
 
 
-def unet_config(s: New, group: str) -> dict[str, Any]:
+def unet_config(s: Unconditional, group: str) -> dict[str, Any]:
     """The UNet2DModel config that the settings name."""
     if s.model_config is None:
         return DEFAULT_UNET
@@ -83,6 +88,6 @@ def shape(cfg: Any) -> tuple[int, int, int]:
     return 3, cfg.data.resolution, cfg.data.resolution
 
 
-def unet_multiple(s: New, group: str) -> int:
+def unet_multiple(s: Unconditional, group: str) -> int:
     """What the sides of its images are multiples of."""
     return 2 ** (len(unet_config(s, group).get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from oneloop.configs import Amount, Base, Count, Data, Live, Name, Range, ShareBelowOne, check, read_model_config, require
+from oneloop.configs import Amount, Base, Count, Data, Live, Range, check, require
 from oneloop.families import building
-from oneloop.families.scratch import DEFAULT_UNET
+from oneloop.families.scratch import Unconditional, named, unet_config, unet_multiple
 from oneloop.maths import consistency
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, masked, mean
 from oneloop.training import optimizers
@@ -25,11 +25,9 @@ Positive = Annotated[float, Range(0, 3e38, without=0)]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Unconditional):
     """The model and its objective."""
 
-    model_config: Live[Name | None] = None
-    """A diffusers UNet2DModel config: a JSON file, or a folder with a config.json. None: that of `ddpm`."""
     sigma_min: Positive = 0.002
     """The lowest noise level, that of the data; images are in [-1, 1]."""
     sigma_max: Positive = 80.0
@@ -50,18 +48,10 @@ class Settings:
     """Where pseudo-Huber turns from a square to an absolute value. None: 0.00054 sqrt(numbers of an image)."""
     num_inference_steps: Live[Annotated[int, Range(1, 40)]] = 2
     """Steps to draw a sample."""
-    optimizer: optimizers.Kind = "adamw"
-    """What turns gradients into steps: adamw, adamw8bit, adafactor, prodigy, schedulefree or muon (docs/optimizers.md)."""
     learning_rate: Live[Amount] = 1e-3
     """Peak learning rate: of AdamW; about 1 with prodigy."""
-    adam_beta1: Live[ShareBelowOne] = 0.9
-    """AdamW's beta1."""
-    adam_beta2: Live[ShareBelowOne] = 0.99
-    """AdamW's beta2."""
     adam_weight_decay: Live[Amount] = 0.0
     """AdamW's weight decay."""
-    adam_epsilon: Live[Amount] = 1e-8
-    """AdamW's epsilon."""
 
     def __post_init__(self):
         check(self, "consistency")
@@ -80,18 +70,12 @@ class Config:
 
     def __post_init__(self):
         optimizers.check(self.consistency, "consistency", self.base)
-        building.check_config(model_config(self), named(self), self.data.resolution, 4)
+        building.check_config(*made_of(self), self.data.resolution, 4)
 
 
-def named(cfg: Config) -> str:
-    """The model's config as messages have it."""
-    return f"--consistency.model-config {cfg.consistency.model_config or '(the default)'}"
-
-
-def model_config(cfg: Config) -> dict[str, Any]:
-    """The UNet2DModel config that the settings name."""
-    path = cfg.consistency.model_config
-    return DEFAULT_UNET if path is None else read_model_config(path, "consistency.model-config", "UNet2DModel")
+def made_of(cfg: Config) -> tuple[dict[str, Any], str]:
+    """The UNet2DModel config that the settings name, and how messages name it."""
+    return unet_config(cfg.consistency, "consistency"), named(cfg.consistency, "consistency")
 
 
 def scheduler(s: Settings) -> Any:
@@ -106,11 +90,9 @@ def scheduler(s: Settings) -> Any:
 def make_models(cfg: Config) -> Models:
     import torch
 
-    side = cfg.data.resolution
+    side, (config, name) = cfg.data.resolution, made_of(cfg)
     call = lambda unet, x: unet(x, torch.zeros(len(x)), return_dict=False)[0]  # noqa: E731
-    return {
-        "unet": building.build("UNet2DModel", model_config(cfg) | {"sample_size": side}, named(cfg), (2, 3, side, side), call)
-    }
+    return {"unet": building.build("UNet2DModel", config | {"sample_size": side}, name, (2, 3, side, side), call)}
 
 
 def make_optim(models: Models, cfg: Config) -> Optims:
@@ -177,6 +159,6 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
-    multiple=lambda cfg: 2 ** (len(model_config(cfg).get("block_out_channels", DEFAULT_UNET["block_out_channels"])) - 1),
+    multiple=lambda cfg: unet_multiple(cfg.consistency, "consistency"),
     card=lambda cfg: {"pipeline_tag": "unconditional-image-generation", "tags": ["consistency-model"]},
 )
