@@ -8,6 +8,7 @@ import ast
 import copy
 import dataclasses
 import functools
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -409,11 +410,16 @@ def test_every_family_has_a_tiny_checkpoint():
 
 
 def test_the_settings_that_are_read_are_named():
-    """In one place, with their types, and tasks have them."""
-    read = set()
+    """By tasks, with their types; the properties that stand for some among them."""
+    read, named = set(), set()
     for path in (ROOT / "families").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "s":
                 read.add(node.attr)
-    named = {field.name for kind in (settings.Pretrained, settings.Adapters) for field in dataclasses.fields(kind)}
-    assert read - named == set() and named <= {field.name for field in dataclasses.fields(lora.Settings)}
+    for path in (ROOT / "tasks").glob("[a-z]*.py"):
+        kind = importlib.import_module(f"oneloop.tasks.{path.stem}").Settings
+        named |= {field.name for field in dataclasses.fields(kind)}
+        named |= {key for key in dir(kind) if isinstance(getattr(kind, key), property)}
+    assert read - named == set()
+    shared = {field.name for kind in (settings.Pretrained, settings.Adapters) for field in dataclasses.fields(kind)}
+    assert shared <= {field.name for field in dataclasses.fields(lora.Settings)}
