@@ -96,6 +96,8 @@ def _to_nf4(module: nn.Module, linear: dict[str, nn.Module]) -> None:
             made = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, quant_type="nf4")
         made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
         made.bias = layer.bias
+        # On some CPUs it would lay out its weights anew when it is first called in eval(), in a form without a backward pass.
+        made.support_avx512bf16_for_cpu = False
         module.set_submodule(name, made.to(layer.weight.device))  # where it is moved it is quantized
     module.is_loaded_in_4bit = True  # by which peft knows
 

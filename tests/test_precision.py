@@ -173,6 +173,27 @@ def test_trains_samples_and_resumes_in_the_same_bits(tmp_path, built, name, kind
     pipeline.load_lora_weights(tmp_path / "a" / "export")
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_sample_leaves_what_trains_after_it(kind):
+    """A quantized layer answers alike, and hands gradients on, before it was called in eval() and after."""
+    installed(kind)
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(64, 32)).requires_grad_(False)
+    precision.quantize(module, kind)
+
+    def passed():
+        x = torch.linspace(-1, 1, 64).repeat(3, 1).requires_grad_()
+        y = module.train()(x)
+        y.float().square().sum().backward()
+        return y, x.grad
+
+    before = passed()
+    with torch.no_grad():
+        module.eval()(torch.ones(3, 64))
+    after = passed()
+    assert before[1].any() and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize(
     "settings, base, says",
     [
