@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_contract import command as consistency
+from test_contract import command as following
 from test_finetune import command as finetune
 from test_lora import draw_photos
 from test_optimizers import ends_equal, installed
@@ -192,7 +192,7 @@ def test_what_does_not_go_is_a_line(flags, says):
 
 def test_batch_norms_and_followers_stay_float32(tmp_path):
     more = {name.replace(".", "__"): value for name, value in NARROW.items()}
-    done = cli(tmp_path, *consistency(tmp_path, "out", consistency__moving=True, **more))
+    done = cli(tmp_path, *following(tmp_path, "out", following__moving=True, **more))
     assert done.code == 0, done.err
     state = next((tmp_path / "out").glob("checkpoint-*/state"))
     kinds = {key: x.dtype for key, x in load_file(state / "model.safetensors").items() if x.is_floating_point()}
