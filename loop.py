@@ -208,7 +208,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         # The images, decoded and checked; and what frozen encoders make of them, which are gone before the large models come.
         encoders = task.encoders(cfg)
         opened = functools.cache(lambda: open_examples(accelerator, cfg, source, manifest, report.say))
-        constants = encodings.encode_first(encoders, task, cfg, accelerator, opened, report.say)
+        constants = encodings.encode_first(encoders, task, cfg, accelerator, opened, showing.grids(cfg), report.say)
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
@@ -226,6 +226,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # Without encoders the images are opened here, after mistakes of the models were found. From here on there are files.
         examples, held_out = opened()
+        judge = showing.judge_of(task, cfg, accelerator)
         report.open(learner.state.step, total, source.summary, facts["models"])
         if accelerator.is_main_process:
             checkpoint.write(out / "run.json", json.dumps(configs.run_file(cfg), indent=2) + "\n")
@@ -244,7 +245,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         }
         guard = Guard(accelerator, learner.state, cfg.base.max_skipped_updates, examples.source.name)
         made = (task, cfg, accelerator, report, saves, learner, guard, examples, held_out, frozen, idle, manifest)
-        this = Run(*made, total, factor_at, showing.judge_of(task, cfg, accelerator))
+        this = Run(*made, total, factor_at, judge)
 
         # What every number became, said once; then the loop, and its end.
         first = examples[range(cfg.data.train_batch_size)]

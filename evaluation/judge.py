@@ -61,7 +61,7 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int) -> S
         about = f"{count} drawings that the run did not have"
     else:
         raise BadInput(
-            "the run held out no images (--data.validation-split); --data names a folder or a data set to compare with"
+            "the run held out no images: --data.validation-split holds some out, `evaluate --data` names others to compare with"
         )
     (held_out, labels), (trained, known) = images(other, cfg), images(source, cfg)
     for what, found in ((about, held_out), ("the training set", trained)):

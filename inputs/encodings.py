@@ -23,7 +23,7 @@ from oneloop.inputs.cache import Cache, as_marks, digest
 from oneloop.inputs.files import reason
 from oneloop.inputs.sources import content_hash
 from oneloop.machine.memory import is_out_of_memory
-from oneloop.machine.placement import batches, halves, place
+from oneloop.machine.placement import halves, place
 from oneloop.machine.processes import on_main
 from oneloop.tasks import Batch, Encoders, Encoding, Models, Rng, Task
 
@@ -88,9 +88,11 @@ def encode_first(
     cfg: Any,
     accelerator: Any,
     opened: Callable[[], tuple[Examples, Examples | None]],
+    grids: Sequence[tuple[int, range]],
     say: Callable[[str], None],
 ) -> dict[str, Tensor] | None:
-    """What the task's encoders make of constants and prompts. What they make of all examples, and of those held out, is in
+    """What the task's encoders make of constants, and of the prompts of `grids`: (images of a grid, numbers of those that are
+    drawn together). What they make of all examples, and of those held out, is in
     the cache, from which the stream and the validation read it. They are loaded where something of this is missing, and are
     gone when this returns.
 
@@ -107,7 +109,7 @@ def encode_first(
     if any(examples.values(reads(name, e)) is None for examples in sets for name, e in own.items()):
         return None
     try:
-        return _encode_first(encoders, own, task, cfg, accelerator, sets, folder, say)
+        return _encode_first(encoders, own, task, cfg, accelerator, sets, folder, grids, say)
     except BadInput:
         raise
     except Exception as error:  # whatever a pipeline raises: what is wrong with the checkpoint `make_models` finds
@@ -129,6 +131,7 @@ def _encode_first(
     accelerator: Any,
     sets: Sequence[Examples],
     folder: Path,
+    grids: Sequence[tuple[int, range]],
     say: Callable[[str], None],
 ) -> dict[str, Tensor]:
     @functools.cache
@@ -146,25 +149,24 @@ def _encode_first(
     for held_out in sets[1:]:
         held_out.measured = True
 
-    # What samples ask for, in all the parts of the grid that `placement.draw` may draw at a time.
-    num, size = cfg.base.num_samples, min(cfg.data.train_batch_size, cfg.base.num_samples)
-    rng = Rng.of(cfg.base.seed, range(num), "samples", accelerator.device)
-    fixed = functools.partial(Fixed, sets[0], device=accelerator.device, count=num, alike=True)
+    # What samples ask for, in all the parts of a grid that `placement.draw` may draw at a time.
+    fixed = lambda num, part: Fixed(sets[0], len(part), accelerator.device, num, part.start, True)  # noqa: E731
     shown = sorted({"caption", *(column for name, e in own.items() for column in reads(name, e))})
     told = lambda x: digest(_bytes(x)) if isinstance(x, Tensor) else x  # noqa: E731
-    texts = [[told(batch.get(column)) for column in shown] for batch in fixed(size)]
+    firsts = (next(iter(fixed(num, part))) for num, part in grids)
+    texts = [[told(batch.get(column)) for column in shown] for batch in firsts]
     cache = Cache(folder / f"constants-{content_hash(files)[:16]}").refresh()
-    marks = as_marks([digest(repr((encoders.key(cfg), num, size, "halves", texts)).encode())])
+    marks = as_marks([digest(repr((encoders.key(cfg), [*grids], "halves", texts)).encode())])
 
     def make(some: Sequence[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
         with torch.no_grad():
-            made, todo = dict(encoders.constants(models(), cfg)), batches(num, size)
+            made, todo = dict(encoders.constants(models(), cfg)), [*grids]
             while todo:
-                part = todo.pop()
-                todo += halves(part)
+                num, part = todo.pop()
+                todo += [(num, half) for half in halves(part)]
                 with accelerator.autocast():
-                    some = rng[part.start : part.stop]
-                    made |= encoders.prompts(models(), fixed(len(part), first=part.start), some, cfg)
+                    rng = Rng.of(cfg.base.seed, part, "samples", accelerator.device)
+                    made |= encoders.prompts(models(), fixed(num, part), rng, cfg)
         yield 0, made
 
     on_main(accelerator, lambda: cache.fill(marks, cache.missing(marks).tolist(), 1, make))

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_lora_families import CAPTIONS, command, config
-from warm import cli, cli_many, digest, fork, metrics
+from warm import brief, cli, cli_many, digest, flags, fork, metrics
 
 from oneloop import loop
+from oneloop.evaluation import features
 from oneloop.families import hub, text_to_image
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, lora
+from oneloop.views import evaluate
 
 NAMES = ("sd", "sdxl", "FluxPipeline", "QwenImagePipeline", "ZImagePipeline")
 diffusers.utils.logging.set_verbosity_error()
@@ -167,3 +169,16 @@ def test_prompts_that_were_not_encoded_are_no_others(built):
         ):
             with pytest.raises(LookupError, match="were not encoded at the start"):
                 text_to_image.sample_fn(models, [{"caption": captions}], keys, other)
+
+
+def test_captions_of_what_is_judged_are_encoded_too(tmp_path, built):
+    """Samples that are judged while it trains are more than those of the grid, and of other captions."""
+
+    def quicker():
+        features.STEPS, evaluate.Settings.num = 4, 32
+
+    shapes = {"data.num_shapes": 40, "data.train_batch_size": 6, "base.evaluate_steps": 2, "lora.num_inference_steps": 1}
+    line = flags("lora", {k: x for k, x in brief(tmp_path, "out", "", 32).items() if k != "data.train_data_dir"} | shapes)
+    line += ["--lora.pretrained-model-name-or-path", str(built("sd"))]
+    done = cli(tmp_path, *line, patch=quicker)
+    assert done.code == 0 and "no judgement" not in done.err and (tmp_path / "out" / "evaluation" / "2.json").exists(), done.err

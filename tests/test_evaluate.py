@@ -168,7 +168,8 @@ def test_judged_while_it_trains(run, tmp_path):
     for name, kind in (("frechet", files[6]["features"]["classifier"]), ("median distance", files[6]["drawings"])):
         assert figures[6][f"evaluate/{name}"] == kind["samples"][name]["value"]
     nothing = cli(tmp_path, *tiny(tmp_path, "none", data__train_data_dir=".", base__evaluate_steps=4))
-    assert nothing.code == 2 and "error: the run held out no images (--data.validation-split)" in nothing.err, nothing.err
+    assert nothing.code == 2 and "error: --base.evaluate-steps: the run held out no images: --data.validation" in nothing.err
+    assert not (tmp_path / "none" / "run.json").exists() and not (tmp_path / "none" / "evaluation").exists()
 
 
 def test_a_run_is_judged(run):

@@ -112,8 +112,11 @@ def during(task: Any, cfg: Any) -> Callable[[int, Callable[[range, int], Any]], 
     from oneloop.evaluation import judge
 
     folder, num = Path(cfg.base.output_dir).expanduser() / "evaluation", Settings.num
+    try:
+        sets = judge.open_sets(task, cfg, None, "test", num)
+    except BadInput as error:
+        raise BadInput(f"--base.evaluate-steps: {error}") from None
     folder.mkdir(parents=True, exist_ok=True)
-    sets = judge.open_sets(task, cfg, None, "test", num)
     judges = judge.judges(sets, (), folder)
 
     def figures(step: int, draw: Callable[[range, int], Any]) -> dict[str, float]:
