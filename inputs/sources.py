@@ -734,7 +734,8 @@ def _numbered(values: Any) -> tuple[list[int], list[str]]:
 
 UNUSED = {
     "a stream of shards": ("dataset_name", "dataset_config_name", "split", "num_shapes", "memory_budget"),
-    "shapes": ("dataset_config_name", "split", "image_column", "caption_column", "label_column"),
+    "shapes": ("dataset_config_name", "split", "image_column", "caption_column", "label_column", "conditioning_column")
+    + ("conditioning_data_dir", "mask_column", "mask_data_dir", "mask_from_alpha"),
     "a folder of images": ("dataset_name", "dataset_config_name", "split", "num_shapes"),
     "a data set": ("num_shapes",),
 }
@@ -837,10 +838,14 @@ def open_source(
 def open_for(task: Task, cfg: Any) -> Source:
     """What a run of this task is trained on."""
     writes = not (cfg.base.check or cfg.base.dry_run) and (cfg.data.cache_dir or cfg.base.output_dir)
-    folder = example_cache(cfg) if writes else None
+    folder, columns = example_cache(cfg) if writes else None, COLUMNS | dict(of_settings(task.columns, cfg))
+    read = {name for column in columns.values() for name in (column.setting, column.folder, column.made)}
+    for name in ("conditioning_column", "conditioning_data_dir", "conditioning"):
+        value, expected = getattr(cfg.data, name), f"None: {task_group(cfg)} has no conditioning images from there"
+        require(value is None or f"data.{name}" in read, f"data.{name}", value, expected)
     return open_source(
         cfg.data,
-        COLUMNS | dict(of_settings(task.columns, cfg)),
+        columns,
         task.multiple(cfg) if cfg.data.buckets else 1,
         getattr(cfg, task_group(cfg)),
         folder,

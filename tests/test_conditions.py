@@ -16,7 +16,7 @@ from oneloop.configs import BadInput, Data
 from oneloop.evaluation import drawings
 from oneloop.inputs import conditions, shapes, sources, store
 from oneloop.settings.ranges import hints
-from oneloop.tasks import COLUMNS, Column
+from oneloop.tasks import COLUMNS, Column, ddpm
 
 MADE = COLUMNS | {
     "conditioning": Column(
@@ -202,3 +202,11 @@ def test_an_autoencoder_whose_latents_are_pixels():
         posterior = vae.encode(x).latent_dist
         assert (posterior.mean - x).abs().max() < 1e-4 and posterior.std.max() < 1e-5
         assert (vae.decode(posterior.mean).sample - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["conditioning", "conditioning_column", "conditioning_data_dir"])
+def test_what_a_task_does_not_read_is_a_line(name):
+    """A condition that nothing of the task asks for would be left out unseen."""
+    given = {"conditioning": "edges", "conditioning_column": "x", "conditioning_data_dir": "."}[name]
+    with pytest.raises(BadInput, match=f"--data.{name.replace('_', '-')} is .*; expected None: ddpm has no"):
+        sources.open_for(ddpm.task, ddpm.Config(data=Data(**{name: given})))

@@ -237,6 +237,9 @@ def test_settings_without_meaning_are_named(tmp_path):
     assert f"warning: {said}\n" in cli(tmp_path, *tiny(tmp_path, steps=1, **given)).err
     assert f"\n{said}\n" in cli(tmp_path, *tiny(tmp_path, base__check=True, **given)).out
     assert sources.unused(Data(train_data_dir="x", num_shapes=7)) == "--data.num-shapes: no effect with a folder of images"
+    assert "--data.conditioning-column, --data.mask-data-dir: " in sources.unused(
+        Data(conditioning_column="x", mask_data_dir="y")
+    )
     assert sources.unused(Data()) == sources.unused(Data(dataset_name="x", split="y", image_column="z")) == ""
 
 
