@@ -49,8 +49,9 @@ def embedded(w: Tensor, width: int) -> Tensor:
 
 
 def levels(step: int, total: int, first: int, last: int) -> int:
-    """Noise levels N(k) at an optimizer step of a run: `first` + 1, doubled at even intervals up to `last` + 1 (eq. 15)."""
-    interval = max(total // (math.floor(math.log2(last // first)) + 1), 1)
+    """Noise levels N(k) at an optimizer step of a run: `first` + 1, doubled at even intervals up to `last` + 1 (eq. 15;
+    where `last` / `first` is no power of 2, with as many intervals as reach it)."""
+    interval = max(total // (math.ceil(math.log2(last / first)) + 1), 1)
     return min(first * 2 ** min(step // interval, 63), last) + 1
 
 

@@ -53,6 +53,16 @@ def test_the_curriculum(step, total, count):
     assert maths.levels(step, total, 10, 1280) == count
 
 
+@pytest.mark.parametrize(("first", "last"), [(10, 15), (10, 30), (2, 100), (7, 7)])
+def test_the_curriculum_ends_at_the_last_number(first, last):
+    """Whatever that is: no power of 2 times the first; and each number lasts as long."""
+    counts = [maths.levels(step, 240, first, last) for step in range(240)]
+    lengths = [counts.count(count) for count in dict.fromkeys(counts)]
+    assert (
+        counts[0] == first + 1 and counts[-1] == last + 1 and max(lengths[:-1], default=0) <= lengths[-1] < 2 * lengths[0] + 1
+    )
+
+
 @pytest.mark.parametrize(("count", "settings"), [(11, {}), (41, {"p_mean": 0.5, "p_std": 1.0, "sigma_max": 20.0, "rho": 3.0})])
 def test_the_levels_and_how_often_they_are_drawn(count, settings):
     """Rising from sigma_min to sigma_max; a lognormal density between neighbours, by numbers drawn from it."""
