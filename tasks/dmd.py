@@ -119,7 +119,7 @@ def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Los
     velocity = transformer.family(s).velocity
     answer = lambda net, x, sigma, text=batch: velocity(net, x, sigma, text, 1.0).float()  # noqa: E731
     taken = batch["phase"] != "train" or batch["step"] % s.fake_updates == 0
-    last = (step if taken else batch["step"]) % s.num_inference_steps  # of its steps the one that is trained
+    last = (step + batch["step"] % s.fake_updates * (not taken)) % s.num_inference_steps  # of its steps the one that is trained
     x = rng.normal("start", *shape)  # [B, C, h, w]
     with torch.no_grad():
         for now, after in itertools.pairwise(sigmas[: last + 1]):

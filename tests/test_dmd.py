@@ -12,6 +12,7 @@ from warm import brief, cli, cli_many, digest, distance, flags, metrics
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
 from oneloop.families import flow, text_to_image, transformer
+from oneloop.maths import flow as flow_maths
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, dmd
 
@@ -132,6 +133,19 @@ def test_the_student_steps_once_in_a_while(built):
     assert names(1, "validate") == names(2, "warm-up") == ["dmd", "fake"]
     both = zip(models["transformer"].parameters(), models["fake"].parameters(), strict=True)
     assert all((p is q) != p.requires_grad for p, q in both)
+
+
+def test_what_the_student_draws_is_modelled_at_all_its_steps(built, monkeypatch):
+    """Also where the steps of a drawing are a multiple of the updates between two steps of the student."""
+    cfg, levels = config(built("FluxPipeline"), fake_updates=2, num_inference_steps=4), []
+    models, clean = student(cfg), flow_maths.clean
+    monkeypatch.setattr(flow_maths, "clean", lambda x, v, sigma: levels.append(sigma[0].item()) or clean(x, v, sigma))
+    with torch.no_grad():
+        batch = text_to_image.encode_images(models, torch.zeros(1, 3, SIDE, SIDE), cfg)
+        batch |= text_to_image.encode_captions(models, CAPTIONS[:1], cfg) | {"total": 9, "phase": "train"}
+    for step in (1, 3, 5, 7):
+        next(dmd.loss_fn(models, batch | {"step": step}, Rng.of(0, [0]), cfg))
+    assert sorted(levels, reverse=True) == pytest.approx(dmd.levels(cfg.dmd, batch["latent_mean"].shape[1:])[:-1])
 
 
 @pytest.mark.parametrize("name", ["FluxPipeline", "ZImagePipeline"])
