@@ -93,7 +93,7 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
         rows.append(abreast([source.cpu() / 2 + 0.5, target.cpu() / 2 + 0.5, image.cpu().float()]))
     size = [max(row.shape[axis] for row in rows) for axis in (-2, -1)]
     padded = [F.pad(row, (0, size[1] - row.shape[-1], 0, size[0] - row.shape[-2]), value=1.0) for row in rows]
-    return {"samples": torch.stack(padded)}  # [B, 3, H, W] in [0, 1]
+    return {"source-target-sample": torch.stack(padded)}  # [B, 3, H, W] in [0, 1]
 
 
 def encode_prompts(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> dict[str, Tensor]:

@@ -148,7 +148,7 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
 
     said = in_fork(tmp_path, runs).err
     assert "no samples" not in said and "cannot be made ahead" not in said, said
-    row = np.asarray(Image.open(tmp_path / "whole" / "samples" / "2.png")).astype(float)  # [H, 3 W, 3]
+    row = np.asarray(Image.open(tmp_path / "whole" / "samples" / "2-source-target-sample.png")).astype(float)  # [H, 3 W, 3]
     for at, part in enumerate(("before", "after")):
         whole = Image.open(pairs / part / "0.png")  # 80 x 70, whose shorter side becomes size
         there = np.asarray(whole.resize((wide := round(80 * size / 70), size), Image.LANCZOS)).astype(float)
