@@ -734,8 +734,10 @@ def _numbered(values: Any) -> tuple[list[int], list[str]]:
 
 UNUSED = {
     "a stream of shards": ("dataset_name", "dataset_config_name", "split", "num_shapes", "memory_budget"),
-    "shapes": ("dataset_config_name", "split", "image_column", "caption_column", "label_column", "conditioning_column")
-    + ("conditioning_data_dir", "mask_column", "mask_data_dir", "mask_from_alpha"),
+    "shapes": (
+        *("dataset_config_name", "split", "image_column", "caption_column", "label_column"),
+        *("conditioning_column", "conditioning_data_dir", "mask_column", "mask_data_dir", "mask_from_alpha"),
+    ),
     "a folder of images": ("dataset_name", "dataset_config_name", "split", "num_shapes"),
     "a data set": ("num_shapes",),
 }
