@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oneloop.configs import Amount, Live, Name, ShareBelowOne, read_model_config
+from oneloop.configs import Amount, BadInput, Live, Name, ShareBelowOne, read_model_config
 from oneloop.families import building, classes
 from oneloop.families.classes import Classes
 from oneloop.families.settings import flag
@@ -69,6 +69,16 @@ def check_unet(cfg: Any, group: str) -> None:
     optimizers.check(s, group, cfg.base)
     classes.check(s, group)
     building.check_config(unet_config(s, group), named(s, group), cfg.data.resolution, 4)
+
+
+def check_positional(config: dict[str, Any], what: str) -> None:
+    """Refuse a UNet that embeds timesteps otherwise than by their sines: a logarithm of a noise level may be negative.
+
+    Raises:
+        BadInput: with `what`, the flag and the file.
+    """
+    if config.get("time_embedding_type", "positional") != "positional":
+        raise BadInput(f"{what}: its time_embedding_type takes no logarithm of a noise level; expected positional")
 
 
 def make_unet(cfg: Any, group: str) -> Models:

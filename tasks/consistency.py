@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from oneloop.configs import Amount, Base, Count, Data, Live, Range, check, require
 from oneloop.families import building
-from oneloop.families.scratch import Unconditional, named, unet_config, unet_multiple
+from oneloop.families.scratch import Unconditional, check_positional, named, unet_config, unet_multiple
 from oneloop.maths import consistency
 from oneloop.tasks import Batch, Images, Loss, Models, Optims, Rng, Task, frozen, masked, mean
 from oneloop.training import optimizers
@@ -71,6 +71,7 @@ class Config:
     def __post_init__(self):
         optimizers.check(self.consistency, "consistency", self.base)
         building.check_config(*made_of(self), self.data.resolution, 4)
+        check_positional(*made_of(self))
 
 
 def made_of(cfg: Config) -> tuple[dict[str, Any], str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from oneloop.configs import BadInput, Base, Data, Live, Range, check, require
+from oneloop.configs import Base, Data, Live, Range, check, require
 from oneloop.families import classes, drawing, scratch
 from oneloop.families.scratch import New
 from oneloop.maths import diffusion
@@ -61,9 +61,7 @@ class Config:
 
     def __post_init__(self):
         scratch.check_unet(self, "edm")
-        if scratch.unet_config(self.edm, "edm").get("time_embedding_type", "positional") != "positional":
-            what = "its time_embedding_type takes no logarithm of a noise level; expected positional"
-            raise BadInput(f"{scratch.named(self.edm, 'edm')}: {what}")
+        scratch.check_positional(scratch.unet_config(self.edm, "edm"), scratch.named(self.edm, "edm"))
 
 
 def scheduler(cfg: Config) -> Any:

@@ -98,6 +98,7 @@ def test_an_autoencoder_its_latents_and_a_transformer_on_them(tmp_path, monkeypa
         ("edm", ["--edm.class-conditional", "--edm.num-classes", "2"], ["--edm.num-classes is 2", "at least 3, the classes"]),
         ("edm", ["--edm.sigma-min", "100"], ["--edm.sigma-min is 100.0", "less than sigma_max, 80.0"]),
         ("edm", ["--edm.model-config", "fourier.json"], ["fourier.json", "time_embedding_type", "expected positional"]),
+        ("consistency", ["--consistency.model-config", "fourier.json"], ["fourier.json", "expected positional"]),
         ("dit", ["--data.resolution", "9"], ["--data.resolution is 9", "a multiple of 2, the patches of --dit.model-config"]),
         ("dit", ["--data.buckets"], ["--data.buckets is True", "positions are those of one size"]),
         ("dit", ["--dit.model-config", "unet.json"], ["unet.json", "_class_name is DiTTransformer2DModel"]),
