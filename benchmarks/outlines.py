@@ -16,7 +16,7 @@ import resource
 import sys
 from pathlib import Path
 
-from benchmarks.few_steps import COMMON, ROOT, run, teacher
+from benchmarks.few_steps import COMMON, GUIDANCE, ROOT, run, teacher
 from benchmarks.pixels import SIDE
 
 FAR = 0.02
@@ -57,7 +57,7 @@ def judged(folder: Path) -> dict[str, float]:
             image=given,
             generator=[torch.Generator().manual_seed(i) for i in range(COUNT)],
             num_inference_steps=25,
-            guidance_scale=1.0,
+            guidance_scale=GUIDANCE,
             output_type="pt",
         ).images
         reading = drawings.read((255 * made).round().to(torch.uint8))
