@@ -85,9 +85,16 @@ def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def judges(sets: Sets, named: tuple[str, ...], folder: Path) -> list[features.Features]:
-    """What makes features: the models that are named, and a classifier of the training's labels, where there are any."""
+    """What makes features: the models that are named, and a classifier of the training's labels, where there are any.
+
+    Raises:
+        BadInput: a model cannot be loaded, or what measures distances of features is not installed.
+    """
+    labelled = sets.trained_labels is not None and sets.trained_labels.unique().numel() > 1
+    if named or labelled:
+        measures.distances()
     found = [models.open_model(name) for name in named]
-    if sets.trained_labels is not None and sets.trained_labels.unique().numel() > 1:
+    if labelled:
         known = sets.held_out_labels is not None
         held_out = (sets.held_out, sets.held_out_labels) if known else None
         found.append(features.train_classifier(sets.trained, sets.trained_labels, held_out, folder))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,19 @@ Estimate = dict[str, float]
 """`value`, and `low` and `high`, the ends of its 95 % interval."""
 
 
+def distances() -> tuple[Any, Any, Any]:
+    """torch-fidelity's modules of distances.
+
+    Raises:
+        BadInput: it is not installed.
+    """
+    try:
+        from torch_fidelity import metric_fid, metric_kid, metric_prc
+    except ImportError:
+        raise BadInput('distances are torch-fidelity\'s, which is not installed: pip install "oneloop[evaluate]"') from None
+    return metric_fid, metric_kid, metric_prc
+
+
 def measure(samples: Tensor, reference: Tensor) -> Measures:
     """The distances of two sets of features, [N, D] and [M, D].
 
@@ -41,10 +55,7 @@ def measure(samples: Tensor, reference: Tensor) -> Measures:
     Raises:
         BadInput: torch-fidelity is not installed.
     """
-    try:
-        from torch_fidelity import metric_fid, metric_kid, metric_prc
-    except ImportError:
-        raise BadInput('distances are torch-fidelity\'s, which is not installed: pip install "oneloop[evaluate]"') from None
+    metric_fid, metric_kid, metric_prc = distances()
     x, y = samples.double(), reference.double()
     statistics = [metric_fid.fid_features_to_statistics(z) for z in (x, y)]
     frechet = metric_fid.fid_statistics_to_metric(*statistics, False)[metric_fid.KEY_METRIC_FID]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -239,6 +240,16 @@ def test_models_by_folder(tmp_path):
 )
 def test_mistakes(tmp_path, argv, words):
     refused(cli(tmp_path, "evaluate", *argv), *words)
+
+
+def test_what_measures_distances_is_asked_for_before_anything_is_drawn(run):
+    def without():
+        quick()
+        sys.modules["torch_fidelity"] = None  # as where it is not installed
+
+    done = cli(run[0], "evaluate", "out", "--num", "33", "--seed", "5", patch=without)
+    refused(done, "torch-fidelity's, which is not installed")
+    assert "drew" not in done.err
 
 
 def test_a_model_that_is_not_there(run):
