@@ -15,7 +15,7 @@ from oneloop.configs import Amount, BadInput, Live
 from oneloop.families import adapters, flow, hub, latents, stable_diffusion, text_to_image, transformer
 from oneloop.families.controlnets import pooled_is_zero
 from oneloop.families.controls import Control, controlled, narrow
-from oneloop.families.settings import Pretrained, flag
+from oneloop.families.settings import OWN_TEXT, Pretrained, check_unused, flag
 from oneloop.families.text_to_image import family, group_of, settings
 from oneloop.tasks import Batch, Column, Encoding, Models, Rng
 
@@ -32,8 +32,6 @@ COLUMNS = text_to_image.COLUMNS | {
         made="data.conditioning",
     )
 }
-UNUSED = ("train_text_encoder", "text_encoder_learning_rate", "placeholder_tokens", "initializer_tokens", "num_vectors")
-UNUSED += ("token_learning_rate",)
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ def of(controls: Controls, cfg: Any) -> Control:
     """
     text_to_image.check_base(cfg)
     s, group = settings(cfg), group_of(cfg)
-    for name in UNUSED:
-        if getattr(s, name) != getattr(Pretrained, name):
-            raise BadInput(f"{flag(group, name)}: what sees the condition trains, and nothing of the text; leave it out")
+    check_unused(s, group, OWN_TEXT, "what sees the condition trains, and nothing of the text")
     kind = stable_diffusion.kind(s)
     if kind not in controls:
         where = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path} is a {kind}"

@@ -28,7 +28,7 @@ from oneloop.families import (
     transformer,
 )
 from oneloop.families.objective import objective
-from oneloop.families.settings import TEXT, Adapters, Checkpoint, Pretrained, Tokens, flag
+from oneloop.families.settings import OWN_TEXT, Adapters, Checkpoint, Pretrained, check_unused, flag
 from oneloop.families.text_to_image import family, under
 from oneloop.tasks import Batch, Encoders, Loss, Models, Optims, Rng, Task, mean
 from oneloop.training import optimizers
@@ -53,9 +53,7 @@ class Settings(Pretrained, Adapters):
     def __post_init__(self):
         check(self, "edit")
         adapted.check_settings(self, "edit")
-        for name in (*TEXT, *(each.name for each in fields(Tokens))):
-            if getattr(self, name) != getattr(type(self), name):
-                raise BadInput(f"{flag('edit', name)}: edit trains no text encoder and no words; leave it out")
+        check_unused(self, "edit", OWN_TEXT, "edit trains no text encoder and no words")
 
 
 @dataclass(frozen=True)
