@@ -415,3 +415,17 @@ def test_the_lock_names_its_holder(tmp_path):
         refused(cli(tmp_path, *tiny(tmp_path)), "is in use by process", str(os.getpid()))
     assert not (tmp_path / "out").exists()
     assert cli(tmp_path, *tiny(tmp_path)).code == 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_each_step_has_its_own_learning_rate(tmp_path, fused):
+    """Gradients of one move a weight by the sum of the rates: linear, after two steps of warm-up, from a peak of a half."""
+
+    def loss_fn(models, batch, rng, cfg):
+        yield Loss("a", models["a"](torch.ones(3)).sum())
+
+    run = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "max_train_steps": 6, "max_grad_norm": 0, "logging_steps": 1}
+    state = loop.run(toy(loss_fn, lr=0.5), settings(tmp_path / "out", **run, fused_backward_pass=fused))
+    rates = [0.5 * factor for factor in (0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4)]
+    assert torch.allclose(state.models["a"].w, torch.full((3,), -sum(rates)), atol=1e-6)
+    assert [line["lr"] for line in metrics(tmp_path / "out")][:6] == pytest.approx(rates)
