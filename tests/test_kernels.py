@@ -16,6 +16,7 @@ from oneloop.configs import BadInput
 from oneloop.machine.kernels import kernels
 from oneloop.settings import command_line
 from oneloop.tasks import Loss
+from oneloop.training.profiling import profiled
 
 
 def test_deterministic_kernels_last_as_long_as_the_run(tmp_path, monkeypatch):
@@ -61,6 +62,25 @@ def test_a_trace_of_steps_changes_nothing(tmp_path):
     assert "aten::convolution" in (folder / "operations.txt").read_text()
     short = cli(tmp_path, *tiny(tmp_path, "short", 2, **{"base.profile_steps": 9}))
     assert short.code == 0, short.err
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_batches_end_with_their_trace(tmp_path, steps):
+    """Whoever else holds them: their loader's workers would outlive the run."""
+    ended = []
+
+    def stream():
+        try:
+            while True:
+                yield {}
+        finally:
+            ended.append(True)
+
+    batches = stream()
+    traced = profiled(batches, settings(tmp_path, profile_steps=steps).base, tmp_path / "profile", print)
+    next(traced)
+    traced.close()
+    assert ended == [True] and batches.gi_frame is None
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path):

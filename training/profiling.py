@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def profiled(batches: Generator[Batch], base: Base, folder: Path | None, say: Ca
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     when = schedule(wait=BEFORE - 1, warmup=1, active=base.profile_steps, repeat=1)
-    with profile(activities=kinds, schedule=when, on_trace_ready=write, acc_events=True) as profiler:
+    traced = profile(activities=kinds, schedule=when, on_trace_ready=write, acc_events=True)
+    with contextlib.closing(batches), traced as profiler:
         for number, batch in enumerate(batches):
             if number and number % base.gradient_accumulation_steps == 0:
                 profiler.step()
