@@ -180,12 +180,12 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     report, memory = Report(accelerator, out, cfg), Memory(cfg, accelerator.device)
     saves = checkpoint.Saves(accelerator, out, cfg.base.checkpoints_total_limit, report.say)
     with (
+        company(accelerator),
         checkpoint.lock(out, accelerator),
         closing(report),
         saves,
         memory,
         kernels(cfg.base),
-        company(accelerator),
         Signals(accelerator) as signals,
     ):
         # The data set, with class images that are drawn first, the checkpoint to resume from, and how far there is to go.

@@ -6,6 +6,7 @@ A batch is a function of its entries and of draws that are keyed by the examples
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,9 @@ def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS
 # ---------------------------------------------------------------------------------------------------------------------
 # Loader workers.
 
+PATIENCE = 10.0
+"""Seconds that the end of a loader worker may take."""
+
 
 def stream(examples: Any, size: int, first: int, stride: int, workers: int) -> Generator[Batch]:
     """The endless stream of one process: `examples[numbers]` of `size` numbers from `first` on, then so many every `stride`.
@@ -157,6 +161,9 @@ def _readable(batches: Iterator[Batch | BadInput]) -> Generator[Batch]:
         while not isinstance(batch := next(batches), BadInput):
             yield batch
         raise batch
+    except (ConnectionError, EOFError):  # a worker is going that had not handed over all of a batch
+        time.sleep(PATIENCE)  # until torch's handler for the end of a child raises what says so, in here and nowhere else
+        raise
     finally:
         del batches
 

@@ -6,6 +6,7 @@ own, from host to host, whose timeout is a week. The default group's, 10 minutes
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import re
@@ -30,13 +31,14 @@ class ProcessLost(RuntimeError):
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Call on the main process; every process gets the result, or the exception. All processes call this."""
     outcome: list[Any] = [None, None]
+    group = _patient_group() if accelerator.num_processes > 1 else None  # made first: making it has the default's patience
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
         except Exception as error:
             outcome[1] = error
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(outcome, group=_patient_group())
+    if group is not None:
+        torch.distributed.broadcast_object_list(outcome, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -83,7 +85,18 @@ def largest(accelerator: Accelerator, number: int) -> int:
 
 @functools.cache
 def _group_of(default: Any) -> Any:
+    atexit.register(_leave)
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _leave() -> None:
+    """Join gloo's threads while there still is an interpreter. One that is about to let go of a tensor needs it; right after
+    the last exchange it may be gone, and torch then ends the process with SIGABRT."""
+    if torch.distributed.is_initialized():
+        ours = [group for group in (_patient_group(), None) if torch.distributed.get_backend(group) == "gloo"]
+        _group_of.cache_clear()
+        for group in ours:
+            torch.distributed.destroy_process_group(group)
 
 
 def _patient_group() -> Any:

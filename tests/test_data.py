@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import struct
+import threading
 import types
 
 import numpy as np
@@ -434,7 +435,20 @@ def test_an_image_that_goes_ends_a_run_with_its_name(tmp_path, workers):
     assert last.startswith("error: the image p3.png could be read at the start") and "(the file is empty)" in last
 
 
-def test_a_reader_that_is_killed_ends_a_run_in_a_line(tmp_path):
+class Dying:
+    """Its reader is lost while the other process takes it over, and ends a little later."""
+
+    def __reduce__(self):
+        return Dying.lost, (os.getpid(),)
+
+    @staticmethod
+    def lost(reader):
+        threading.Timer(0.3, os.kill, (reader, signal.SIGKILL)).start()
+        raise ConnectionResetError("Connection reset by peer")
+
+
+@pytest.mark.parametrize("when", ["reading", "handing over"])
+def test_a_reader_that_is_killed_ends_a_run_in_a_line(tmp_path, when):
     """As by a system without memory: no bug of ours, and the run can go on."""
     place, parent = folder(tmp_path, 6), os.getpid()
 
@@ -442,9 +456,10 @@ def test_a_reader_that_is_killed_ends_a_run_in_a_line(tmp_path):
         real, run = data.Examples.__getitem__, os.getpid()
 
         def get(self, numbers):
-            if os.getpid() not in (run, parent) and numbers[0] > 12:
+            last = os.getpid() not in (run, parent) and numbers[0] > 12
+            if last and when == "reading":
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(self, numbers)
+            return {"n": Dying()} if last else real(self, numbers)
 
         data.Examples.__getitem__ = get
 

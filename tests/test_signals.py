@@ -72,21 +72,30 @@ def test_a_signal_during_imports(tmp_path, pause):
     assert "Traceback" not in run.communicate(timeout=90)[1] and run.returncode == 75
 
 
+def of_two(tmp_path, *lines):
+    """A script run by two processes, which have an Accelerator `a`; what it printed."""
+    begin = ["import sys, time", "from datetime import timedelta", "from accelerate import Accelerator, InitProcessGroupKwargs"]
+    begin += ["from oneloop.machine import processes"]
+    begin += ["a = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])"]
+    (tmp_path / "script.py").write_text("\n".join([*begin, *lines]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run([*command, tmp_path / "script.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 def test_what_one_process_does_alone_may_take_long(tmp_path):
     """The others wait longer than the default group's timeout, here 2 seconds."""
-    (tmp_path / "wait.py").write_text(
-        "import time\n"
-        "from datetime import timedelta\n"
-        "from accelerate import Accelerator, InitProcessGroupKwargs\n"
-        "from oneloop.machine import processes\n"
-        "a = Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=2))])\n"
-        "assert processes.on_main(a, lambda: time.sleep(5) or 7) == 7\n"
-        "assert processes.gather(a, a.process_index) == [0, 1]\n"
-        "print('done')\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run([*command, tmp_path / "wait.py"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr[-2000:]
+    long = "assert processes.on_main(a, lambda: time.sleep(5) or 7) == 7"
+    assert of_two(tmp_path, long, "assert processes.gather(a, a.process_index) == [0, 1]", "print('done')").count("done") == 2
+
+
+def test_no_thread_of_an_exchange_outlives_the_interpreter(tmp_path):
+    """One that still holds a tensor then ends the process with SIGABRT, after all was done. Linux names threads in /proc."""
+    threads = "[open(f).read() for f in glob.glob('/proc/self/task/*/comm')]"
+    last = f"atexit.register(lambda: print(sum('gloo' in name for name in {threads})))"
+    printed = of_two(tmp_path, "import atexit, glob", last, "assert processes.gather(a, a.process_index) == [0, 1]")
+    assert printed.split() == ["0", "0"]
 
 
 def test_a_killed_process_is_a_line_from_the_others(tmp_path):
