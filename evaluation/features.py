@@ -25,10 +25,21 @@ class Features:
     """What it is, in a line: two results may be compared where this is the same."""
     of: Callable[[Tensor], Tensor]
     """Images [B, 3, H, W] uint8 -> features [B, D]."""
+    text: Callable[[list[str]], Tensor] | None = None
+    """Texts -> features [B, D] of the same space, where the model has some."""
+    angles: bool = False
+    """Whether how alike two images are is the cosine of their features: of models that others trained."""
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.cat([self.of(part).float().flatten(1).cpu() for part in images.split(64)])
+
+    def texts(self, texts: list[str]) -> Tensor:
+        """Features of texts, [B, D], each made once."""
+        each = list(dict.fromkeys(texts))
+        with torch.no_grad():
+            made = torch.cat([self.text(each[i : i + 64]).float().cpu() for i in range(0, len(each), 64)])
+        return made[[each.index(text) for text in texts]]
 
 
 def network(classes: int) -> nn.Sequential:

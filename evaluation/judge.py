@@ -27,19 +27,22 @@ SHOWN = 12
 class Sets:
     """What samples are compared with, [N, 3, H, W] uint8 each; labels [N], or None where there are none."""
 
-    held_out: Tensor
+    held_out: Tensor | None
+    """None where nothing was, and models say how alike samples and training images are."""
     held_out_labels: Tensor | None
     trained: Tensor
     trained_labels: Tensor | None
+    captions: list[str] | None
+    """Of the training images; None where the task has none."""
     about: str
     """What was held out, in a line."""
     drawings: bool
     """Whether all of them are embedded shapes."""
 
 
-def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int) -> Sets:
+def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unheld: bool = False) -> Sets:
     """The images of a run's training, and those to compare with: `given`, a folder or the name of a data set with this split;
-    or what the run held out; or, of the embedded shapes, drawings that are none of its own.
+    or what the run held out; or, of the embedded shapes, drawings that are none of its own; or, `unheld`, nothing.
 
     Raises:
         BadInput: there is nothing to compare with, or less than the distances take.
@@ -59,15 +62,19 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int) -> S
         other = open_other(task, cfg, replace(alone, num_shapes=cfg.data.num_shapes + count))
         other = sources.select(other, list(range(cfg.data.num_shapes, cfg.data.num_shapes + count)))
         about = f"{count} drawings that the run did not have"
+    elif unheld:
+        trained, known, captions = images(source, cfg)
+        return Sets(None, None, trained, known, captions, "the training images: the run held out none", False)
     else:
         raise BadInput(
-            "the run held out no images: --data.validation-split holds some out, `evaluate --data` names others to compare with"
+            "the run held out no images: --data.validation-split holds some out, `evaluate --data` names others to compare "
+            "with, and `evaluate --model` compares with the training images alone"
         )
-    (held_out, labels), (trained, known) = images(other, cfg), images(source, cfg)
+    (held_out, labels, _), (trained, known, captions) = images(other, cfg), images(source, cfg)
     for what, found in ((about, held_out), ("the training set", trained)):
         if len(found) < measures.LEAST:
             raise BadInput(f"{what} has {len(found)} images; expected at least {measures.LEAST}")
-    return Sets(held_out, labels, trained, known, about, own and given is None)
+    return Sets(held_out, labels, trained, known, captions, about, own and given is None)
 
 
 def open_other(task: Any, cfg: Any, other: Data) -> Any:
@@ -75,13 +82,14 @@ def open_other(task: Any, cfg: Any, other: Data) -> Any:
     return sources.open_for(task, replace(cfg, data=other))
 
 
-def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None]:
-    """At most MOST images of a source, spread evenly over it and of its most frequent size, and their labels."""
+def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """At most MOST images of a source, spread evenly over it and of its most frequent size, their labels and captions."""
     examples = data.opened(source, cfg.data, cfg.base.seed, example_cache(cfg), say=lambda text: None)
     most = min(MOST, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
     batches = list(examples.fixed(min(256, most), most, alike=True))
     labels = torch.cat([batch["label"] for batch in batches]) if "label" in batches[0] else None
-    return torch.cat([batch["pixel_values"] for batch in batches]), labels
+    captions = [text for batch in batches for text in batch["caption"]] if "caption" in batches[0] else None
+    return torch.cat([batch["pixel_values"] for batch in batches]), labels, captions
 
 
 def judges(sets: Sets, named: tuple[str, ...], folder: Path) -> list[features.Features]:
@@ -90,8 +98,8 @@ def judges(sets: Sets, named: tuple[str, ...], folder: Path) -> list[features.Fe
     Raises:
         BadInput: a model cannot be loaded, or what measures distances of features is not installed.
     """
-    labelled = sets.trained_labels is not None and sets.trained_labels.unique().numel() > 1
-    if named or labelled:
+    labelled = sets.held_out is not None and sets.trained_labels is not None and sets.trained_labels.unique().numel() > 1
+    if sets.held_out is not None and (named or labelled):
         measures.distances()
     found = [models.open_model(name) for name in named]
     if labelled:
@@ -107,22 +115,42 @@ def spread(images: Tensor, count: int) -> Tensor:
     return images[torch.arange(count) * len(images) // count]
 
 
-def judge(samples: Tensor, sets: Sets, judges: list[features.Features]) -> dict[str, Any]:
-    """Everything that is measured of samples [N, 3, H, W] uint8: under `features` what each judge says of them, and of as many
-    training images in their place (the floor); under `drawings` what the exact reader says; under `copies` the share of samples
-    that are nearer to a training image than 95 % of the held-out images are."""
-    floor = spread(sets.trained, len(samples))
+def judge(samples: Tensor, sets: Sets, judges: list[features.Features], prompts: list[str] | None = None) -> dict[str, Any]:
+    """Everything that is measured of samples [N, 3, H, W] uint8, drawn after these prompts: under `features` what each judge
+    says of them, and of as many training images in their place (the floor); under `drawings` what the exact reader says; under
+    `copies` the share of samples that are nearer to a training image than 95 % of the held-out images are."""
     result: dict[str, Any] = {"held out": sets.about, "features": {}}
     for one in judges:
-        reference = one(sets.held_out)
-        scored = {"samples": measures.compare(one(samples), reference), "floor": measures.compare(one(floor), reference)}
-        result["features"][one.name.partition(" ")[0]] = {"about": one.name} | scored
+        result["features"][one.name.partition(" ")[0]] = {"about": one.name} | scored(one, samples, sets, prompts)
+    if sets.held_out is None:
+        return result
     near = measures.nearest(spread(sets.held_out, 1000), sets.trained)[0].quantile(0.05)
     copied = measures.nearest(samples, sets.trained)[0] < near
     result["copies"] = measures.share(copied) | {"held out": 0.05, "nearer than": float(near)}
     if sets.drawings:
         result["drawings"] = drawings.judge(samples, sets.held_out)
     return result
+
+
+def scored(one: features.Features, samples: Tensor, sets: Sets, prompts: list[str] | None) -> dict[str, measures.Measures]:
+    """What one judge says of the samples, and of training images in their place."""
+    rows = spread(torch.arange(len(sets.trained)), len(samples))
+    made, floor = one(samples), one(sets.trained[rows])
+    found: dict[str, Any] = {"samples": {}, "floor": {}}
+    if sets.held_out is not None:
+        reference = one(sets.held_out)
+        found = {"samples": measures.compare(made, reference), "floor": measures.compare(floor, reference)}
+    if one.angles:
+        alike = lambda x, y: {"similarity": measures.similarity(x, y)}  # noqa: E731
+        found["samples"] |= measures.jackknife(alike, made, floor, measures.GROUPS)
+        if len(floor) > 1:
+            found["floor"] |= {"similarity": {"value": measures.similarity(floor, floor)}}
+    if one.text is not None and prompts:
+        found["samples"]["clip score"] = measures.clip_score(made, one.texts(prompts))
+        if sets.captions and len(floor) > 1:
+            own = [sets.captions[row] for row in rows.tolist()]
+            found["floor"]["clip score"] = measures.clip_score(floor, one.texts(own))
+    return found
 
 
 def told(result: dict[str, Any]) -> Iterator[str]:
@@ -132,10 +160,11 @@ def told(result: dict[str, Any]) -> Iterator[str]:
     for kind in result["features"].values():
         yield f"{kind['about']}:"
         for name, value in kind["samples"].items():
-            yield f"    {name} {as_text(value)}; floor {as_text(kind['floor'][name])}"
+            yield f"    {name} {as_text(value)}" + (f"; floor {as_text(floor)}" if (floor := kind["floor"].get(name)) else "")
     for name, value in result.get("drawings", {}).get("samples", {}).items():
         yield f"{name} {as_text(value)}; held-out drawings {as_text(result['drawings']['held out'][name])}"
-    yield f"copies of training images {as_text(result['copies'])}; held-out images {result['copies']['held out']:.4g}"
+    if "copies" in result:
+        yield f"copies of training images {as_text(result['copies'])}; held-out images {result['copies']['held out']:.4g}"
 
 
 def save_neighbours(samples: Tensor, sets: Sets, path: Path) -> None:

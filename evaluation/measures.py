@@ -66,6 +66,22 @@ def measure(samples: Tensor, reference: Tensor) -> Measures:
     return {"frechet": frechet, "kid": kid[metric_kid.KEY_METRIC_KID_MEAN], "precision": precision, "recall": recall}
 
 
+def similarity(x: Tensor, y: Tensor) -> float:
+    """The mean cosine of all pairs of features, [N, D] and [M, D]; of a set with itself, of all pairs of two. In features of a
+    self-supervised ViT this is DINO of Ruiz et al. 2022, DreamBooth (arXiv:2208.12242), section 4.2."""
+    a, b = (F.normalize(z.double(), dim=1) for z in (x, y))
+    every = (a.sum(0) @ b.sum(0)).item()
+    return (every - len(x)) / (len(x) * (len(x) - 1)) if x is y else every / (len(x) * len(y))
+
+
+def clip_score(images: Tensor, texts: Tensor) -> Estimate:
+    """100 max(cos, 0), averaged over images and their texts, features [N, D] each: Hessel et al. 2021, CLIPScore
+    (arXiv:2104.08718), with 100 in the place of 2.5, as torchmetrics has it. The interval is that of a mean."""
+    each = 100 * F.cosine_similarity(images.double(), texts.double()).clamp(min=0)
+    reach = 1.96 * (each.std() / math.sqrt(len(each))).item()
+    return {"value": (mean := each.mean().item()), "low": mean - reach, "high": mean + reach}
+
+
 def compare(samples: Tensor, reference: Tensor) -> dict[str, Estimate]:
     """`measure` with intervals; the sets must be in no order, as draws by key and rows spread over a set are."""
     return jackknife(measure, samples, reference, GROUPS if samples.shape[1] <= 256 else GROUPS // 4)

@@ -24,13 +24,13 @@ def open_model(name: str) -> Features:
 
     try:
         if name == "inception":
-            return Features("inception of torch-fidelity, 2048 dimensions", inception())
+            return Features("inception of torch-fidelity, 2048 dimensions", inception(), angles=True)
         if name in torchvision.models.list_models(torchvision.models):
-            return Features(f"{name} of torchvision", of_torchvision(name))
+            return Features(f"{name} of torchvision", of_torchvision(name), angles=True)
         config = Path(name).expanduser() / "config.json"
         diffuses = "_class_name" in json.loads(config.read_text("utf-8")) if config.is_file() else False
-        made = of_diffusers(name) if diffuses else of_transformers(name)
-        return Features(f"{name} of {'diffusers' if diffuses else 'transformers'}", made)
+        made, text = (of_diffusers(name), None) if diffuses else of_transformers(name)
+        return Features(f"{name} of {'diffusers' if diffuses else 'transformers'}", made, text, True)
     except BadInput:
         raise
     except Exception as error:  # each library has its own for weights that it cannot fetch or read
@@ -65,18 +65,26 @@ def of_torchvision(name: str) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def of_transformers(name: str) -> Callable[[Tensor], Tensor]:
-    """Image embeddings of CLIP and its kin, or else the pooled output, or else the mean over the tokens."""
-    from transformers import AutoImageProcessor, AutoModel
+def of_transformers(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor] | None]:
+    """Image embeddings of CLIP and its kin, and its embeddings of texts; or else the pooled output, or else the mean over the
+    tokens, and none of texts."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     model, processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
-    call = getattr(model, "get_image_features", model)
+    call, read = getattr(model, "get_image_features", model), getattr(model, "get_text_features", None)
+    words = AutoTokenizer.from_pretrained(name) if read else None
 
     def features(images: Tensor) -> Tensor:
         made = call(processor(list(images), return_tensors="pt")["pixel_values"])
         return made if isinstance(made, Tensor) else pooled(made)
 
-    return features
+    def texts(texts: list[str]) -> Tensor:  # filled to their full length, as SigLIP's were in training
+        length = getattr(model.config.text_config, "max_position_embeddings", None)
+        how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        made = read(**{key: x for key, x in words(texts, **how).items() if key in ("input_ids", "attention_mask")})
+        return made if isinstance(made, Tensor) else pooled(made)
+
+    return features, texts if read else None
 
 
 def pooled(output: Any) -> Tensor:

@@ -308,6 +308,11 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
     return {"samples": canvas}  # in [0, 1]
 
 
+def drawn_after(examples: Iterable[Batch], rng: Rng, cfg: Any) -> list[str]:
+    """The texts of the samples of a grid."""
+    return [text for *_, texts, _ in alike(lambda: next(iter(examples))["caption"], rng, cfg) for text in texts]
+
+
 def alike(
     captions: Callable[[], list[str]], rng: Rng, cfg: Any
 ) -> Iterator[tuple[slice, Prompt, Pretrained, list[str], list[Any]]]:

@@ -214,6 +214,8 @@ class Task(Generic[C]):
     pretrained models tell, before anything is read or written."""
     prior: Prior | None = None
     """How class images are drawn; None: this task draws none."""
+    prompts: Callable[[Iterable[Batch], Rng, C], list[str]] | None = None
+    """What `sample_fn` draws after, a text for each image; None: after none."""
     follows: Mapping[str, Follow] = field(default_factory=dict)
     """name -> the EMA of a model, which all functions but `make_models` see under that name beside the others. (The EMA that
     samples and exports show is made by the loop: `--base.use-ema`.)"""

@@ -108,6 +108,7 @@ task = Task(
     make_optim=adapted.make_optim,
     loss_fn=loss_fn,
     sample_fn=sample_fn,
+    prompts=text_to_image.drawn_after,
     export_fn=adapted.export_fn,
     card=lambda cfg: text_to_image.card(cfg, "lora", "dpo", "text-to-image", "template:sd-lora"),
     encodings=text_to_image.ENCODINGS | {REJECTED: replace(text_to_image.ENCODINGS["pixel_values"], fn=encode_rejected)},

@@ -173,6 +173,7 @@ task = Task(
     make_optim=adapted.make_optim,
     loss_fn=loss_fn,
     sample_fn=text_to_image.sample_fn,
+    prompts=text_to_image.drawn_after,
     export_fn=distilled.export_fn,
     card=lambda cfg: text_to_image.card(cfg, "latent-consistency", "text-to-image"),
     encodings=text_to_image.ENCODINGS,

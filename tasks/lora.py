@@ -94,6 +94,7 @@ task = Task(
     make_optim=make_optim,
     loss_fn=loss_fn,
     sample_fn=sample_fn,
+    prompts=text_to_image.drawn_after,
     export_fn=export_fn,
     card=lambda cfg: text_to_image.card(cfg, "lora", "text-to-image", "template:sd-lora"),
     encodings=text_to_image.ENCODINGS,

@@ -81,6 +81,7 @@ task = Task(
     make_optim=make_optim,
     loss_fn=loss_fn,
     sample_fn=sample_fn,
+    prompts=text_to_image.drawn_after,
     export_fn=export_fn,
     card=lambda cfg: text_to_image.card(cfg, "textual_inversion", "text-to-image"),
     encodings=text_to_image.ENCODINGS,

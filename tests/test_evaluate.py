@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from test_settings import refused
@@ -90,7 +91,7 @@ def sets(count=200):
     """Embedded shapes, with labels."""
     labels = lambda rows: torch.tensor([draw_shape(n, 16)[2] for n in rows])  # noqa: E731
     held_out, trained = range(count, 2 * count), range(count)
-    return judge.Sets(drawn(held_out), labels(held_out), drawn(trained), labels(trained), "drawings", True)
+    return judge.Sets(drawn(held_out), labels(held_out), drawn(trained), labels(trained), None, "drawings", True)
 
 
 def test_copies_and_floor(monkeypatch, tmp_path):
@@ -227,6 +228,72 @@ def test_models_by_folder(tmp_path):
             made[64:], models.open_model(str(tmp_path / name))(images[64:]), atol=1e-5
         )
         assert made.std(0).min() > 0
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A CLIP in the real format."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    folder, words = tmp_path_factory.mktemp("clip"), tiny_models.tokenizer(24)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = size | {"vocab_size": len(words), "max_position_embeddings": 24, "eos_token_id": words.eos_token_id}
+    torch.manual_seed(4)
+    config = CLIPConfig(text_config=text, vision_config=size | {"image_size": 28, "patch_size": 14}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def test_clip_score_and_similarity_are_their_formulas(clip):
+    """Those of the model's own logits, which are the cosines times its scale; of a set with itself no image with itself."""
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    one, images = models.open_model(str(clip)), drawn(range(70), 32)
+    prompts = [draw_shape(n, 32)[1] for n in range(70)]
+    model, words = CLIPModel.from_pretrained(clip), CLIPTokenizer.from_pretrained(clip)
+    pixels = CLIPImageProcessor.from_pretrained(clip)(list(images), return_tensors="pt")
+    with torch.no_grad():
+        said = model(**words(prompts, padding=True, return_tensors="pt"), **pixels)
+    cosines = said.logits_per_image / model.logit_scale.exp()
+    own = 100 * cosines.diagonal().clamp(min=0)
+    found = measures.clip_score(one(images), one.texts(prompts))
+    assert found["value"] == pytest.approx(own.mean().item(), abs=1e-3) and own.std() > 1e-3
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * own.std().item() / 70**0.5, rel=1e-3)
+    x, y = one(images[:5]), one(images[5:8])
+    pairs = F.cosine_similarity(x[:, None], y[None], dim=-1)
+    assert measures.similarity(x, y) == pytest.approx(pairs.mean().item(), abs=1e-5)
+    within = F.cosine_similarity(x[:, None], x[None], dim=-1)[~torch.eye(5, dtype=bool)]
+    assert measures.similarity(x, x) == pytest.approx(within.mean().item(), abs=1e-5)
+
+
+def test_few_images_and_their_prompts(clip, tmp_path):
+    """A run on a few captioned images, as of one subject, that held out none: samples are like the training images, and like
+    what they were drawn after; without a model of others there is nothing to compare with."""
+    from test_lora import command, draw_photos
+
+    from oneloop.families import text_to_image
+    from oneloop.tasks import Rng, lora
+
+    photos, model = draw_photos(tmp_path / "photos"), tiny_models.build(tmp_path, "sd")
+    asked = {"lora__validation_prompts": ("a cat", "a dog"), "data__example_cache": "None"}
+    assert cli(tmp_path, *command(tmp_path, model, photos, **asked)).code == 0
+    done = cli(tmp_path, "evaluate", "out", "--num", "32", "--model", clip)
+    assert done.code == 0 and "compared with the training images: the run held out none" in done.out, done.err
+    (found,) = json.loads((tmp_path / "out" / "evaluation" / "4.json").read_text())["features"].values()
+    assert set(found["samples"]) == set(found["floor"]) == {"similarity", "clip score"}
+    cfg = lora.Config(lora=lora.Settings(pretrained_model_name_or_path=str(model), validation_prompts=("a cat", "a dog")))
+    prompts = text_to_image.drawn_after([], Rng.of(0, range(32), "samples"), cfg)
+    assert prompts == ["a cat", "a dog"] * 16
+    one = models.open_model(str(clip))
+    images = torch.from_numpy(np.load(next((tmp_path / "out" / "evaluation").glob("4-*/*.npy"))))
+    assert found["samples"]["clip score"] == pytest.approx(measures.clip_score(one(images), one.texts(prompts)))
+    assert "similarity/" in (tmp_path / "out" / "report.html").read_text()
+    refused(cli(tmp_path, "evaluate", "out", "--num", "32"), "the run held out no images", "evaluate --model")
+    assert cli(tmp_path, *command(tmp_path, model, photos, "captions")).code == 0
+    done = cli(tmp_path, "evaluate", "captions", "--num", "32", "--model", clip)  # without prompts, those of the data
+    assert done.code == 0 and "clip score" in done.out, done.err
 
 
 @pytest.mark.parametrize(

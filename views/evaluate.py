@@ -46,7 +46,7 @@ class Settings:
     """Split of the data set that --data names."""
     model: tuple[Name, ...] = ()
     """Models whose features are compared: `inception`, the name of a torchvision model, or the folder or name of a model of
-    transformers or diffusers."""
+    transformers (DINOv2, or CLIP, which also reads the prompts) or diffusers."""
     task: Name | None = None
     """The task that drew, where it is not one of oneloop's: its import path, as of `sample`."""
 
@@ -74,10 +74,11 @@ def main(settings: Settings) -> None:
     kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}"
     try:
         kept.mkdir(parents=True, exist_ok=True)
-        sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num)
+        sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num, bool(settings.model))
         judges = judge.judges(sets, settings.model, folder)
         samples = drawn(kept, saved, task, cfg, seed, settings.num)
-        result = judged(samples, sets, judges, folder, step, seed)
+        prompts = texts(task, cfg, seed, settings.num) if any(one.text for one in judges) else None
+        result = judged(samples, sets, judges, folder, step, seed, prompts)
         if (out / "run.json").is_file():
             page.write(out)
     except OSError as error:
@@ -86,15 +87,18 @@ def main(settings: Settings) -> None:
     print(f"{settings.num} images of step {step}, seed {seed}, judged: {folder / f'{step}.json'}")
 
 
-def judged(samples: Tensor, sets: Any, judges: list[Any], folder: Path, step: int, seed: int) -> dict[str, Any]:
+def judged(
+    samples: Tensor, sets: Any, judges: list[Any], folder: Path, step: int, seed: int, prompts: list[str] | None = None
+) -> dict[str, Any]:
     """What is measured of the samples of a step, which is written into the folder too."""
     from oneloop.evaluation import judge
     from oneloop.machine import files
 
-    if samples.shape[1:] != sets.held_out.shape[1:]:
-        sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
+    other = sets.trained if sets.held_out is None else sets.held_out
+    if samples.shape[1:] != other.shape[1:]:
+        sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, other))
         raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
-    result = {"step": step, "seed": seed, "num": len(samples)} | judge.judge(samples, sets, judges)
+    result = {"step": step, "seed": seed, "num": len(samples)} | judge.judge(samples, sets, judges, prompts)
     judge.save_neighbours(samples, sets, folder / f"{step}.png")
     files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
     return result
@@ -139,6 +143,22 @@ def pixels(images: Any, name: Any) -> Tensor:
     if "samples" not in images:
         raise BadInput(f"{name}: its task draws {', '.join(images)}; expected samples, which alone can be judged")
     return images["samples"].float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def texts(task: Any, cfg: Any, seed: int, num: int) -> list[str] | None:
+    """What the images 0 to `num` - 1 were drawn after; None where the task draws after no texts."""
+    from oneloop import data
+    from oneloop.tasks import Rng
+    from oneloop.views.sample import Unopened
+
+    if task.prompts is None:
+        return None
+    examples, found = Unopened(task, cfg), []
+    for first in range(0, num, CHUNK):
+        numbers = range(first, min(first + CHUNK, num))
+        shown = data.Fixed(examples, len(numbers), "cpu", num, first, True)
+        found += task.prompts(shown, Rng.of(seed, numbers, "samples"), cfg)
+    return found
 
 
 def drawn(folder: Path, saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Tensor:

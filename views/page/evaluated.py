@@ -30,14 +30,15 @@ def figures(result: dict[str, Any]) -> Iterator[Figure]:
     """The figures of a result."""
     for judge, kind in result["features"].items():
         for name, value in kind["samples"].items():
-            yield f"{name}/{judge}", *_checked(value, kind["floor"][name])
+            yield f"{name}/{judge}", *_checked(value, kind["floor"].get(name))
     drawn = result.get("drawings", {"samples": {}})
     for name, value in drawn["samples"].items():
         yield name, *_checked(value, drawn["held out"][name])
-    yield "copies", *_checked(result["copies"], {"value": result["copies"]["held out"]})
+    if "copies" in result:
+        yield "copies", *_checked(result["copies"], {"value": result["copies"]["held out"]})
 
 
-def _checked(value: dict[str, Any], floor: dict[str, Any]) -> tuple[dict[str, float], float]:
+def _checked(value: dict[str, Any], floor: dict[str, Any] | None) -> tuple[dict[str, float], float | None]:
     """Numbers alone.
 
     Raises:
@@ -46,7 +47,7 @@ def _checked(value: dict[str, Any], floor: dict[str, Any]) -> tuple[dict[str, fl
     numbers = {key: float(value[key]) for key in ("value", "low", "high") if key in value}
     if not abs(numbers["value"]) < 1e300:  # which NaN is not
         raise ValueError(value)
-    return numbers, float(floor["value"])
+    return numbers, None if floor is None else float(floor["value"])
 
 
 def curves(folder: Path, say: Callable[[str], Any] = lambda text: None) -> dict[str, list[tuple[int, float]]]:
@@ -62,7 +63,7 @@ def table(folder: Path) -> tuple[int, list[list[str]]]:
     """The last step that was judged, and a row for each figure: name, value, interval, floor."""
     step, every = max(results(folder).items())
     ends = lambda v: f"{v['low']:.4g} to {v['high']:.4g}" if "low" in v else ""  # noqa: E731
-    return step, [[name, f"{v['value']:.4g}", ends(v), f"{floor:.4g}"] for name, v, floor in every]
+    return step, [[name, f"{v['value']:.4g}", ends(v), "" if floor is None else f"{floor:.4g}"] for name, v, floor in every]
 
 
 def neighbours(folder: Path, step: int) -> Path:
