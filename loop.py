@@ -47,7 +47,7 @@ from torch import Tensor
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
 from oneloop.inputs import encodings, listing, sources, store
-from oneloop.machine import compilation, placement
+from oneloop.machine import compilation, internals, placement
 from oneloop.machine.accelerator import make_accelerator
 from oneloop.machine.files import flaws
 from oneloop.machine.kernels import kernels
@@ -194,8 +194,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
         saved, manifest = resumed or (None, {"step": 0, "examples": 0, "skipped": 0})
-        if resumed:
-            refuse_changes(manifest, {"task": name}, configs.changes(manifest["settings"], cfg))
+        own = {"task": name, "stream": internals.stream()}
+        refuse_changes(manifest, own, configs.changes(manifest["settings"], cfg) if resumed else ())
         total = length(cfg, source.pass_length(), manifest, accelerator.num_processes)
         source = replace(source, asked=listing.asked(cfg, accelerator.num_processes, total, manifest))
         factor_at = schedule(cfg.base, total)
@@ -212,8 +212,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
-        facts = {"task": name} | identity(learner.models, encoders)
-        refuse_changes(manifest, {"task": name}, altered(manifest, learner.models, encoders) if resumed else ())
+        facts = own | identity(learner.models, encoders)
+        refuse_changes(manifest, own, altered(manifest, learner.models, encoders) if resumed else ())
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
             checkpoint.load(accelerator, saved, report.say)

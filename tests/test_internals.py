@@ -100,6 +100,14 @@ def broken_random(monkeypatch, **parts):
     monkeypatch.setattr(torch.func, "_random", module, raising=False)
 
 
+def altered_random(monkeypatch, name):
+    """One of its functions gives other numbers, of the same shape and type."""
+    from torch.func import _random
+
+    own = getattr(_random, name)
+    monkeypatch.setattr(_random, name, lambda *given: own(*given).flip(-1))
+
+
 @pytest.mark.parametrize(
     ("package", "breaks", "call"),
     [
@@ -112,6 +120,9 @@ def broken_random(monkeypatch, **parts):
             ),
             lambda: Rng.of(0, [0]).normal("x", 1),
         ),
+        ("torch", lambda m: altered_random(m, "fold_in"), internals.stream),
+        ("torch", lambda m: altered_random(m, "uniform"), internals.stream),
+        ("torch", lambda m: altered_random(m, "normal"), internals.stream),
         (
             "accelerate",
             lambda m: m.setitem(sys.modules, "accelerate.state", types.ModuleType("x")),
