@@ -107,8 +107,11 @@ def mirrored(images: Tensor, flip: Tensor) -> Tensor:
 
 def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS, mask_minimum: float = 0.0) -> Batch:
     """The batch on the device; images and masks, which travel as uint8, become float32 there, in [-1, 1] and in
-    [mask_minimum, 1]."""
+    [mask_minimum, 1]. A mask of tokens can still be read on the host (tasks.on_host)."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    for name, x in moved.items():
+        if isinstance(x, Tensor) and x.dtype == torch.bool and x is not batch[name]:
+            x.host = batch[name]
     for name in (name for name, x in moved.items() if isinstance(x, Tensor) and x.dtype == torch.uint8 and name in columns):
         x = moved[name].float()
         moved[name] = x / 255 if columns[name].kind == "mask" else x / 127.5 - 1

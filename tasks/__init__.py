@@ -339,6 +339,12 @@ def transfer(x: Tensor, device: Any) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def on_host(x: Tensor) -> Tensor:
+    """The values of a tensor, to be read by the host: as they were before it went to its device, where that is known; then
+    nothing waits for the device."""
+    return getattr(x, "host", x)
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """The module itself, behind the wrapper that reduces gradients across processes."""
     return getattr(module, "module", module) if type(module).__name__ == "DistributedDataParallel" else module
