@@ -48,7 +48,7 @@ from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
 from oneloop.inputs import encodings, listing, sources, store
 from oneloop.machine import compilation, internals, placement
-from oneloop.machine.accelerator import make_accelerator
+from oneloop.machine.accelerator import make_accelerator, prepare_optimizer
 from oneloop.machine.files import flaws
 from oneloop.machine.kernels import kernels
 from oneloop.machine.memory import Memory, peak_memory
@@ -114,7 +114,7 @@ class Learner:
     called: Models
     """All, as losses call them: those that train behind the wrapper that reduces gradients across processes."""
     optims: Optims
-    """As accelerate prepared them."""
+    """As they are stepped."""
     weights: dict[str, Tensor]
     """'model.parameter' -> the parameter, for what requires a gradient."""
     averages: list[ema.Ema]
@@ -348,7 +348,7 @@ def make_learner(
         models,
         # They are placed: accelerate would bring what is offloaded.
         called=models | {k: accelerator.prepare_model(m, False, not trains(m)) for k, m in state.models.items()},
-        optims={k: accelerator.prepare(o) for k, o in state.optims.items()},
+        optims={k: prepare_optimizer(accelerator, o) for k, o in state.optims.items()},
         weights=weights,
         averages=averages,
         shared=[models[name] for name in dict.fromkeys([*task.keeps, *(follow.of for follow in task.follows.values())])],

@@ -50,7 +50,7 @@ class Collation:
         for name, column in images.kinds.items():
             anchor, room = column.like or name, images.about(name, "room")[entries]
             if anchor not in corners:
-                central = rng is None or cfg.center_crop
+                central = rng is None or cfg.center_crop or not room.any()
                 draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
                 corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
             batch |= cut(name, corners[anchor], flip)
@@ -80,15 +80,16 @@ class Collation:
         captions, cfg = self.source.captions, self.captions
         if rng is None:
             cfg = Captions(templates=cfg.templates)
+        own = [captions[row] or [""] for row in rows]
         used = {
-            "caption": True,
+            "caption": any(len(several) > 1 for several in own),
             "tag dropout": cfg.tag_dropout,
             "tag order": cfg.shuffle_tags,
             "template": len(cfg.templates) > 1,
             "caption dropout": cfg.caption_dropout,
         }
         u = {name: rng.uniform(name).tolist() if rng is not None and used[name] else [0.0] * len(rows) for name in PURPOSES}
-        return [caption(captions[row] or [""], cfg, {name: u[name][i] for name in PURPOSES}) for i, row in enumerate(rows)]
+        return [caption(several, cfg, {name: u[name][i] for name in PURPOSES}) for i, several in enumerate(own)]
 
     def cropped(self, pixels: Sequence[Tensor], size: tuple[int, int], corner: Tensor, flip: Tensor) -> Tensor:
         """The crops at these corners of images [C, h, w], [B, C, H, W] uint8; a central one was made when it was decoded."""
