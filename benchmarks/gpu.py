@@ -67,10 +67,14 @@ def alone(name: str, given: argparse.Namespace) -> tuple[bool, str]:
 
 
 def where() -> str:
-    """The card, torch and the commit."""
-    hardware, versions, commit = benchmark.machine()
+    """The card, torch and the commit, marked where files beside the page, which changes with each row, differ from it."""
+    hardware, versions, _ = benchmark.machine()
     card = hardware.removeprefix("hardware: ").split(",")[0]
-    return f"{card}, {re.search(r'torch [^,]+', versions)[0]}, {commit.removeprefix('commit: ')}"
+    asked = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", ".", f":!{PAGE.relative_to(ROOT)}"])
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip() for words in asked
+    )
+    return f"{card}, {re.search(r'torch [^,]+', versions)[0]}, {commit}{'-dirty' if changed else ''}"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,6 +98,8 @@ def main() -> None:
             raise BadInput("there is no GPU here that torch can use; expected one")
         if unknown := [name for name in given.rows if name not in ROWS]:
             raise BadInput(f"no row named {unknown[0]!r}; expected {', '.join(ROWS)}")
+        if given.scripts and not given.scripts.is_dir():
+            raise BadInput(f"--scripts is {given.scripts}; expected the folder `examples` of a checkout of diffusers")
         if given.alone:
             with tempfile.TemporaryDirectory() as folder:
                 print(ROWS[given.alone].measure(given, Path(folder)))
@@ -101,7 +107,7 @@ def main() -> None:
         try:
             if not given.page.exists():
                 shutil.copyfile(PAGE, given.page)
-            text = given.page.read_text("utf-8")
+            write(given.page, text := given.page.read_text("utf-8"))  # what cannot be written is known before the first row
         except (OSError, ValueError) as error:
             raise BadInput(f"--page {given.page}: {error}; expected a page of text") from None
         open_rows = [name for name in ROWS if re.match(r"no$|failed: ", cells(text, name)[1])]

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,6 +131,8 @@ def test_mistakes_are_a_line(tmp_path, monkeypatch, capsys):
         (True, ["nope"], "no row named 'nope'; expected stream, "),
         (True, ["--page", str(page)], "--page has 2 rows `stream`"),
         (True, ["--page", str(tmp_path)], f"--page {tmp_path}: "),
+        (True, ["--page", str(tmp_path / "none" / "page.md")], "--page "),
+        (True, ["--scripts", str(page)], f"--scripts is {page}; expected the folder"),
     ):
         monkeypatch.setattr(benchmark, "has_gpu", lambda has=has: has)
         monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", *words])
@@ -137,6 +140,23 @@ def test_mistakes_are_a_line(tmp_path, monkeypatch, capsys):
             gpu.main()
         lines = capsys.readouterr().err.splitlines()
         assert end.value.code == 2 and len(lines) == 1 and said in lines[0], lines
+
+
+def test_where_a_row_was_measured(tmp_path, monkeypatch):
+    """The page itself makes no commit another."""
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, text=True).stdout  # noqa: E731
+    (tmp_path / "docs").mkdir()
+    for name in ("docs/performance.md", "code.py"):
+        (tmp_path / name).write_text("a")
+    git("init"), git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "docs" / "performance.md")
+    monkeypatch.setattr(benchmark, "machine", lambda: ["hardware: H, 2 CPU cores", "versions: torch 2.14, x 1", "commit: x"])
+    gpu.PAGE.write_text("b")
+    assert gpu.where() == f"H, torch 2.14, {git('rev-parse', '--short', 'HEAD').strip()}"
+    (tmp_path / "code.py").write_text("b")
+    assert gpu.where().endswith("-dirty")
 
 
 def test_a_row_is_written_as_one_line(tmp_path):

@@ -9,6 +9,7 @@ import re
 
 import diffusers
 import numpy as np
+import planted
 import pretended_torch
 import pytest
 import torch
@@ -199,3 +200,9 @@ def test_the_bits_of_a_cpu_and_no_wait(case, tmp_path, photos, built):
     whole = whole.wait()
     assert whole.code == 0 and "no samples" not in whole.err, whole.err
     assert list(compared(case, tmp_path)) == []
+
+
+def test_bugs_can_be_planted():
+    """The lines that `python tests/planted.py` puts a bug into are those of the code."""
+    for what, file, line, bug in planted.BUGS:
+        assert (planted.ROOT / file).read_text().count(line) == 1 and line != bug, what
