@@ -54,7 +54,7 @@ from oneloop.tasks import Models, unwrap
 MANIFEST = "manifest.json"
 FACTS = {"step": int, "examples": int, "skipped": int, "task": str, "settings": dict, "files": dict, "sha256": str}
 """What a manifest holds at least."""
-MORE = {"module": str, "data": str, "block": int, "models": dict, "made_of": dict}
+MORE = {"stream": str, "module": str, "data": str, "block": int, "models": dict, "made_of": dict}
 """What those of today hold too."""
 LOADED = {".safetensors", ".bin", ".pkl", ".pt", ".json"}
 """Kinds of files that a training state is loaded from."""

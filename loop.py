@@ -47,8 +47,8 @@ from torch import Tensor
 from oneloop import checkpoint, configs, data
 from oneloop.configs import BadInput
 from oneloop.inputs import encodings, listing, sources, store
-from oneloop.machine import compilation, placement
-from oneloop.machine.accelerator import make_accelerator
+from oneloop.machine import compilation, internals, placement
+from oneloop.machine.accelerator import make_accelerator, prepare_optimizer
 from oneloop.machine.files import flaws
 from oneloop.machine.kernels import kernels
 from oneloop.machine.memory import Memory, peak_memory
@@ -114,7 +114,7 @@ class Learner:
     called: Models
     """All, as losses call them: those that train behind the wrapper that reduces gradients across processes."""
     optims: Optims
-    """As accelerate prepared them."""
+    """As they are stepped."""
     weights: dict[str, Tensor]
     """'model.parameter' -> the parameter, for what requires a gradient."""
     averages: list[ema.Ema]
@@ -194,8 +194,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         cfg = task.resolve(cfg, sources.facts(source))
         resumed = on_main(accelerator, lambda: checkpoint.find(out, cfg.base.resume_from_checkpoint, report.say))
         saved, manifest = resumed or (None, {"step": 0, "examples": 0, "skipped": 0})
-        if resumed:
-            refuse_changes(manifest, {"task": name}, configs.changes(manifest["settings"], cfg))
+        own = {"task": name, "stream": internals.stream()}
+        refuse_changes(manifest, own, configs.changes(manifest["settings"], cfg) if resumed else ())
         total = length(cfg, source.pass_length(), manifest, accelerator.num_processes)
         source = replace(source, asked=listing.asked(cfg, accelerator.num_processes, total, manifest))
         factor_at = schedule(cfg.base, total)
@@ -212,8 +212,8 @@ def run(task: Task, cfg: Any) -> TrainState | None:
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
-        facts = {"task": name} | identity(learner.models, encoders)
-        refuse_changes(manifest, {"task": name}, altered(manifest, learner.models, encoders) if resumed else ())
+        facts = own | identity(learner.models, encoders)
+        refuse_changes(manifest, own, altered(manifest, learner.models, encoders) if resumed else ())
         checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
         if resumed:
             checkpoint.load(accelerator, saved, report.say)
@@ -348,7 +348,7 @@ def make_learner(
         models,
         # They are placed: accelerate would bring what is offloaded.
         called=models | {k: accelerator.prepare_model(m, False, not trains(m)) for k, m in state.models.items()},
-        optims={k: accelerator.prepare(o) for k, o in state.optims.items()},
+        optims={k: prepare_optimizer(accelerator, o) for k, o in state.optims.items()},
         weights=weights,
         averages=averages,
         shared=[models[name] for name in dict.fromkeys([*task.keeps, *(follow.of for follow in task.follows.values())])],

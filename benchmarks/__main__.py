@@ -26,21 +26,7 @@ matches. Its settings are its own: give it the same model, batch and number of s
     {model}       the folder of the case's Stable Diffusion
     {unet}        a folder with the config.json of the case's UNet
 
-On a GPU the whole table is made by this, in bash, with the scripts of a checkout of diffusers:
-
-    SCRIPTS=../diffusers/examples
-    LIKE_OURS="--dataset_name {parquet} --cache_dir {cache} --dataloader_num_workers 8 --lr_warmup_steps 0
-        --checkpointing_steps 1000000 --mixed_precision bf16 --output_dir {out}"
-    python -m benchmarks --precision bf16 --versus-precision bf16 --steps 20 220 --models models --out table.md \\
-    --versus mnist_unet="{python} $SCRIPTS/unconditional_image_generation/train_unconditional.py $LIKE_OURS
-        --model_config_name_or_path {unet} --resolution 32 --train_batch_size 64 --num_epochs 1 --use_ema
-        --ddpm_num_inference_steps 25" \\
-    --versus sd15_lora="{python} $SCRIPTS/text_to_image/train_text_to_image_lora.py $LIKE_OURS --rank 16
-        --pretrained_model_name_or_path {model} --resolution 512 --center_crop --train_batch_size 8
-        --max_train_steps {steps}" \\
-    --versus sdxl_lora="{python} $SCRIPTS/text_to_image/train_text_to_image_lora_sdxl.py $LIKE_OURS --rank 16
-        --pretrained_model_name_or_path {model} --resolution 1024 --center_crop --train_batch_size 4
-        --max_train_steps {steps}"
+The commands of diffusers' own scripts are in benchmarks/gpu_rows.py, which fills docs/performance.md on a GPU.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from oneloop.families import footprint
+from oneloop.machine import internals
 from oneloop.machine.narrow import narrow
 
 SDXL = {
@@ -64,6 +65,12 @@ class Launches(TorchDispatchMode):
         return made
 
 
+def adapted(model: torch.nn.Module) -> torch.nn.Module:
+    """With a LoRA, as the project makes it."""
+    internals.inject(model, LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    return model
+
+
 def unet(text: int, side: int, **config: Any) -> tuple[Callable[[], torch.nn.Module], Callable[[Any], Tensor]]:
     """A UNet with a LoRA, and a call of it with latents of side x side."""
 
@@ -74,8 +81,7 @@ def unet(text: int, side: int, **config: Any) -> tuple[Callable[[], torch.nn.Mod
 
     def make() -> torch.nn.Module:
         model = diffusers.UNet2DConditionModel(cross_attention_dim=text, **config).requires_grad_(False)
-        model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        return model
+        return adapted(model)
 
     return make, call
 
@@ -91,8 +97,7 @@ def flux() -> tuple[Callable[[], torch.nn.Module], Callable[[Any], Tensor]]:
 
     def make() -> torch.nn.Module:
         model = diffusers.FluxTransformer2DModel(guidance_embeds=True).requires_grad_(False)
-        model.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-        return model
+        return adapted(model)
 
     return make, call
 

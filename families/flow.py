@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput
 from oneloop.families.latents import pack, positions, sequence, unpack
-from oneloop.tasks import unwrap
+from oneloop.tasks import on_host, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,12 +171,14 @@ def pad(states: list[Tensor] | Tensor, length: int, mask: Tensor | None = None) 
     for i, state in enumerate(states):
         embeds[i, : len(state)] = state[:length]
         real[i, : len(state)] = True
+    real.host = torch.arange(length, device="cpu") < torch.tensor([[len(state)] for state in states], device="cpu")
     return {"prompt_embeds": embeds, "prompt_mask": real}
 
 
 def trim(columns: Columns) -> tuple[Tensor, Tensor]:
-    """States and mask, cut to the longest caption of the batch: what is masked for all costs nothing. Waits for the device."""
-    longest = int(columns["prompt_mask"].sum(1).max())
+    """States and mask, cut to the longest caption of the batch: what is masked for all costs nothing. It waits for the device
+    where the mask was made there."""
+    longest = int(on_host(columns["prompt_mask"]).sum(1).max())
     return columns["prompt_embeds"][:, :longest], columns["prompt_mask"][:, :longest]
 
 
@@ -204,7 +206,8 @@ def z_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: 
     """Conditioned on the share of image, 1 - sigma; predicts x - noise. Takes lists of [C, 1, h, w] and of texts."""
     import torch
 
-    texts = [state[real] for state, real in zip(columns["prompt_embeds"], columns["prompt_mask"], strict=True)]
+    lengths = on_host(columns["prompt_mask"]).sum(1).tolist()  # of captions that `pad` padded
+    texts = [state[:length] for state, length in zip(columns["prompt_embeds"], lengths, strict=True)]
     answers = transformer([*x.unsqueeze(2)], (1000 - 1000 * sigma) / 1000, texts, return_dict=False)[0]
     return -torch.stack([*answers]).squeeze(2)
 

@@ -51,7 +51,7 @@ class Collation:
         for name, column in images.kinds.items():
             anchor, room = column.like or name, images.about(name, "room")[entries]
             if anchor not in corners:
-                central = rng is None or cfg.center_crop
+                central = rng is None or cfg.center_crop or not room.any()
                 draw = None if central else rng.uniform("crop" if anchor == "pixel_values" else f"crop {anchor}", 2)
                 corners[anchor] = centre(room, None) if central else (draw * (room + 1)).long()
             batch |= cut(name, corners[anchor], flip)
@@ -81,15 +81,16 @@ class Collation:
         captions, cfg = self.source.captions, self.captions
         if rng is None:
             cfg = Captions(templates=cfg.templates)
+        own = [captions[row] or [""] for row in rows]
         used = {
-            "caption": True,
+            "caption": any(len(several) > 1 for several in own),
             "tag dropout": cfg.tag_dropout,
             "tag order": cfg.shuffle_tags,
             "template": len(cfg.templates) > 1,
             "caption dropout": cfg.caption_dropout,
         }
         u = {name: rng.uniform(name).tolist() if rng is not None and used[name] else [0.0] * len(rows) for name in PURPOSES}
-        return [caption(captions[row] or [""], cfg, {name: u[name][i] for name in PURPOSES}) for i, row in enumerate(rows)]
+        return [caption(several, cfg, {name: u[name][i] for name in PURPOSES}) for i, several in enumerate(own)]
 
     def cropped(self, pixels: Sequence[Tensor], size: tuple[int, int], corner: Tensor, flip: Tensor) -> Tensor:
         """The crops at these corners of images [C, h, w], [B, C, H, W] uint8; a central one was made when it was decoded."""
@@ -108,8 +109,11 @@ def mirrored(images: Tensor, flip: Tensor) -> Tensor:
 
 def to_device(batch: Batch, device: Any, columns: Mapping[str, Column] = COLUMNS, mask_minimum: float = 0.0) -> Batch:
     """The batch on the device; images and masks, which travel as uint8, become float32 there, in [-1, 1] and in
-    [mask_minimum, 1]."""
+    [mask_minimum, 1]. A mask of tokens can still be read on the host (tasks.on_host)."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    for name, x in moved.items():
+        if isinstance(x, Tensor) and x.dtype == torch.bool and x is not batch[name]:
+            x.host = batch[name]
     for name in (name for name, x in moved.items() if isinstance(x, Tensor) and x.dtype == torch.uint8 and name in columns):
         x = moved[name].float()
         moved[name] = x / 255 if columns[name].kind == "mask" else x / 127.5 - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,6 +52,13 @@ def make_accelerator(base: configs.Base, out: Path) -> Accelerator:
             raise
         why = f"{type(error).__name__}: {error}"
         raise BadInput(f"the environment asks for what cannot be set up ({why}); of it count {', '.join(asked)}") from None
+
+
+def prepare_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> Any:
+    """An optimizer that the accelerator knows and saves. What steps is accelerate's wrapper where there is a loss scale, else
+    the optimizer itself: the wrapper looks for a package twice, and at a signature, in each step."""
+    prepared = accelerator.prepare(optimizer)
+    return optimizer if accelerator.scaler is None else prepared
 
 
 def computes_bf16() -> bool:

@@ -7,11 +7,14 @@ validation and exports run plain: their shapes would each be compiled anew.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,24 +24,37 @@ from oneloop.configs import BadInput
 from oneloop.tasks import Models
 
 SMALL = 100_000_000
-"""Parameters below which a step on a GPU is mostly the launching of kernels, which CUDA graphs save."""
+"""Parameters that train below which a step on a GPU may be mostly the launching of kernels, which CUDA graphs save. A frozen
+base is not counted: adapters on a large one launch more for each number that they compute, not less."""
+COMPILERS = {"cpu": ("CXX", "a C++ compiler", ("g++", "clang++", "c++")), "cuda": ("CC", "a C compiler", ("gcc", "clang"))}
+"""Kind of device -> the variable that names the compiler, what it is, and where it is looked for without the variable."""
 
 
 def check(device: torch.device) -> None:
     """Refuse what cannot be compiled, before anything slow.
 
     Raises:
-        BadInput: a CPU's kernels need a C++ compiler, and there is none.
+        BadInput: a compiler, Python's headers or, on a GPU, Triton is missing.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    if device.type == "cpu" and not any(map(shutil.which, names)):
-        raise BadInput(f"--base.compile needs a C++ compiler on a CPU; found none of {', '.join(names)} (CXX names another)")
+    if device.type not in COMPILERS:
+        return
+    variable, what, usual = COMPILERS[device.type]
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        raise BadInput(f"--base.compile needs {what}; found none of {', '.join(names)} ({variable} names another)")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise BadInput(f"--base.compile needs Python's headers; found no {header} (the system's package python3-dev has it)")
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise BadInput("--base.compile needs Triton on a GPU; found no package triton")
 
 
 def options(models: Models, device: torch.device, accumulated: int) -> dict[str, Any]:
-    """How to compile: with CUDA graphs where one small model trains and nothing of a pass has to outlive the next."""
-    size = sum(p.numel() for m in models.values() for p in m.parameters())
-    graphs = device.type == "cuda" and len(models) == 1 and size < SMALL and accumulated == 1
+    """How to compile: with CUDA graphs where one model trains, in few parameters, nothing of a pass has to outlive the next,
+    and none of it is computed again."""
+    size = sum(p.numel() for m in models.values() for p in m.parameters() if p.requires_grad)
+    again = any(getattr(part, "gradient_checkpointing", False) for m in models.values() for part in m.modules())
+    graphs = device.type == "cuda" and len(models) == 1 and size < SMALL and accumulated == 1 and not again
     return {"mode": "reduce-overhead"} if graphs else {}
 
 
@@ -46,7 +62,8 @@ def compile_models(models: Models, device: torch.device, accumulated: int) -> No
     """Have these compiled when they are first called: their repeated blocks, once for all, where their class names them."""
     how = options(models, device, accumulated)
     for module in models.values():
-        regions = getattr(module, "_repeated_blocks", None)
+        blocks = getattr(module, "_repeated_blocks", None) or ()
+        regions = any(type(part).__name__ in blocks for part in module.modules())
         module.compile_repeated_blocks(**how) if regions else module.compile(**how)
 
 

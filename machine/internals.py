@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from types import ModuleType
@@ -26,6 +27,9 @@ WORKS = {
     "peft": "0.21",
 }
 """The versions that have these parts as they are used here."""
+STREAM = "philox4x32-10, keys 1"
+"""What makes the random numbers of a run: the generator, and how a seed, an example and a purpose become its keys
+(tasks/__init__.py, `Rng`). It changes when any of these numbers does, and then no older run can be resumed."""
 
 
 @contextlib.contextmanager
@@ -47,17 +51,31 @@ def part(package: str, name: str) -> Iterator[None]:
 def philox() -> ModuleType:
     """torch's stateless generator: `fold_in(keys, data)`, `normal(keys, shape)`, `uniform(keys, shape)`.
 
-    Its first number is compared with the published Philox4x32-10: another generator would change every run without a word.
+    What it makes of a key of zeros is compared with the published Philox4x32-10: another generator, or another way from its
+    words to numbers, would change every run without a word.
     """
     with part("torch", "torch.func._random"):
         import torch
         from torch.func import _random
 
-        keys = _random.fold_in(torch.tensor([[0, 0]], dtype=torch.uint64), 0).view(1, 1, 2)
-        known = _random.normal(torch.tensor([0, 0], dtype=torch.uint64), 4)
-        if keys.shape != (1, 1, 2) or abs(float(known[0]) - 0.9911) > 1e-3:
+        zeros = torch.tensor([[0, 0]], dtype=torch.uint64)
+        keys, u, x = _random.fold_in(zeros, 0), _random.uniform(zeros.view(1, 1, 2), (1, 4)), _random.normal(zeros[0], 4)
+        words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+        same = keys.tolist() == [[words[0] | words[1] << 32, words[2] | words[3] << 32]]
+        same = same and (u * 2**24).tolist() == [[float(word % 2**24) for word in words]]
+        if not same or abs(float(x[0]) - 0.9911) > 1e-3:
             raise NotImplementedError("its numbers are others")
         return _random
+
+
+def stream() -> str:
+    """The version of the random stream, once torch's generator has given its known answer.
+
+    Raises:
+        BadInput: it draws other numbers.
+    """
+    philox()
+    return STREAM
 
 
 def cpu_computes_bf16() -> bool:
@@ -91,6 +109,43 @@ def inject(module: nn.Module, config: Any) -> None:
 
         inject_adapter_in_model(config, module, "default")
         module._hf_peft_config_loaded = True
+    with part("peft", "LoraLayer.lora_variant"):
+        from peft.tuners.lora.layer import Linear
+
+        for layer in module.modules():
+            if type(layer) is Linear and "default" not in layer.lora_variant:  # quantized layers convert what they add
+                layer.lora_variant["default"] = added()
+
+
+@functools.cache
+def added() -> Any:
+    """What a LoRA layer adds, scaled in the addition where the scale is a power of two: the same bits by one kernel fewer,
+    forward and, at a scale of 1, backward. (Not in float16, where what is scaled first may be too small or too large.)"""
+    import torch
+    from peft.tuners.lora.layer import LoraVariant
+
+    class Added(LoraVariant):
+        @staticmethod
+        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+            down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+            out, scale = up(down(module.lora_dropout[active_adapter](x))), module.scaling[active_adapter]
+            if scale == 1 or (math.frexp(scale)[0] == 0.5 and out.dtype != torch.float16):
+                return torch.add(result, out, alpha=scale)
+            return result + out * scale
+
+        @staticmethod
+        def merge_safe(module: Any, active_adapter: str, weight: Tensor) -> Tensor:
+            return weight + module.get_delta_weight(active_adapter).to(weight.dtype)
+
+        @staticmethod
+        def merge_unsafe(module: Any, active_adapter: str, weight: Tensor) -> None:
+            weight.data += module.get_delta_weight(active_adapter)
+
+        @staticmethod
+        def unmerge(module: Any, active_adapter: str, weight: Tensor) -> Tensor:
+            return weight.data - module.get_delta_weight(active_adapter).to(weight.dtype)
+
+    return Added()
 
 
 def injected(module: nn.Module) -> tuple[dict[str, Tensor], Any]:

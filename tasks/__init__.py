@@ -264,10 +264,13 @@ class Rng:
     @classmethod
     def of(cls, seed: int, numbers: Iterable[int], stream: str = "train", device: Any = "cpu") -> Rng:
         """Keys for the examples with these numbers. Different streams of one run (training, samples) share no key."""
+        import numpy as np
         import torch
 
         numbers = tuple(map(int, numbers))
-        keys = torch.tensor([[hash64(seed, stream, n), 0] for n in numbers], dtype=torch.uint64).view(-1, 2)
+        keys = np.zeros((len(numbers), 2), np.uint64)
+        keys[:, 0] = [hash64(seed, stream, n) for n in numbers]
+        keys = torch.from_numpy(keys)
         if torch.device(device).type == "cuda":  # where torch has the kernels
             keys = transfer(keys, device)
         return cls(keys, device, numbers)
@@ -339,6 +342,12 @@ def transfer(x: Tensor, device: Any) -> Tensor:
     if torch.device(device).type != "cuda" or x.is_cuda:
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def on_host(x: Tensor) -> Tensor:
+    """The values of a tensor, to be read by the host: as they were before it went to its device, where that is known; then
+    nothing waits for the device."""
+    return getattr(x, "host", x)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

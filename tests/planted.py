@@ -44,13 +44,13 @@ BUGS = [  # what, file, line, the same with the bug
     (
         "an offloaded EMA meets the weights",
         "training/ema.py",
-        "value.copy_(torch.lerp(there, weight, 1 - decay), non_blocking=True)",
+        "value.copy_(torch.lerp(there, weight.to(value.dtype), 1 - decay), non_blocking=True)",
         "value.lerp_(weight, 1 - decay)",
     ),
     (
         "an offloaded EMA is shown where it is",
         "machine/placement.py",
-        "weights[key].data = value.to(weights[key].device)",
+        "weights[key].data = value.to(weights[key])",
         "weights[key].data = value",
     ),
     (
@@ -95,8 +95,8 @@ BUGS = [  # what, file, line, the same with the bug
     (
         "captions' tokens on the CPU",
         "families/stable_diffusion.py",
-        "transfer(tokens.input_ids, device)",
-        "tokens.input_ids",
+        "transfer(words.input_ids, device)",
+        "words.input_ids",
     ),
     (
         "the loss read at every step",
@@ -172,12 +172,19 @@ BUGS = [  # what, file, line, the same with the bug
         "torch.arange(side, device=images.device) for side in size",
         "torch.arange(side) for side in size",
     ),
+    (
+        "the lengths of texts read from the device",
+        "families/flow.py",
+        'lengths = on_host(columns["prompt_mask"]).sum(1).tolist()',
+        'lengths = columns["prompt_mask"].sum(1).tolist()',
+    ),
 ]
 FIRST = {"tasks/vae.py": "vae", "maths/image_quality.py": "vae", "families/offload.py": "flux offloaded"}
 FIRST |= {
     "training/ema.py": "ddpm buckets",
     "families/stable_diffusion.py": "sdxl text",
     "families/latents.py": "finetune flux2",
+    "families/flow.py": "z-image",
 }
 """File -> the case that is tried first; then all the others."""
 

@@ -89,6 +89,8 @@ class Seen:
     rng: torch.Generator = field(default_factory=torch.Generator)
     inside: bool = False
     """Whether a kernel runs: one in Python shall see a CPU."""
+    strict: bool = False
+    """Whether a wait raises, as `torch.cuda.set_sync_debug_mode("error")` has it."""
 
     def on(self, x: Tensor) -> bool:
         """Whether a tensor is on the device; of one that consists of others, whether those are."""
@@ -107,6 +109,8 @@ class Seen:
         self.there.add(x)
 
     def wait(self, what: str) -> None:
+        if self.strict:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         frame, called, where = sys._getframe(1), None, "?"
         self.flying = Storages()
         while frame is not None:

@@ -145,6 +145,7 @@ def functions(seen: Seen, mode: Device, memory: int) -> dict[str, Any]:
     cuda |= {"get_device_properties": lambda *_: facts, "get_device_capability": lambda *_: (9, 0), "_initialized": True}
     cuda |= {"mem_get_info": lambda *_: (memory, memory), "synchronize": lambda *_: seen.wait("synchronize")}
     cuda |= {"device": lambda *_: contextlib.nullcontext()}
+    cuda |= {"set_sync_debug_mode": lambda mode: setattr(seen, "strict", mode in ("error", 2))}
     found = {"is_available": lambda: True, "current_accelerator": lambda *_, **__: torch.device("cuda")}
     found |= {"current_stream": lambda *_: SimpleNamespace(is_capturing=lambda: False)}
     found |= {"current_device_index": lambda: 0, "set_device_index": lambda *_: None, "device_count": lambda: 1}

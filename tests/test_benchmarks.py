@@ -5,7 +5,6 @@ import json
 import re
 import resource
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from warm import ROOT
 
 from benchmarks import __main__ as benchmark
-from benchmarks import models
+from benchmarks import gpu_rows, models
 from benchmarks.__main__ import Arm, Case, Process
 from oneloop import configs
 from oneloop.configs import BadInput
@@ -247,20 +246,12 @@ def test_lengths():
     assert Case("", times=10).lengths([5], True) == [5]
 
 
-def test_the_command_in_help(monkeypatch):
-    """The one that makes the whole table, as bash reads it: its own flags are known, its placeholders too, and it fits the
-    cases."""
-    monkeypatch.chdir(ROOT)
-    shown = re.search(r"^    (SCRIPTS=.*)", benchmark.__doc__, re.S | re.M)[1]
-    assert shown in benchmark.make_parser().format_help()
-    script = "python() { printf '%s\\0' \"$@\"; }\n" + shown
-    argv = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")
-    given = benchmark.make_parser().parse_args(argv[2:-1])
-    others = benchmark.beside(given.versus, benchmark.CASES, given.steps)
-    assert list(others) == ["mnist_unet", "sd15_lora", "sdxl_lora"] and given.steps == [20, 220]
-    for name, command in others.items():
+def test_the_official_commands(tmp_path):
+    """Their placeholders are known, they have the cases' batches and resolutions, and the scripts' own names."""
+    for name, command in gpu_rows.OFFICIAL.items():
         arguments, words = benchmark.CASES[name].arguments, shlex.split(command)
+        benchmark.beside([f"{name}={command}"], {name: benchmark.CASES[name]}, [20, 220])
         for theirs, ours in (("--train_batch_size", "train-batch-size"), ("--resolution", "resolution")):
             assert words[words.index(theirs) + 1] == re.search(rf"--data.{ours} (\d+)", arguments)[1], (name, theirs)
-        known = {"python", "out", "cache", "parquet", *(("unet",) if name == "mnist_unet" else ("model", "steps"))}
-        assert set(re.findall(r"\{(\w+)", command)) == known and words[1].startswith("../diffusers/examples/")
+        known = {"out", "cache", "parquet", *(("unet",) if name == "mnist_unet" else ("model", "steps"))}
+        assert set(re.findall(r"\{(\w+)", command)) == known and re.fullmatch(r"\w+/train_\w+\.py", words[0])

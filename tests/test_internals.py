@@ -7,10 +7,12 @@ import tomllib
 import types
 
 import datasets
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from warm import ROOT
 
 from oneloop.configs import BadInput
@@ -44,6 +46,72 @@ def test_adapters_go_in_and_come_out():
     torch.manual_seed(0)
     assert torch.equal(net(x), Net()(x))
     assert internals.injected(Net()) == ({}, None)
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts multiplications."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen += op._schema.name == "aten::mul"
+        return op(*args, **kwargs or {})
+
+
+def by_scale(alpha, inject):
+    """A layer of rank 4 with adapters that do something."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(16, 32))
+    inject(LoraConfig(r=4, lora_alpha=alpha, target_modules=["0"], init_lora_weights=False), net)
+    return net
+
+
+def theirs(config, net):
+    peft.inject_adapter_in_model(config, net, "default")
+
+
+def ours(config, net):
+    internals.inject(net, config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("factor", [1, 2, 0.25, 1.5, 0])
+def test_a_scale_is_part_of_the_addition(dtype, autocast, factor):
+    """Output and gradients have the bits of peft, also where the scale is changed later, as diffusers does at inference."""
+    dtype, found, counts = getattr(torch, dtype), [], []
+    for inject in (theirs, ours):
+        net = by_scale(4, inject).to(dtype)
+        net[0].scale_layer(factor)
+        torch.manual_seed(1)
+        x = torch.randn(64, 16).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Multiplied() as mode:
+            y = net(x)
+        y.float().square().sum().backward()
+        found.append([y, *(p.grad for p in net.parameters() if p.requires_grad)])
+        counts.append(mode.seen)
+    assert all(map(torch.equal, *found)) and len(found[0]) == 3
+    half = dtype == torch.float16 and not autocast and factor != 1
+    assert counts == [1, int(half or factor in (1.5, 0))]
+
+
+def test_what_peft_merges_is_the_same():
+    for safe in (True, False):
+        nets = [by_scale(8, inject) for inject in (theirs, ours)]
+        before = [net[0].get_base_layer().weight.clone() for net in nets]
+        for net in nets:
+            net[0].merge(safe_merge=safe)
+        merged = [net[0].get_base_layer().weight.clone() for net in nets]
+        assert torch.equal(*merged) and not torch.equal(merged[0], before[0])
+        for net in nets:
+            net[0].unmerge()
+        assert torch.equal(*(net[0].get_base_layer().weight for net in nets))
+
+
+def test_layers_with_variants_of_their_own_keep_them():
+    net = torch.nn.Sequential(torch.nn.Linear(16, 32))
+    internals.inject(net, LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    assert type(net[0].lora_variant["default"]).__name__ == "DoraLinearVariant"
 
 
 def test_adapters_do_not_ask_transformers(monkeypatch):
@@ -100,6 +168,14 @@ def broken_random(monkeypatch, **parts):
     monkeypatch.setattr(torch.func, "_random", module, raising=False)
 
 
+def altered_random(monkeypatch, name):
+    """One of its functions gives other numbers, of the same shape and type."""
+    from torch.func import _random
+
+    own = getattr(_random, name)
+    monkeypatch.setattr(_random, name, lambda *given: own(*given).flip(-1))
+
+
 @pytest.mark.parametrize(
     ("package", "breaks", "call"),
     [
@@ -112,6 +188,9 @@ def broken_random(monkeypatch, **parts):
             ),
             lambda: Rng.of(0, [0]).normal("x", 1),
         ),
+        ("torch", lambda m: altered_random(m, "fold_in"), internals.stream),
+        ("torch", lambda m: altered_random(m, "uniform"), internals.stream),
+        ("torch", lambda m: altered_random(m, "normal"), internals.stream),
         (
             "accelerate",
             lambda m: m.setitem(sys.modules, "accelerate.state", types.ModuleType("x")),

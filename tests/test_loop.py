@@ -15,6 +15,7 @@ from warm import ROOT, checkpoints, cli, cli_many, digest, free_port, metrics, t
 from oneloop import checkpoint, loop
 from oneloop.configs import Base, Data
 from oneloop.inputs import sources
+from oneloop.machine import internals
 from oneloop.machine.placement import trains
 from oneloop.tasks import Loss, Task, frozen
 
@@ -361,6 +362,20 @@ def test_another_model_or_task_is_refused(done, tmp_path):
     (tmp_path / "unet.json").write_text((tmp_path / "unet.json").read_text().replace("[8, 8]", "[8, 16]"))
     shutil.copytree(done / "out", tmp_path / "out")
     refused(cli(tmp_path, *flags), "unet's block_out_channels was [8, 8] and is now [8, 16]")
+
+
+def test_another_version_of_the_random_stream_is_refused(done, tmp_path):
+    """In a line, before a model is made; a manifest that does not say its version is of before there was another."""
+    shutil.copytree(done / "out", tmp_path / "out")
+    path = tmp_path / "out" / "checkpoint-6" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("stream") == internals.STREAM
+    for version, patch in (({"stream": "older"}, lambda: setattr(loop, "make_models", None)), ({}, lambda: None)):
+        path.write_text(json.dumps(manifest | version | {"sha256": checkpoint._digest(manifest | version)}))
+        result = cli(tmp_path, *tiny(tmp_path, steps=9), patch=patch)
+        if version:
+            refused(result, "another run", f"stream was older and is now {internals.STREAM}")
+    assert result.code == 0 and "resuming after step 6" in result.err, result.err
 
 
 def test_a_path_to_continue_from(done, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from accelerate import Accelerator
 from warm import ROOT, cli, fork, metrics, start, tiny
 
 from oneloop import data, loop
+from oneloop.configs import Data
 from oneloop.inputs import sources
 from oneloop.machine import accelerator as accelerator_module
-from oneloop.machine import compilation
+from oneloop.machine import compilation, internals
 from oneloop.machine.placement import at_rest, same_buffers
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, hash64
@@ -113,6 +115,30 @@ def test_nothing_waits_on_a_gpu(tmp_path):
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer_is_stepped_itself_where_there_is_no_loss_scale():
+    """Its checkpoint is accelerate's in any case."""
+    accelerator, weight = Accelerator(cpu=True), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    assert accelerator_module.prepare_optimizer(accelerator, optimizer) is optimizer
+    assert [wrapper.optimizer for wrapper in internals.prepared(accelerator)] == [optimizer]
+    scaled = SimpleNamespace(prepare=accelerator.prepare, scaler=object())
+    assert accelerator_module.prepare_optimizer(scaled, optimizer) is internals.prepared(accelerator)[-1]
+
+
+def test_draws_that_decide_nothing_are_not_made(monkeypatch):
+    """Of images that fill their crop, with a caption each: none; of others the corners, of several captions the choice."""
+    drawn, own = [], Rng.uniform
+    monkeypatch.setattr(Rng, "uniform", lambda rng, purpose, *shape: drawn.append(purpose) or own(rng, purpose, *shape))
+    cfg = Data(num_shapes=8, resolution=8, train_batch_size=4)
+    source = sources.open_source(cfg)
+    examples = data.Examples(source, cfg, 0)
+    before = examples[range(4)]
+    assert drawn == [] and (before["crop_top_left"] == 0).all()
+    source.captions[int(before["index"][0])] = ["a", "b"]
+    texts = examples[range(4)]["caption"]
+    assert drawn == ["caption"] and texts[0] in "ab" and texts[1:] == before["caption"][1:]
 
 
 def test_what_is_compiled(tmp_path):
