@@ -231,10 +231,11 @@ class Data:
     """Column of the images that a task is conditioned on."""
     conditioning_data_dir: Live[Folder | None] = None
     """Folder with conditioning images of the same file names, in place of a column."""
-    conditioning: Literal["edges", "greyscale", "blur"] | None = None
-    """What conditioning images are made of the images by, in place of a column: Canny's edges, greyscale, or blur."""
+    conditioning: Literal["edges", "greyscale", "blur", "inpainting"] | None = None
+    """What conditioning images are made of the images by, in place of a column: Canny's edges, greyscale, blur; or, to learn
+    inpainting, hiding what is white in masks, or parts that are drawn for each example."""
     mask_column: Live[Name | None] = None
-    """Column of masks, in grey: the loss counts what is white."""
+    """Column of masks, in grey: the loss counts what is white. With conditioning inpainting: what is white is hidden."""
     mask_data_dir: Live[Folder | None] = None
     """Folder with masks of the same file names, in place of a column."""
     mask_from_alpha: bool = False

@@ -84,5 +84,15 @@ def _reached(there: np.ndarray, start: np.ndarray) -> np.ndarray:
     return found.reshape(-1, wide)[1:-1, 1:-1]
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"edges": edges, "greyscale": greyscale, "blur": blur}
+def inpainting(x: Tensor) -> Tensor:
+    """The image as it is: what is hidden of it is the task's to say, anew for each example."""
+    return x.clone()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "edges": edges,
+    "greyscale": greyscale,
+    "blur": blur,
+    "inpainting": inpainting,
+}
 """Their names, as of `--data.conditioning`."""

@@ -170,7 +170,7 @@ def test_shapes_have_outlines_for_those_who_ask():
             {"train_data_dir": True},
             "found none; --data.conditioning-column names their column, or --data.conditioning-data-dir",
         ),
-        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur) makes it"),
+        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur, inpainting) makes it"),
     ],
 )
 def test_bad_settings_are_a_line(tmp_path, settings, says):
