@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
-from oneloop.inputs import conditions, drawn, files, shards
+from oneloop.inputs import annotators, conditions, drawn, files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
@@ -93,7 +93,7 @@ class Source:
     """What images may become: for each resolution, from the lowest to the highest, its sizes from widest to tallest."""
     more: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of texts (of each row a list) and labels."""
-    made: dict[str, str] = field(default_factory=dict)
+    made: dict[str, conditions.By] = field(default_factory=dict)
     """Columns that are made of the image that they are like -> by what (inputs/conditions.py)."""
     shares: tuple[Share, ...] = ()
     """The sources of a mixture, in the order of rows; none: it is not mixed."""
@@ -933,10 +933,7 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
         made = [[f"{f} {t}".strip() for t in ts or [""]] for f, ts in zip(front, captions, strict=True)]
         source = replace(source, captions=made)
     chosen = {name: setting(cfg, own, column.made) for name, column in columns.items() if column.made}
-    made = {name: by for name, by in chosen.items() if by is not None}
-    for name, by in made.items():
-        known = f"one of {', '.join(conditions.FUNCTIONS)}"
-        require(by in conditions.FUNCTIONS, columns[name].made, by, known)
+    made = {name: _made(by, cfg, columns[name].made) for name, by in chosen.items() if by is not None}
     if made:
         said = "".join(f", {name} by {by}" for name, by in made.items())
         images = {name: x for name, x in source.images.items() if name not in made}
@@ -946,7 +943,25 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
         if there.get(name) is None and not column.optional:
             ways = [f"{flag(column.setting)} names their column"] if column.setting else []
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
-            ways += [f"{flag(column.made)} ({', '.join(conditions.FUNCTIONS)}) makes it"] if column.made else []
+            ways += [f"{flag(column.made)} ({', '.join(MAKERS)}) makes it"] if column.made else []
             ways += ["--data.trigger is one for all"] if name == "caption" else []
             raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
     return source
+
+
+MAKERS = (*conditions.FUNCTIONS, *annotators.KINDS)
+"""What can make a condition of an image."""
+
+
+def _made(by: str, cfg: Data, name: str) -> conditions.By:
+    """What makes conditions, as the setting `name` calls it.
+
+    Raises:
+        BadInput: nothing is called so, or its model is of another kind, or images are not made once.
+    """
+    require(by in MAKERS, name, by, f"one of {', '.join(MAKERS)}")
+    if by in conditions.FUNCTIONS:
+        return by
+    once = "one of edges, greyscale, blur with --data.stream, of whose images it would be made anew in every pass"
+    require(cfg.stream is None, name, by, once)
+    return annotators.named(by, cfg.conditioning_model)

@@ -170,7 +170,7 @@ def test_shapes_have_outlines_for_those_who_ask():
             {"train_data_dir": True},
             "found none; --data.conditioning-column names their column, or --data.conditioning-data-dir",
         ),
-        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur, inpainting) makes it"),
+        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur, inpainting, depth, pose) makes it"),
     ],
 )
 def test_bad_settings_are_a_line(tmp_path, settings, says):
@@ -183,7 +183,7 @@ def test_bad_settings_are_a_line(tmp_path, settings, says):
 
 def test_the_settings_say_the_functions_that_there_are():
     literal, _ = get_args(hints(Data)["conditioning"])
-    assert get_args(literal) == (*conditions.FUNCTIONS,)
+    assert get_args(literal) == sources.MAKERS
 
 
 def test_the_reader_says_where_a_shape_is():

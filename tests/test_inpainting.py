@@ -221,6 +221,37 @@ def test_holes_are_drawn_by_number(built, name):
     assert torch.equal(inpainting.kept(holes.float(), batch["condition_mean"]), batch["condition_kept"])
 
 
+def test_of_sd3_a_given_one_has_latents_with_their_shift(built, tmp_path):
+    """As its pipeline has them, whatever its config says of pooled text; one that does not fill in has them without."""
+    name = "StableDiffusion3Pipeline"
+    models = made(config(built(name), "masks"))
+    models["controlnet"].save_pretrained(tmp_path)
+    cfg = config(built(name), "masks", controlnet_model_name_or_path=str(tmp_path))
+    batch, vae = encoded(models, cfg, left_half()), models["vae"]
+    with torch.no_grad():
+        mean = vae.encode(inpainting.hidden(batch["conditioning"], (left_half() > 0.5).float())).latent_dist.mean
+    torch.testing.assert_close(batch["condition_mean"], (mean - vae.config.shift_factor) * vae.config.scaling_factor)
+    net, losses = models["controlnet"], []
+    assert net.config.force_zeros_for_pooled_projection
+    for forced in (True, False):
+        net.register_to_config(force_zeros_for_pooled_projection=forced)
+        other = models | {"transformer": Deaf(models["transformer"])}
+        for pooled in (batch["pooled_prompt_embeds"], 0 * batch["pooled_prompt_embeds"]):
+            with torch.no_grad():
+                losses.append(loss_of(cfg, other, batch | {"pooled_prompt_embeds": pooled}, Rng.of(0, range(2))))
+    assert len({loss.item() for loss in losses}) == 1
+
+
+class Deaf:
+    """A base that sees no pooled text."""
+
+    def __init__(self, base):
+        self.base, self.config, self.dtype = base, base.config, base.dtype
+
+    def __call__(self, *args, pooled_projections=None, **more):
+        return self.base(*args, pooled_projections=0 * pooled_projections, **more)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs.
 
