@@ -130,8 +130,6 @@ def make_models(controls: Controls, cfg: Any, constants: Mapping[str, Tensor] | 
     net.requires_grad_(True)
     own.settle(net, base)
     base.register_forward_pre_hook(narrow, with_kwargs=True)
-    if own.fills:  # a pipeline has it encode images in the run's precision
-        models["vae"].encode = functools.partial(transformer.as_its_weights, models["vae"], models["vae"].encode)
     models[own.part] = net
     if family(s) is transformer:
         net.enable_gradient_checkpointing = functools.partial(flow.recompute, net)

@@ -672,6 +672,33 @@ def _partners(images: Images, folder: str, asked: str, column: str, notes: list[
     return FolderImages(str(Path(folder).expanduser()), paths)
 
 
+def _file(images: Images, row: int) -> str | None:
+    """The path of the image at a row; None: it is none of a folder's."""
+    while isinstance(images, Selected):
+        images, row = images.images, int(images.rows[row])
+    path = images.paths[row] if isinstance(images, FolderImages) else None
+    return path and os.path.abspath(os.path.join(images.root, path))
+
+
+def _check_apart(sources: Sequence[Source], folders: Mapping[str, str]) -> None:
+    """Refuse an image that is the partner of several, such as one of a class that is called as an image of the subject is.
+    `folders`: column -> the flag that names its folder.
+
+    Raises:
+        BadInput: with the names of all three.
+    """
+    for name, asked in folders.items():
+        whose: dict[str, str] = {}
+        for source in sources:
+            of = source.images["pixel_values"]
+            for row in range(source.size if name in source.images else 0):
+                partner, image = _file(source.images[name], row), _file(of, row)
+                if partner and image and (other := whose.setdefault(partner, image)) != image:
+                    each = " and ".join(map(files.shown, (other, image)))
+                    expected = "expected names that differ between sources, or a folder for each in --data.mixture"
+                    raise BadInput(f"{asked}: {files.shown(partner)} would be the {name} image of {each}; {expected}")
+
+
 def _images(table: Any, kinds: dict[str, str], column: str, name: str) -> FolderImages | DatasetImages:
     """The images of a column; `name` is the setting that names it."""
     if isinstance(table, FolderTable):
@@ -809,14 +836,18 @@ def open_source(
             there = "which is trained on" if given == cfg.split else "and these images have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
         held_out = table(cfg, "validation_split")
-    source = source if source.streams else thinned(source, cfg)
+    source, each = source if source.streams else thinned(source, cfg), []
     if parts := cfg.parts():
         settings = [part_of(cfg, part) for part in parts]
         more = [table(own_cfg) if own_cfg.stream is None else streamed(own_cfg) for own_cfg in settings]
         if cfg.num_class_images:
             more[0] = select(more[0], drawn.chosen([more[0].name(row) for row in range(more[0].size)], cfg.num_class_images))
-        sources = [source, *(s if s.streams else thinned(s, own_cfg) for s, own_cfg in zip(more, settings, strict=True))]
-        source = join(sources, shares([source.size for source in sources], parts))
+        each = [source, *(s if s.streams else thinned(s, own_cfg) for s, own_cfg in zip(more, settings, strict=True))]
+    beside = [*(each or [source]), *([held_out] if held_out is not None else [])]
+    paired = {name: flag(column.folder) for name, column in columns.items() if setting(cfg, own, column.folder) is not None}
+    _check_apart(beside, paired if len(beside) > 1 else {})
+    if each:
+        source = join(each, shares([source.size for source in each], parts))
     alone = [name for name in source.images if columns[name].like is None and name != "pixel_values"]
     if source.streams and cfg.buckets and alone:
         own = f"expected no --data.stream with images of a size of their own ({', '.join(alone)})"

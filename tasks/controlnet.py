@@ -74,6 +74,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=partial(control_samples.sample_fn, CONTROLNETS),
     export_fn=partial(control_samples.export_fn, CONTROLNETS),
+    judged=False,
     card=lambda cfg: text_to_image.card(cfg, "controlnet", "text-to-image"),
     encodings=partial(control_conditions.encodings, CONTROLNETS),
     encoders=partial(control_samples.encoders, CONTROLNETS),

@@ -182,6 +182,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=edit_samples.sample_fn,
     export_fn=export_fn,
+    judged=False,
     card=card,
     encodings=edit_sources.encodings,
     encoders=encoders,

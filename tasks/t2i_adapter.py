@@ -114,6 +114,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=partial(control_samples.sample_fn, ADAPTERS),
     export_fn=partial(control_samples.export_fn, ADAPTERS),
+    judged=False,
     card=lambda cfg: text_to_image.card(cfg, "t2i-adapter", "text-to-image"),
     encodings=partial(control_conditions.encodings, ADAPTERS),
     encoders=partial(control_samples.encoders, ADAPTERS),
