@@ -65,6 +65,11 @@ def kind(s: Pretrained) -> str:
     return way(s).kind or stable_diffusion.kind(s)
 
 
+def trains(s: Any) -> str:
+    """`all` or `lora`, of the task's settings."""
+    return s.trains or ("all" if family(s) is stable_diffusion else "lora")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model.
 

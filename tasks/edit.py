@@ -19,6 +19,7 @@ from oneloop.configs import Amount, BadInput, Base, Data, Live, Range, check, re
 from oneloop.families import (
     adapted,
     edit,
+    edit_merged,
     edit_samples,
     edit_sources,
     hub,
@@ -27,6 +28,7 @@ from oneloop.families import (
     text_to_image,
     transformer,
 )
+from oneloop.families.edit import trains
 from oneloop.families.objective import objective
 from oneloop.families.settings import OWN_TEXT, Adapters, Checkpoint, Pretrained, check_unused, flag
 from oneloop.families.text_to_image import family, under
@@ -67,11 +69,6 @@ class Config:
     def __post_init__(self):
         precision.check(self.edit, "edit", self.base)
         text_to_image.check(self, edit.WAYS)
-
-
-def trains(s: Settings) -> str:
-    """`all` or `lora`."""
-    return s.trains or ("all" if family(s) is stable_diffusion else "lora")
 
 
 def check_base(cfg: Config) -> None:
@@ -167,6 +164,9 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
         adapted.save(models, path, cfg)
         lines = f"{own.base_lines(s, (), edit.kind(s))}{own.family(s).load_lora}\n"
     return lines + edit_samples.call_lines(examples, path, cfg)
+
+
+merged = edit_merged.merged
 
 
 def card(cfg: Config) -> dict[str, Any]:

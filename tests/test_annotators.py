@@ -190,6 +190,7 @@ def test_a_condition_is_that_of_the_image_as_it_is_trained_on(tmp_path, models, 
     model = shutil.copytree(models / name, tmp_path / "model")
     settings = {"train_data_dir": folder, "center_crop": True, "random_flip": True, "conditioning": kind}
     found = examples(conditioning_model=str(model), **settings)
+    assert annotators._loaded.cache_info().currsize == 0  # the model is gone
     batch = found[range(4)]
     for x, y, flip in zip(batch["pixel_values"], batch["conditioning"], batch["mirrored"], strict=True):
         x, y = (z.flip(-1) if flip else z for z in (x, y))
@@ -251,6 +252,24 @@ def test_what_does_not_fit_is_a_line(tmp_path, models):
         with pytest.raises(BadInput) as refused:
             examples(**settings)
         assert says in str(refused.value) and "\n" not in str(refused.value), refused.value
+
+
+def test_what_could_not_be_kept_is_a_line(tmp_path, models, monkeypatch):
+    """Before an image is read where the number of images tells, else once they are; and what was made is not let go."""
+    settings = {
+        "train_data_dir": str(draw(tmp_path / "images", [(32, 90)] * 3)),
+        "conditioning_model": str(models / "relative"),
+    }
+    with pytest.raises(BadInput, match="--data.memory-budget is 3e-05; expected at least 4.83e-05: depth is made once"):
+        examples(**settings, conditioning="depth", memory_budget=3e-5)
+    monkeypatch.setattr(annotators.Annotator, "__call__", lambda *_: pytest.fail("made"))
+    with pytest.raises(BadInput, match="--data.memory-budget is 1e-05; expected at least 1.72e-05: depth is made once"):
+        examples(**settings, conditioning="depth", memory_budget=1e-5)
+    monkeypatch.undo()
+    for kind, gone in (("depth", False), ("edges", True)):
+        found = examples(**settings | ({} if kind == "depth" else {"conditioning_model": None}), conditioning=kind)
+        found.hide({"pixel_values", "conditioning"})
+        assert (found.images.pixels is None) == gone
 
 
 def test_a_model_of_too_few_points_is_a_line(tmp_path, models):
