@@ -159,7 +159,8 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
             if name in source.made:
-                x = conditions.make(source.made[name], pixels[anchor])
+                seen = skim and not isinstance(source.made[name], str)  # where a model would be called for nothing
+                x = pixels[anchor] if seen else conditions.make(source.made[name], pixels[anchor])
             else:
                 x = None if marks or column.kind != "image" else plain(*opened[name], cover, size, cfg)
                 x = (fit(images[name](), cover, size, cfg) if x is None else x).contiguous()
@@ -244,6 +245,7 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
     models = [by for by in source.made.values() if isinstance(by, annotators.Annotator)]
     for model in models:
         model.load()
+    for model in () if skim else models:
         model.check_kept(cfg, source.size * sum(2 * 3 * math.prod(sizes[len(sizes) // 2]) for sizes in source.sizes))
     first, chunks = rows(range(1)), [range(i, min(i + 32, source.size)) for i in range(1, source.size, 32)]
     with ThreadPoolExecutor(threads(first[0])) as pool:
@@ -263,7 +265,7 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
                 memory.add(count, pixels)
                 count += 1
     annotators.forget() if models else None
-    for model in models if memory.pixels is None else ():
+    for model in models if memory.pixels is None and not skim else ():
         model.check_kept(cfg, memory.taken)
     columns = {name: column[:count] for name, column in columns.items()}
     pixels = memory.pixels and {name: x[:count] for name, x in memory.pixels.items()}

@@ -256,15 +256,16 @@ def test_what_does_not_fit_is_a_line(tmp_path, models):
 
 def test_what_could_not_be_kept_is_a_line(tmp_path, models, monkeypatch):
     """Before an image is read where the number of images tells, else once they are; and what was made is not let go."""
-    settings = {
-        "train_data_dir": str(draw(tmp_path / "images", [(32, 90)] * 3)),
-        "conditioning_model": str(models / "relative"),
-    }
-    with pytest.raises(BadInput, match="--data.memory-budget is 3e-05; expected at least 4.83e-05: depth is made once"):
+    folder = draw(tmp_path / "images", [(32, 90)] * 3)
+    settings = {"train_data_dir": str(folder), "conditioning_model": str(models / "relative")}
+    with pytest.raises(BadInput, match=r"--data.memory-budget is 3e-05; expected at least 4.83e-05: depth is made once"):
         examples(**settings, conditioning="depth", memory_budget=3e-5)
     monkeypatch.setattr(annotators.Annotator, "__call__", lambda *_: pytest.fail("made"))
-    with pytest.raises(BadInput, match="--data.memory-budget is 1e-05; expected at least 1.72e-05: depth is made once"):
+    with pytest.raises(BadInput, match=r"--data.memory-budget is 1e-05; expected at least 1.72e-05: depth is made once"):
         examples(**settings, conditioning="depth", memory_budget=1e-5)
+    cfg = Data(resolution=32, train_batch_size=2, conditioning="depth", memory_budget=0.0, **settings)  # as --base.check has it
+    checked = store.decode(sources.open_source(cfg, MADE), cfg, skim=True)
+    assert len(checked) == 3 and not checked.broken
     monkeypatch.undo()
     for kind, gone in (("depth", False), ("edges", True)):
         found = examples(**settings | ({} if kind == "depth" else {"conditioning_model": None}), conditioning=kind)
