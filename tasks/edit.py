@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings(Pretrained, Adapters):
+class Settings(edit_sources.Sources, Pretrained, Adapters):
     """The checkpoint, what of it trains, and its objective."""
 
     trains: Literal["all", "lora"] | None = None
@@ -80,6 +80,7 @@ def check_base(cfg: Config) -> None:
     s = cfg.edit
     text_to_image.check_base(cfg, edit.WAYS)
     edit.check_first(s, "edit")
+    edit_sources.check(s)
     least = edit.way(s).least
     require(cfg.data.resolution >= least, "data.resolution", cfg.data.resolution, f"at least {least}, as its pipeline asks")
     if family(s) is stable_diffusion:
