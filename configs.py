@@ -231,10 +231,14 @@ class Data:
     """Column of the images that a task is conditioned on."""
     conditioning_data_dir: Live[Folder | None] = None
     """Folder with conditioning images of the same file names, in place of a column."""
-    conditioning: Literal["edges", "greyscale", "blur"] | None = None
-    """What conditioning images are made of the images by, in place of a column: Canny's edges, greyscale, or blur."""
+    conditioning: Literal["edges", "greyscale", "blur", "inpainting", "depth", "pose"] | None = None
+    """What conditioning images are made of the images by, in place of a column: Canny's edges, greyscale, blur; depth or pose,
+    by a model; or, to learn inpainting, hiding what is white in masks, or parts that are drawn for each example."""
+    conditioning_model: Live[Name | None] = None
+    """The model that depth or pose are made by: a folder, or a name on the hub, of any model of transformers for depth
+    estimation, such as Depth Anything, or of VitPose."""
     mask_column: Live[Name | None] = None
-    """Column of masks, in grey: the loss counts what is white."""
+    """Column of masks, in grey: the loss counts what is white. With conditioning inpainting: what is white is hidden."""
     mask_data_dir: Live[Folder | None] = None
     """Folder with masks of the same file names, in place of a column."""
     mask_from_alpha: bool = False
@@ -321,6 +325,11 @@ class Data:
         given = {k: getattr(self, k) for k in ("conditioning_column", "conditioning_data_dir", "conditioning")}
         several = {k: value for k, value in given.items() if value is not None}
         require(len(several) < 2, f"data.{next(iter(several), '')}", [*several.values()], "one source of conditioning images")
+        by_model, asked = self.conditioning in ("depth", "pose"), self.conditioning
+        model, expected = self.conditioning_model, f"a model's folder, or its name on the hub, for --data.conditioning {asked}"
+        require(not by_model or model is not None, "data.conditioning_model", model, expected)
+        alone = "None: depth and pose alone, of --data.conditioning, are made by a model"
+        require(by_model or model is None, "data.conditioning_model", model, alone)
         mask = [self.mask_column, self.mask_data_dir, self.mask_from_alpha or None]
         require(len(mask) - mask.count(None) < 2, "data.mask_column", mask, "one source of masks")
         is_file = cache not in ("auto", "no") and os.path.isfile(os.path.expanduser(cache))

@@ -250,7 +250,8 @@ class Examples(torch.utils.data.Dataset):
     def hide(self, columns: set[str]) -> None:
         """From now on the stream is without these columns."""
         self.hidden, self.from_disk = columns, self.from_disk - columns
-        if self.images.pixels and set(self.images.kinds) <= columns:
+        by_model = any(not isinstance(by, str) for by in self.source.made.values())  # which is gone
+        if self.images.pixels and set(self.images.kinds) <= columns and not by_model:
             self.images = replace(self.images, pixels=None)  # `fixed` reads the few that it shows
 
     # Where the images lie.

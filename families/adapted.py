@@ -198,14 +198,17 @@ def model_spec(cfg: Any) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in said.items()}
 
 
-def merged(cfg: Any, folder: Path, strength: float, precision: str) -> tuple[Any, str]:
+def merged(
+    cfg: Any, folder: Path, strength: float, precision: str, assembled: Callable[[Models, Any], Any] | None = None
+) -> tuple[Any, str]:
     """The checkpoint's pipeline with the adapters of an export added to its weights, times a strength, and the name of the part
-    that trained; `precision` is what a transformer is read in: bf16, or no."""
+    that trained; `precision` is what a transformer is read in: bf16, or no. `assembled`: (models, settings) -> the pipeline,
+    where it is another than the checkpoint's."""
     s, own, flag = settings(cfg), family(settings(cfg)), f"--{group_of(cfg)}.single-file"
     if (s.single_file or "").endswith(".gguf"):
         raise BadInput(f"{flag} {s.single_file}: adapters cannot be merged into a GGUF file's quantized weights")
     models = text_to_image.load(cfg, precision)
-    pipeline = own.pipeline(models, s)
+    pipeline = (assembled or own.pipeline)(models, s)
     adapters.read(pipeline, str(folder), "the folder")
     for name in (own.TRAINED, *own.ENCODERS):
         adapters.merge(models[name], strength) if name in models else None

@@ -1,6 +1,6 @@
-"""What tasks on image conditions do alike: the part beside a frozen base (controls.py) and its condition. Its samples and its
-export: control_samples.py. `s` are a task's settings, `Conditioned`; what a `Task` calls takes the whole `cfg`, whose group `s`
-is.
+"""What tasks on image conditions do alike: the part beside a frozen base (controls.py). Its conditions: control_conditions.py;
+its samples and its export: control_samples.py. `s` are a task's settings, `Conditioned`; what a `Task` calls takes the whole
+`cfg`, whose group `s` is.
 """
 
 from __future__ import annotations
@@ -12,26 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import Amount, BadInput, Live
-from oneloop.families import adapters, flow, hub, latents, stable_diffusion, text_to_image, transformer
-from oneloop.families.controlnets import pooled_is_zero
+from oneloop.families import adapters, flow, hub, inpainting, latents, stable_diffusion, text_to_image, transformer
 from oneloop.families.controls import Control, controlled, narrow
 from oneloop.families.settings import OWN_TEXT, Pretrained, check_unused, flag
 from oneloop.families.text_to_image import family, group_of, settings
-from oneloop.tasks import Batch, Column, Encoding, Models, Rng
+from oneloop.tasks import Models
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Controls = Mapping[str, Control]
-COLUMNS = text_to_image.COLUMNS | {
-    "conditioning": Column(
-        "image",
-        like="pixel_values",
-        setting="data.conditioning_column",
-        folder="data.conditioning_data_dir",
-        made="data.conditioning",
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -64,10 +54,17 @@ def of(controls: Controls, cfg: Any) -> Control:
     if kind not in controls:
         where = f"--{group}.pretrained-model-name-or-path {s.pretrained_model_name_or_path} is a {kind}"
         raise BadInput(f"{where}, for which diffusers has no such model; expected one of {', '.join(controls)}")
-    for entry in text_to_image.asked(cfg):
-        if entry.width or entry.height:
-            raise BadInput(f"a sample of {entry.width} x {entry.height}: it has the size of its condition; leave that out")
-    own = controls[kind]
+    for prompt in text_to_image.asked(cfg):
+        if prompt.width or prompt.height:
+            raise BadInput(f"a sample of {prompt.width} x {prompt.height}: it has the size of its condition; leave that out")
+    own = entry(controls, cfg)
+    if own is None:
+        able = ", ".join(base for base, other in controls.items() if other.inpainting)
+        expected = f"expected one of {able}" if able else f"{group} trains none; leave it out"
+        raise BadInput(
+            f"--data.conditioning {inpainting.NAME}: no pipeline tells a {controls[kind].kind} what is hidden; {expected}"
+        )
+    inpainting.check(cfg) if own.fills else None
     for name in ("num_layers", "num_single_layers"):
         if name not in own.layers and (value := getattr(s, name, None)) is not None:
             raise BadInput(f"{flag(group, name)} is {value}: a {kind} has no use for it; leave it out")
@@ -80,7 +77,8 @@ def of(controls: Controls, cfg: Any) -> Control:
 
 def entry(controls: Controls, cfg: Any) -> Control:
     """The same, of settings that were checked."""
-    return controls[stable_diffusion.kind(settings(cfg))]
+    own = controls[stable_diffusion.kind(settings(cfg))]
+    return own.inpainting if inpainting.asked(cfg) else own
 
 
 def check_given(s: Any, own: Control, group: str, base: str) -> None:
@@ -93,7 +91,7 @@ def check_given(s: Any, own: Control, group: str, base: str) -> None:
     new = json.loads(json.dumps(dict(blank(s, own, group).config), default=str))
     for key in own.same:
         size = len if key == "conditioning_embedding_out_channels" else lambda value: value  # each but one halves the image
-        if size(config.get(key, new[key])) != size(new[key]):
+        if key in new and size(config.get(key, new[key])) != size(new[key]):
             expected = f"{new[key]}, as one for {s.pretrained_model_name_or_path} has"
             raise BadInput(f"{what}: its {key} is {config[key]}; expected {expected}")
 
@@ -150,46 +148,9 @@ def still(models: Models, own: Control, s: Pretrained, columns: flow.Columns) ->
     net, side = models[own.part], transformer.family(s).multiple
     with torch.no_grad():
         one = latents.encode(transformer.family(s), models["vae"], torch.zeros(1, 3, side, side))["latent_mean"]
+    one = torch.cat([one, one[:, :1]], 1) if own.fills else one
     condition = one[..., :1, :1].expand(1, -1, *[8 * transformer.family(s).patch] * 2)  # [1, C, h, w]
     both = controlled(models, own, condition, s)
     leaves = [name for name, m in net.named_modules() if not [*m.children()] and [*m.parameters()]]
     for name in adapters.silent(net, leaves, functools.partial(transformer.rehearsal, both, s, dict(columns)), zero=False):
         net.get_submodule(name).requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Conditions.
-
-
-def encodings(controls: Controls, cfg: Any) -> Mapping[str, Encoding]:
-    """Conditions are encoded as images are, for families whose conditions go through the autoencoder."""
-    if not of(controls, cfg).latent:
-        return text_to_image.ENCODINGS
-    key = lambda cfg: (stable_diffusion.kind(settings(cfg)), unshifted(controls, cfg))  # noqa: E731
-    encode = functools.partial(encode_condition, controls)
-    functools.update_wrapper(encode, encode_condition)
-    return text_to_image.ENCODINGS | {"conditioning": Encoding(fn=encode, models=("vae",), key=key)}
-
-
-def unshifted(controls: Controls, cfg: Any) -> bool:
-    """Whether the part that is given wants latents without their shift."""
-    name = given(settings(cfg), entry(controls, cfg))
-    return bool(name) and pooled_is_zero(hub.read(name, None, "config.json"))
-
-
-def encode_condition(controls: Controls, models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
-    """Conditions [B, 3, H, W] in [-1, 1] -> mean and, where images have one, deviation of their latents, [B, C, h, w] each."""
-    s, vae = settings(cfg), models["vae"]
-    made = latents.encode(transformer.family(s), vae, x)
-    if unshifted(controls, cfg):
-        mean, std = latents.statistics(vae)
-        made["latent_mean"] = made["latent_mean"] + mean / std
-    return {name.replace("latent", "condition"): x for name, x in made.items()}
-
-
-def condition_of(own: Control, batch: Batch, rng: Rng) -> Tensor:
-    """What the part is given: latents, a sample as of the images, or the image in [0, 1]."""
-    if not own.latent:
-        return batch["conditioning"] / 2 + 0.5
-    columns = {f"latent_{k}": batch[f"condition_{k}"] for k in ("mean", "std") if f"condition_{k}" in batch}
-    return latents.draw(columns, rng.normal("condition", *batch["condition_mean"].shape[1:]))

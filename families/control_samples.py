@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import portable
-from oneloop.families import flow, recorded, stable_diffusion, text_to_image, transformer
+from oneloop.families import flow, inpainting, recorded, stable_diffusion, text_to_image, transformer
 from oneloop.families.control import Controls, blank, entry, of
 from oneloop.families.controls import Control
 from oneloop.families.settings import Pretrained
@@ -48,8 +48,17 @@ def silent_part(own: Control, s: Pretrained, like: nn.Module) -> nn.Module:
     return net
 
 
-def sample(models: Models, own: Control, s: Any, conditions: Tensor, prompts: list[str], generators: list[Any]) -> Tensor:
-    """Images of the prompts under conditions [B, 3, H, W] in [-1, 1]: [B, 3, H, W] in [0, 1], a generator each."""
+def sample(
+    models: Models,
+    own: Control,
+    s: Any,
+    conditions: Tensor,
+    prompts: list[str],
+    generators: list[Any],
+    holes: Tensor | None = None,
+) -> Tensor:
+    """Images of the prompts under conditions [B, 3, H, W] in [-1, 1], of which `holes` [B, 1, H, W] are to be filled:
+    [B, 3, H, W] in [0, 1], a generator each."""
     import torch
 
     drawn, (height, width), images = pipeline(models, own, s), conditions.shape[-2:], []
@@ -59,7 +68,10 @@ def sample(models: Models, own: Control, s: Any, conditions: Tensor, prompts: li
     for first in range(0, len(prompts), size):
         some = slice(first, first + size)
         more = {"negative_prompt": [call["negative_prompt"]] * len(prompts[some])} if "negative_prompt" in call else {}
-        more |= {own.image: conditions[some] if own.latent else conditions[some] / 2 + 0.5}
+        if own.fills:
+            more |= own.fills(conditions[some], holes[some])
+        else:
+            more |= {own.image: conditions[some] if own.latent else conditions[some] / 2 + 0.5}
         with recorded.ended(), torch.random.fork_rng(devices=devices(conditions)):
             torch.manual_seed(generators[first].initial_seed())  # where a pipeline has draws of its own
             form = "pt" if flows else "latent"
@@ -80,9 +92,13 @@ def sample_fn(controls: Controls, models: Models, examples: Iterable[Batch], rng
 
     own, batch, images = entry(controls, cfg), next(iter(examples)), []
     conditions = batch["conditioning"][: len(rng)]  # [B, 3, H, W]
+    holes = inpainting.example(batch, cfg)[: len(rng)] if own.fills else None
+    seen = inpainting.hidden(conditions, holes) if own.fills else conditions
     for part, _, drawn, prompts, generators in text_to_image.alike(lambda: batch["caption"][: len(rng)], rng, cfg):
-        images.append(sample(models, own, drawn, conditions[part], prompts, generators).float())
-    shown = [x.cpu() / 2 + 0.5 for x in (conditions, batch["pixel_values"][: len(rng)])]
+        images.append(
+            sample(models, own, drawn, conditions[part], prompts, generators, None if holes is None else holes[part]).float()
+        )
+    shown = [x.cpu() / 2 + 0.5 for x in (seen, batch["pixel_values"][: len(rng)])]
     return {"condition-target-sample": torch.cat([*shown, torch.cat(images).cpu()], -1)}  # [B, 3, H, 3 W]
 
 
@@ -111,11 +127,16 @@ def export_fn(controls: Controls, models: Models, examples: Iterable[Batch], pat
         net.register_to_config(_name_or_path=portable(str(net.config["_name_or_path"]), cfg))
     net.save_pretrained(path)
     batch = next(iter(examples))
-    save_image(batch["conditioning"][0] / 2 + 0.5, path / CONDITION)
+    if own.fills:
+        before, image = inpainting.lines(batch, path, own.latent, cfg)
+    else:
+        save_image(batch["conditioning"][0] / 2 + 0.5, path / CONDITION)
+        before = "from diffusers.utils import load_image\n"
+        image = f'{own.image}=load_image({{path}} + "/{CONDITION}")'
     height, width = batch["conditioning"].shape[-2:]
     prompt = next((entry.prompt for entry in text_to_image.asked(cfg)), None) or batch["caption"][0]
     told = family(s).arguments(s, height, width) | {own.scale: float(s.conditioning_scale)}
     quoted = "".join(f", {key}={stable_diffusion.quoted(value)}" for key, value in told.items())
-    call = f'prompt={stable_diffusion.quoted(prompt)}, {own.image}=load_image({{path}} + "/{CONDITION}"){quoted}'
+    call = f"prompt={stable_diffusion.quoted(prompt)}, {image}{quoted}"
     lines = family(s).base_lines(s, kind=own.pipeline, beside=(own.part, own.kind))
-    return f'{lines}from diffusers.utils import load_image\npipeline({call}).images[0].save("sample.png")'
+    return f'{lines}{before}pipeline({call}).images[0].save("sample.png")'

@@ -61,10 +61,11 @@ def layers(base: nn.Module, asked: int | None, usual: int, key: str = "num_layer
     return {key: min(usual if asked is None else asked, base.config[key])}
 
 
-def sd3_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
-    """Its config has the pipeline give it the pooled text and latents in the base's scale, as training does. Of more than half
-    as many blocks as the base has, the last would be unread: nothing is added in the base's last one."""
-    more = {"force_zeros_for_pooled_projection": False, "extra_conditioning_channels": 0}
+def sd3_start(base: nn.Module, s: Any, factor: int, extra: int = 0) -> nn.Module:
+    """Its config has the pipeline give it the pooled text and latents in the base's scale, as training does; with `extra`
+    channels, that of the mask, it is given no pooled text. Of more than half as many blocks as the base has, the last would be
+    unread: nothing is added in the base's last one."""
+    more = {"force_zeros_for_pooled_projection": extra > 0, "extra_conditioning_channels": extra}
     count = layers(base, s.num_layers, 12)["num_layers"]
     return begun("SD3ControlNetModel", base, num_layers=min(count, max(base.config["num_layers"] // 2, 1)), **more)
 
@@ -80,9 +81,9 @@ def sd3_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) 
 
 
 def pooled_is_zero(config: Mapping[str, Any]) -> bool:
-    """Whether an SD3 ControlNet is given zeros for the pooled text, and latents without their shift: by its config, the default
-    of which is True."""
-    return config.get("_class_name") == "SD3ControlNetModel" and config.get("force_zeros_for_pooled_projection", True)
+    """Whether an SD3 ControlNet of this config is given zeros for the pooled text, and, unless it fills in, latents without
+    their shift; the default is True. The pipeline that fills in does not ask."""
+    return config.get("force_zeros_for_pooled_projection", True) or config.get("extra_conditioning_channels", 0) > 0
 
 
 def flux_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
@@ -98,9 +99,9 @@ def flux_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any)
     return base(**more, controlnet_block_samples=double, controlnet_single_block_samples=single)
 
 
-def qwen_image_start(base: nn.Module, s: Any, factor: int) -> nn.Module:
-    """Five blocks are diffusers' default."""
-    return begun("QwenImageControlNetModel", base, **layers(base, s.num_layers, 5))
+def qwen_image_start(base: nn.Module, s: Any, factor: int, extra: int = 0) -> nn.Module:
+    """Five blocks are diffusers' default; with `extra` channels of a token of the condition."""
+    return begun("QwenImageControlNetModel", base, **layers(base, s.num_layers, 5), extra_condition_channels=extra)
 
 
 def qwen_image_answer(base: nn.Module, net: nn.Module, condition: Tensor, **more: Any) -> Any:

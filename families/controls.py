@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oneloop.families import controlnets as nets
+from oneloop.families import inpainting
 from oneloop.families.settings import Pretrained
 from oneloop.families.text_to_image import family
 from oneloop.tasks import Models
@@ -44,6 +46,16 @@ class Control:
     """Whether the pipeline's draws for several images are those for each."""
     settle: Callable[[nn.Module, nn.Module], None] = lambda net, base: None
     """What remains to be done to it beside a base, in place, whenever a pipeline was made of both."""
+    fills: Callable[[Tensor, Tensor], dict[str, Any]] | None = None
+    """Where it fills in what is hidden: (images [B, 3, H, W] in [-1, 1], holes [B, 1, H, W]) -> the pipeline's arguments."""
+    inpainting: Control | None = None
+    """The same for that, where diffusers has a pipeline that tells it what is hidden."""
+
+
+def filling(own: Control, pipeline: str, **more: Any) -> Control:
+    """With the one that fills in what is hidden."""
+    fills = inpainting.encoded if own.latent else inpainting.pixels
+    return replace(own, inpainting=replace(own, pipeline=pipeline, fills=fills, **more))
 
 
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals")
@@ -91,15 +103,23 @@ SD = {"kind": "ControlNetModel", "start": nets.unet_start, "answer": nets.unet_a
 SD |= {"latent": False, "image": "image", "layers": ()}
 INNER = ("attention_head_dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim", "in_channels")
 CONTROLNETS: dict[str, Control] = {
-    "StableDiffusionPipeline": Control(pipeline="StableDiffusionControlNetPipeline", **SD),
-    "StableDiffusionXLPipeline": Control(pipeline="StableDiffusionXLControlNetPipeline", **SD),
-    "StableDiffusion3Pipeline": Control(
-        kind="SD3ControlNetModel",
-        pipeline="StableDiffusion3ControlNetPipeline",
-        start=nets.sd3_start,
-        answer=nets.sd3_answer,
-        same=(*INNER, "patch_size", "qk_norm", "extra_conditioning_channels", "use_pos_embed"),
-        together=False,  # it encodes conditions with noise of its own
+    "StableDiffusionPipeline": filling(
+        Control(pipeline="StableDiffusionControlNetPipeline", **SD), "StableDiffusionControlNetInpaintPipeline"
+    ),
+    "StableDiffusionXLPipeline": filling(
+        Control(pipeline="StableDiffusionXLControlNetPipeline", **SD), "StableDiffusionXLControlNetInpaintPipeline"
+    ),
+    "StableDiffusion3Pipeline": filling(
+        Control(
+            kind="SD3ControlNetModel",
+            pipeline="StableDiffusion3ControlNetPipeline",
+            start=nets.sd3_start,
+            answer=nets.sd3_answer,
+            same=(*INNER, "patch_size", "qk_norm", "extra_conditioning_channels", "use_pos_embed"),
+            together=False,  # it encodes conditions with noise of its own
+        ),
+        "StableDiffusion3ControlNetInpaintingPipeline",
+        start=partial(nets.sd3_start, extra=1),
     ),
     "FluxPipeline": Control(
         kind="FluxControlNetModel",
@@ -109,12 +129,17 @@ CONTROLNETS: dict[str, Control] = {
         same=(*INNER, "patch_size", "axes_dims_rope", "num_mode", "conditioning_embedding_channels"),
         layers=("num_layers", "num_single_layers"),
     ),
-    "QwenImagePipeline": Control(
-        kind="QwenImageControlNetModel",
-        pipeline="QwenImageControlNetPipeline",
-        start=nets.qwen_image_start,
-        answer=nets.qwen_image_answer,
-        same=(*INNER, "patch_size", "axes_dims_rope", "extra_condition_channels"),
+    "QwenImagePipeline": filling(
+        Control(
+            kind="QwenImageControlNetModel",
+            pipeline="QwenImageControlNetPipeline",
+            start=nets.qwen_image_start,
+            answer=nets.qwen_image_answer,
+            same=(*INNER, "patch_size", "axes_dims_rope", "extra_condition_channels"),
+        ),
+        "QwenImageControlNetInpaintPipeline",
+        start=partial(nets.qwen_image_start, extra=4),  # one for each pixel of a token
+        together=False,  # as of SD3
     ),
     "ZImagePipeline": Control(
         kind="ZImageControlNetModel",

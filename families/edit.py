@@ -35,6 +35,8 @@ class Way:
     """Pixels of the smallest side of a source that its pipeline takes."""
     sees: bool = False
     """Whether the text encoder sees the source too."""
+    several: bool = False
+    """Whether it takes more than one source."""
     argument: str = "image"
     """The pipeline's argument for the source."""
     call: Callable[[int, int], dict[str, Any]] = lambda height, width: {}
@@ -47,10 +49,10 @@ WAYS: dict[str, Way] = {
     "FluxPipeline": Way(kind="FluxControlPipeline", widened="x_embedder", argument="control_image"),
     # The pipeline scales the sample to an area of its own, and the source to one of its list of sizes.
     "FluxKontextPipeline": Way(call=lambda height, width: {"max_area": height * width, "_auto_resize": False}),
-    "Flux2KleinPipeline": Way(least=64),
-    "Flux2Pipeline": Way(least=64),
+    "Flux2KleinPipeline": Way(least=64, several=True),
+    "Flux2Pipeline": Way(least=64, several=True),
     "QwenImageEditPipeline": Way(sees=True),
-    "QwenImageEditPlusPipeline": Way(sees=True),
+    "QwenImageEditPlusPipeline": Way(sees=True, several=True),
 }
 """Pipeline class of a checkpoint -> how it learns to edit."""
 
@@ -63,6 +65,11 @@ def way(s: Pretrained) -> Way:
 def kind(s: Pretrained) -> str:
     """The pipeline class that draws."""
     return way(s).kind or stable_diffusion.kind(s)
+
+
+def trains(s: Any) -> str:
+    """`all` or `lora`, of the task's settings."""
+    return s.trains or ("all" if family(s) is stable_diffusion else "lora")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.families import adapters, flow, recorded, stable_diffusion, text_to_image, transformer
 from oneloop.families.edit import kind, way
-from oneloop.families.edit_sources import picture
+from oneloop.families.edit_sources import named, picture
 from oneloop.families.prompts import Prompt
 from oneloop.families.text_to_image import family, settings
 from oneloop.tasks import Batch, Images, Models, Rng
@@ -46,11 +46,14 @@ def arguments(s: Any, height: int, width: int) -> dict[str, Any]:
     return {key: x for key, x in told.items() if key in known}
 
 
-def sample(models: Models, s: Any, prompt: str, source: Image.Image, generator: Any, height: int, width: int) -> Tensor:
-    """One image, [3, height, width] in [0, 1]."""
+def sample(
+    models: Models, s: Any, prompt: str, source: Image.Image | list[Image.Image], generator: Any, height: int, width: int
+) -> Tensor:
+    """One image of a source, or of several, [3, height, width] in [0, 1]."""
     import torch
 
-    call = arguments(s, height, width) | {"prompt": [prompt], "generator": [generator], way(s).argument: [source]}
+    sources = source if isinstance(source, list) else [source]
+    call = arguments(s, height, width) | {"prompt": [prompt], "generator": [generator], way(s).argument: sources}
     if "negative_prompt" in call:
         call["negative_prompt"] = [call["negative_prompt"]]
     drawn = pipeline(models, s)
@@ -84,13 +87,13 @@ def sample_fn(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any) -> 
         generator.manual_seed(entry.seed) if entry.seed is not None else None
         told = {"negative_prompt": entry.negative, "num_inference_steps": entry.steps, "guidance_scale": entry.guidance}
         drawn = replace(s, **{key: value for key, value in told.items() if value is not None})
-        source, target = batch["conditioning"][i], batch["pixel_values"][i]
+        sources, target = [batch[name][i] for name in named(s)], batch["pixel_values"][i]
         height, width = entry.height or target.shape[-2], entry.width or target.shape[-1]
-        seen = picture(source)
-        seen = seen.resize((width, height)) if way(s).widened and seen.size != (width, height) else seen
+        seen = [*map(picture, sources)]
+        seen = [image.resize((width, height)) for image in seen] if way(s).widened else seen
         with adapters.scaled(net, {"default": entry.strength, "assistant": 0.0}) if net is not None else torch.no_grad():
             image = sample(models, drawn, entry.prompt, seen, generator, height, width)
-        rows.append(abreast([source.cpu() / 2 + 0.5, target.cpu() / 2 + 0.5, image.cpu().float()]))
+        rows.append(abreast([*(x.cpu() / 2 + 0.5 for x in (*sources, target)), image.cpu().float()]))
     size = [max(row.shape[axis] for row in rows) for axis in (-2, -1)]
     padded = [F.pad(row, (0, size[1] - row.shape[-1], 0, size[0] - row.shape[-2]), value=1.0) for row in rows]
     return {"source-target-sample": torch.stack(padded)}  # [B, 3, H, W] in [0, 1]
@@ -106,10 +109,13 @@ def encode_prompts(models: Models, examples: Iterable[Batch], rng: Rng, cfg: Any
 def call_lines(examples: Iterable[Batch], path: Path, cfg: Any) -> str:
     """Write the first example's source into the folder, and return the lines that draw a first sample with `pipeline`."""
     s, batch, quoted = settings(cfg), next(iter(examples)), stable_diffusion.quoted
-    picture(batch["conditioning"][0]).save(path / "source.png")
+    names = [f"source{f'_{i}' * (i > 1)}.png" for i in range(1, len(named(s)) + 1)]
+    for name, column in zip(names, named(s), strict=True):
+        picture(batch[column][0]).save(path / name)
     prompt = next((entry.prompt for entry in text_to_image.asked(cfg)), None) or batch["caption"][0]
     told = arguments(s, *batch["pixel_values"].shape[-2:])
     how = "".join(f", {key}={quoted(value)}" for key, value in told.items())
-    source = f'{way(s).argument}=load_image({{path}} + "/source.png")'
+    sources = [f'load_image({{path}} + "/{name}")' for name in names]
+    source = f"{way(s).argument}={sources[0] if len(sources) == 1 else '[' + ', '.join(sources) + ']'}"
     call = f'pipeline(prompt={quoted(prompt)}, {source}{how}).images[0].save("sample.png")'
     return f"from diffusers.utils import load_image\n{call}"

@@ -4,10 +4,12 @@ has the task's settings as its group.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from oneloop.configs import BadInput, Folder, Live, Name, require
 from oneloop.families import latents, stable_diffusion, text_to_image, transformer
 from oneloop.families.edit import kind, way
 from oneloop.families.text_to_image import family, settings
@@ -18,11 +20,55 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FURTHER = ("second_source", "third_source")
+"""Columns of sources beside the first, which is `conditioning`."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Settings of an edit that has several sources."""
+
+    second_source_data_dir: Live[Folder | None] = None
+    """Folder of further sources of the same file names, of FLUX.2 and Qwen-Image-Edit from 2509 on: an example has two."""
+    second_source_column: Live[Name | None] = None
+    """The data set's column of them, in place of a folder."""
+    third_source_data_dir: Live[Folder | None] = None
+    """Folder of third sources."""
+    third_source_column: Live[Name | None] = None
+    """The data set's column of them, in place of a folder."""
+
+
+def named(s: Any) -> tuple[str, ...]:
+    """The columns of an example's sources, in their order."""
+    return ("conditioning", *(name for name in FURTHER if getattr(s, f"{name}_data_dir") or getattr(s, f"{name}_column")))
+
+
+def check(s: Any) -> None:
+    """Refuse several sources that do not fit each other or the checkpoint.
+
+    Raises:
+        BadInput: with the flag to change.
+    """
+    given = {f"{name}_{end}": getattr(s, f"{name}_{end}") for name in FURTHER for end in ("data_dir", "column")}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        alone = f"nothing with a {stable_diffusion.kind(s)}, which takes one source; leave it out"
+        require(way(s).several, f"edit.{name}", value, alone)
+    for name in named(s)[1:]:
+        both = [value for key, value in given.items() if key.startswith(name)]
+        require(len(both) == 1, f"edit.{name}_column", both, "one place of these sources")
+    if named(s)[1:] == FURTHER[1:]:
+        raise BadInput("--edit.third-source is given and no second one; expected --edit.second-source-data-dir, or its column")
+
+
 def columns(cfg: Any) -> Mapping[str, Column]:
-    """A source that is channels has the crop of its target; one that is tokens has a size of its own."""
+    """A source that is channels has the crop of its target; those that are tokens have sizes of their own."""
     like = "pixel_values" if way(settings(cfg)).widened else None
     where = {"setting": "data.conditioning_column", "folder": "data.conditioning_data_dir"}
-    return text_to_image.COLUMNS | {"conditioning": Column("image", like=like, **where)}
+    made = text_to_image.COLUMNS | {"conditioning": Column("image", like=like, **where)}
+    for name in named(settings(cfg))[1:]:
+        made[name] = Column("image", setting=f"edit.{name}_column", folder=f"edit.{name}_data_dir")
+    return made
 
 
 def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
@@ -41,11 +87,20 @@ def encode_source(models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
     return {f"source_{key.removeprefix('latent_')}": z for key, z in made.items()}
 
 
-def encode_instructions(models: Models, captions: list[str], sources: Tensor, cfg: Any) -> dict[str, Tensor]:
-    """Instructions of B sources [B, 3, H, W] in [-1, 1], as an encoder that sees both has them."""
+def encode_further(name: str, models: Models, x: Tensor, cfg: Any) -> dict[str, Tensor]:
+    """The same of a further source, under this name."""
+    return {name: encode_source(models, x, cfg)["reference"]}
+
+
+def encode_instructions(models: Models, captions: list[str], *more: Any) -> dict[str, Tensor]:
+    """Instructions of B sources [B, 3, H, W] in [-1, 1], or several such, as an encoder that sees both has them. The settings
+    come last."""
+    *sources, cfg = more
     s = settings(cfg)
     own, length = transformer.family(s), s.max_sequence_length or transformer.family(s).length
-    return own.text(transformer.pipeline(models, s, vae=False), captions, length, [*map(picture, sources)])
+    seen = [[*map(picture, each)] for each in zip(*sources, strict=True)]
+    images = seen if len(sources) > 1 else [image for (image,) in seen]
+    return own.text(transformer.pipeline(models, s, vae=False), captions, length, images)
 
 
 def picture(x: Tensor) -> Image.Image:
@@ -64,10 +119,14 @@ ENCODINGS = text_to_image.ENCODINGS | {
 
 def encodings(cfg: Any) -> Mapping[str, Encoding]:
     """What frozen models make of sources, targets and instructions."""
-    if not way(settings(cfg)).sees:
-        return ENCODINGS
-    seen = replace(ENCODINGS["caption"], fn=encode_instructions, columns=("caption", "conditioning"))
-    return ENCODINGS | {"caption": seen}
+    made, names = dict(ENCODINGS), named(settings(cfg))
+    for name, reference in zip(names[1:], latents.REFERENCES[1:], strict=False):
+        encode = functools.update_wrapper(functools.partial(encode_further, reference), encode_further)
+        key = lambda cfg, reference=reference: (ENCODINGS["conditioning"].key(cfg), reference)  # noqa: E731
+        made[name] = replace(ENCODINGS["conditioning"], fn=encode, key=key)
+    if way(settings(cfg)).sees:
+        made["caption"] = replace(ENCODINGS["caption"], fn=encode_instructions, columns=("caption", *names))
+    return made
 
 
 def dropout(s: Any) -> float:

@@ -237,7 +237,7 @@ def flux2_text(pipeline: Any, captions: list[str], length: int) -> dict[str, Ten
 
 
 def flux2_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, columns: Columns, guidance: float) -> Tensor:
-    """One token a latent pixel; positions (t, row, column, l), of which text has l alone, and a reference t = 10. The
+    """One token a latent pixel; positions (t, row, column, l), of which text has l alone, and references t = 10, 20, .... The
     transformer multiplies sigma and the guidance by 1000 in the precision of x, and so it does at inference."""
     text = columns["prompt_embeds"]
     text_positions = positions(1, text.shape[1], 4, x.device).roll(1, 1)  # [T, 4], the last axis counts
@@ -345,20 +345,24 @@ def qwen_image_velocity(transformer: nn.Module, x: Tensor, sigma: Tensor, column
 def qwen_edit_text(
     pipeline: Any, captions: list[str], length: int, images: Sequence[Any] | None = None, *, area: int
 ) -> dict[str, Tensor]:
-    """Last state behind the template of a caption with its image, one at a time: a further image would be a further reference.
-    The encoder sees a copy of about `area` pixels, of which each 28 x 28 are a token beside the caption's; without images, as
-    is no text to train on, a black one."""
+    """Last state behind the template of a caption with its image, or list of images, one caption at a time: what a pipeline is
+    given beside are further references of one. The encoder sees copies of about `area` pixels, of which each 28 x 28 are a
+    token beside the caption's; without images, as is no text to train on, a black one."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dimensions
     from PIL import Image
 
-    states = []
+    def scaled(image: Any) -> Any:
+        width, height, _ = calculate_dimensions(area, image.size[0] / image.size[1])
+        return pipeline.image_processor.resize(image, height, width)
+
+    states, most = [], 0
     for i, caption in enumerate(captions):
-        image = images[i] if images else Image.new("RGB", (56, 56))  # the least that the processor takes
+        image: Any = images[i] if images else Image.new("RGB", (56, 56))  # the least that the processor takes
         if images:
-            width, height, _ = calculate_dimensions(area, image.size[0] / image.size[1])
-            image = pipeline.image_processor.resize(image, height, width)
+            several = isinstance(image, list)
+            image, most = ([*map(scaled, image)], len(image)) if several else (scaled(image), 1)
         states.append(pipeline.encode_prompt([caption], image=image)[0][0])
-    return pad(states, length + (area // 28**2 * 9 // 8 if images else 0))
+    return pad(states, length + area // 28**2 * 9 // 8 * most)
 
 
 QWEN_IMAGE = Family(

@@ -101,18 +101,23 @@ def positions(h: int, w: int, axes: int = 3, device: object = None) -> Tensor:
     return grid.flatten(0, 1)
 
 
+REFERENCES = ("reference", "reference_2", "reference_3")
+"""Columns of images that a model draws after."""
+
+
 def sequence(
     x: Tensor, columns: Mapping[str, Tensor], patch: int = 2, axes: int = 3, place: int = 1
 ) -> tuple[Tensor, Tensor, list[tuple[int, int, int]]]:
-    """Tokens of x_t [B, n, C p^2] with those of the image `reference` [B, C, h', w'] behind them, where the columns have one;
-    the positions of all, [n, axes], whose axis 0 is `place` for the reference; and the grid of each image."""
+    """Tokens of x_t [B, n, C p^2] with those of the images REFERENCES [B, C, h', w'] behind them, as far as the columns have
+    them; the positions of all, [n, axes], whose axis 0 is `place` for the first of these, twice that for the second, and so on;
+    and the grid of each image."""
     import torch
 
-    images = [x, *(columns[key] for key in ("reference",) if key in columns)]
+    images = [x, *(columns[key] for key in REFERENCES if key in columns)]
     grids = [(1, image.shape[-2] // patch, image.shape[-1] // patch) for image in images]
     where = [positions(h, w, axes, x.device) for _, h, w in grids]
-    for grid in where[1:]:
-        grid[:, 0] = place
+    for number, grid in enumerate(where):
+        grid[:, 0] = number * place
     return torch.cat([pack(image.to(x.dtype), patch) for image in images], 1), torch.cat(where), grids
 
 

@@ -1,7 +1,8 @@
 """Conditioning images that are functions of the image alone: what a user without a prepared set can start from.
 
-`make(name, x)` takes the image as training sees it, resized, [3, h, w] uint8, and gives one of the same shape. Each is pure, in
-integers where the result could depend on the machine, and is kept with the decoded image.
+`make(by, x)` takes the image as training sees it, resized, [3, h, w] uint8, and gives one of the same shape. Each is pure, in
+integers where the result could depend on the machine, and is kept with the decoded image. What a pretrained model makes is
+annotators.py's.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ TAN = 13573
 """tan(22.5 degrees) 2^15."""
 
 
-def make(name: str, x: Tensor) -> Tensor:
-    """The conditioning image of this name."""
-    return FUNCTIONS[name](x).contiguous()
+By = str | Callable[[Tensor], Tensor]
+"""What a condition is made by: the name of a function of the image, or an annotator."""
+
+
+def make(by: By, x: Tensor) -> Tensor:
+    """The conditioning image of an image."""
+    return (FUNCTIONS[by] if isinstance(by, str) else by)(x).contiguous()
 
 
 def greyscale(x: Tensor) -> Tensor:
@@ -84,5 +89,15 @@ def _reached(there: np.ndarray, start: np.ndarray) -> np.ndarray:
     return found.reshape(-1, wide)[1:-1, 1:-1]
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"edges": edges, "greyscale": greyscale, "blur": blur}
+def inpainting(x: Tensor) -> Tensor:
+    """The image as it is: what is hidden of it is the task's to say, anew for each example."""
+    return x.clone()
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "edges": edges,
+    "greyscale": greyscale,
+    "blur": blur,
+    "inpainting": inpainting,
+}
 """Their names, as of `--data.conditioning`."""

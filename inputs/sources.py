@@ -24,7 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
-from oneloop.inputs import conditions, drawn, files, shards
+from oneloop.inputs import annotators, conditions, drawn, files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
 from oneloop.inputs.folder import LABELS, FolderTable, open_folder
@@ -93,7 +93,7 @@ class Source:
     """What images may become: for each resolution, from the lowest to the highest, its sizes from widest to tallest."""
     more: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns of texts (of each row a list) and labels."""
-    made: dict[str, str] = field(default_factory=dict)
+    made: dict[str, conditions.By] = field(default_factory=dict)
     """Columns that are made of the image that they are like -> by what (inputs/conditions.py)."""
     shares: tuple[Share, ...] = ()
     """The sources of a mixture, in the order of rows; none: it is not mixed."""
@@ -672,6 +672,33 @@ def _partners(images: Images, folder: str, asked: str, column: str, notes: list[
     return FolderImages(str(Path(folder).expanduser()), paths)
 
 
+def _file(images: Images, row: int) -> str | None:
+    """The path of the image at a row; None: it is none of a folder's."""
+    while isinstance(images, Selected):
+        images, row = images.images, int(images.rows[row])
+    path = images.paths[row] if isinstance(images, FolderImages) else None
+    return path and os.path.abspath(os.path.join(images.root, path))
+
+
+def _check_apart(sources: Sequence[Source], folders: Mapping[str, str]) -> None:
+    """Refuse an image that is the partner of several, such as one of a class that is called as an image of the subject is.
+    `folders`: column -> the flag that names its folder.
+
+    Raises:
+        BadInput: with the names of all three.
+    """
+    for name, asked in folders.items():
+        whose: dict[str, str] = {}
+        for source in sources:
+            of = source.images["pixel_values"]
+            for row in range(source.size if name in source.images else 0):
+                partner, image = _file(source.images[name], row), _file(of, row)
+                if partner and image and (other := whose.setdefault(partner, image)) != image:
+                    each = " and ".join(map(files.shown, (other, image)))
+                    expected = "expected names that differ between sources, or a folder for each in --data.mixture"
+                    raise BadInput(f"{asked}: {files.shown(partner)} would be the {name} image of {each}; {expected}")
+
+
 def _images(table: Any, kinds: dict[str, str], column: str, name: str) -> FolderImages | DatasetImages:
     """The images of a column; `name` is the setting that names it."""
     if isinstance(table, FolderTable):
@@ -809,14 +836,18 @@ def open_source(
             there = "which is trained on" if given == cfg.split else "and these images have no splits"
             raise BadInput(f"--data.validation-split is {given!r}, {there}; expected another split or a fraction, such as 0.1")
         held_out = table(cfg, "validation_split")
-    source = source if source.streams else thinned(source, cfg)
+    source, each = source if source.streams else thinned(source, cfg), []
     if parts := cfg.parts():
         settings = [part_of(cfg, part) for part in parts]
         more = [table(own_cfg) if own_cfg.stream is None else streamed(own_cfg) for own_cfg in settings]
         if cfg.num_class_images:
             more[0] = select(more[0], drawn.chosen([more[0].name(row) for row in range(more[0].size)], cfg.num_class_images))
-        sources = [source, *(s if s.streams else thinned(s, own_cfg) for s, own_cfg in zip(more, settings, strict=True))]
-        source = join(sources, shares([source.size for source in sources], parts))
+        each = [source, *(s if s.streams else thinned(s, own_cfg) for s, own_cfg in zip(more, settings, strict=True))]
+    beside = [*(each or [source]), *([held_out] if held_out is not None else [])]
+    paired = {name: flag(column.folder) for name, column in columns.items() if setting(cfg, own, column.folder) is not None}
+    _check_apart(beside, paired if len(beside) > 1 else {})
+    if each:
+        source = join(each, shares([source.size for source in each], parts))
     alone = [name for name in source.images if columns[name].like is None and name != "pixel_values"]
     if source.streams and cfg.buckets and alone:
         own = f"expected no --data.stream with images of a size of their own ({', '.join(alone)})"
@@ -933,10 +964,7 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
         made = [[f"{f} {t}".strip() for t in ts or [""]] for f, ts in zip(front, captions, strict=True)]
         source = replace(source, captions=made)
     chosen = {name: setting(cfg, own, column.made) for name, column in columns.items() if column.made}
-    made = {name: by for name, by in chosen.items() if by is not None}
-    for name, by in made.items():
-        known = f"one of {', '.join(conditions.FUNCTIONS)}"
-        require(by in conditions.FUNCTIONS, columns[name].made, by, known)
+    made = {name: _made(by, cfg, columns[name].made) for name, by in chosen.items() if by is not None}
     if made:
         said = "".join(f", {name} by {by}" for name, by in made.items())
         images = {name: x for name, x in source.images.items() if name not in made}
@@ -946,7 +974,25 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
         if there.get(name) is None and not column.optional:
             ways = [f"{flag(column.setting)} names their column"] if column.setting else []
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
-            ways += [f"{flag(column.made)} ({', '.join(conditions.FUNCTIONS)}) makes it"] if column.made else []
+            ways += [f"{flag(column.made)} ({', '.join(MAKERS)}) makes it"] if column.made else []
             ways += ["--data.trigger is one for all"] if name == "caption" else []
             raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
     return source
+
+
+MAKERS = (*conditions.FUNCTIONS, *annotators.KINDS)
+"""What can make a condition of an image."""
+
+
+def _made(by: str, cfg: Data, name: str) -> conditions.By:
+    """What makes conditions, as the setting `name` calls it.
+
+    Raises:
+        BadInput: nothing is called so, or its model is of another kind, or images are not made once.
+    """
+    require(by in MAKERS, name, by, f"one of {', '.join(MAKERS)}")
+    if by in conditions.FUNCTIONS:
+        return by
+    once = "one of edges, greyscale, blur with --data.stream, of whose images it would be made anew in every pass"
+    require(cfg.stream is None, name, by, once)
+    return annotators.named(by, cfg.conditioning_model)

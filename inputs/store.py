@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from oneloop.configs import BadInput, Data
-from oneloop.inputs import conditions
+from oneloop.inputs import annotators, conditions
 from oneloop.inputs.buckets import targets
 from oneloop.inputs.cache import WRITING
 from oneloop.inputs.crop import Size, resized
@@ -159,7 +159,8 @@ def _read(source: Source, cfg: Data, kinds: dict[str, Column], skim: bool, row: 
             size: Size = chosen[list(sizes).index(anchor)]
             cover = tuple(resized(whole[anchor], size).tolist())
             if name in source.made:
-                x = conditions.make(source.made[name], pixels[anchor])
+                seen = skim and not isinstance(source.made[name], str)  # where a model would be called for nothing
+                x = pixels[anchor] if seen else conditions.make(source.made[name], pixels[anchor])
             else:
                 x = None if marks or column.kind != "image" else plain(*opened[name], cover, size, cfg)
                 x = (fit(images[name](), cover, size, cfg) if x is None else x).contiguous()
@@ -219,7 +220,11 @@ def threads(first: _Row | str) -> int:
 
 def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda images: None, skim: bool = False) -> Decoded:
     """Read every image of a source. With `skim`, where nothing is trained on them, JPEGs are decoded at half, a quarter or an
-    eighth of their size, as long as the resolution is left."""
+    eighth of their size, as long as the resolution is left.
+
+    Raises:
+        BadInput: a model that makes conditions cannot be loaded, or what it makes could not be kept.
+    """
     kinds, most = image_columns(source), source.size * len(source.sizes)
     shapes = {"row": (), "times": (), "file": (16,), "thumb": (8, 9, 3)} | {named(name, "mark"): (16,) for name in kinds}
     shapes |= {named(k, what): (2,) for k, c in kinds.items() if c.like is None for what in ("size", "target", "room")}
@@ -237,6 +242,11 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
                 results.append(f"{source.name(row)} ({reason(error)})")
         return results
 
+    models = [by for by in source.made.values() if isinstance(by, annotators.Annotator)]
+    for model in models:
+        model.load()
+    for model in () if skim else models:
+        model.check_kept(cfg, source.size * sum(2 * 3 * math.prod(sizes[len(sizes) // 2]) for sizes in source.sizes))
     first, chunks = rows(range(1)), [range(i, min(i + 32, source.size)) for i in range(1, source.size, 32)]
     with ThreadPoolExecutor(threads(first[0])) as pool:
         # In blocks: a million queued reads would be a heap of their own.
@@ -254,6 +264,9 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
                     arrays[name][count] = value
                 memory.add(count, pixels)
                 count += 1
+    annotators.forget() if models else None
+    for model in models if memory.pixels is None and not skim else ():
+        model.check_kept(cfg, memory.taken)
     columns = {name: column[:count] for name, column in columns.items()}
     pixels = memory.pixels and {name: x[:count] for name, x in memory.pixels.items()}
     return Decoded(columns, kinds, dict(modes), dict(changes), broken, pixels)

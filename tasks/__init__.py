@@ -227,6 +227,8 @@ class Task(Generic[C]):
     """Frozen models that stay in float32, whatever the precision of the run."""
     remarks: Callable[[Models, C], Iterable[str]] = lambda models, cfg: ()
     """What there is to say of the models, a line each, said once before training."""
+    judged: bool = True
+    """Whether its samples are images alone, like those of its data, which `evaluate` compares with others."""
     card: Callable[[C], Mapping[str, Any]] = lambda cfg: {}
     """What the head of the export's README says beside its library: `base_model`, `license`, `pipeline_tag`, `tags`."""
     columns: BySettings[Mapping[str, Column]] = field(default_factory=dict)

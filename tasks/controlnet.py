@@ -14,7 +14,7 @@ from functools import partial
 from typing import Annotated
 
 from oneloop.configs import Amount, Base, Data, Live, Name, Range, check
-from oneloop.families import control, control_samples, text_to_image
+from oneloop.families import control, control_conditions, control_samples, text_to_image
 from oneloop.families.controls import CONTROLNETS, controlled
 from oneloop.families.objective import objective
 from oneloop.families.settings import check_apart
@@ -63,8 +63,8 @@ def make_optim(models: Models, cfg: Config) -> Optims:
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
     """The base's own objective, its answer with the ControlNet beside it."""
     own = control.entry(CONTROLNETS, cfg)
-    both = controlled(models, own, control.condition_of(own, batch, rng), cfg.controlnet)
-    yield Loss("controlnet", mean(objective(both, batch, rng, cfg), batch))
+    both = controlled(models, own, control_conditions.condition_of(own, batch, rng), cfg.controlnet)
+    yield Loss("controlnet", mean(objective(both, control_conditions.counted(own, batch), rng, cfg), batch))
 
 
 task = Task(
@@ -74,11 +74,12 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=partial(control_samples.sample_fn, CONTROLNETS),
     export_fn=partial(control_samples.export_fn, CONTROLNETS),
+    judged=False,
     card=lambda cfg: text_to_image.card(cfg, "controlnet", "text-to-image"),
-    encodings=partial(control.encodings, CONTROLNETS),
+    encodings=partial(control_conditions.encodings, CONTROLNETS),
     encoders=partial(control_samples.encoders, CONTROLNETS),
     float32=("vae",),
-    columns=control.COLUMNS,
+    columns=control_conditions.COLUMNS,
     multiple=text_to_image.multiple,
     remarks=text_to_image.remarks,
 )

@@ -19,6 +19,7 @@ from oneloop.configs import Amount, BadInput, Base, Data, Live, Range, check, re
 from oneloop.families import (
     adapted,
     edit,
+    edit_merged,
     edit_samples,
     edit_sources,
     hub,
@@ -27,6 +28,7 @@ from oneloop.families import (
     text_to_image,
     transformer,
 )
+from oneloop.families.edit import trains
 from oneloop.families.objective import objective
 from oneloop.families.settings import OWN_TEXT, Adapters, Checkpoint, Pretrained, check_unused, flag
 from oneloop.families.text_to_image import family, under
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Settings(Pretrained, Adapters):
+class Settings(edit_sources.Sources, Pretrained, Adapters):
     """The checkpoint, what of it trains, and its objective."""
 
     trains: Literal["all", "lora"] | None = None
@@ -69,11 +71,6 @@ class Config:
         text_to_image.check(self, edit.WAYS)
 
 
-def trains(s: Settings) -> str:
-    """`all` or `lora`."""
-    return s.trains or ("all" if family(s) is stable_diffusion else "lora")
-
-
 def check_base(cfg: Config) -> None:
     """Refuse what cannot work, from the checkpoint's configs alone.
 
@@ -83,6 +80,7 @@ def check_base(cfg: Config) -> None:
     s = cfg.edit
     text_to_image.check_base(cfg, edit.WAYS)
     edit.check_first(s, "edit")
+    edit_sources.check(s)
     least = edit.way(s).least
     require(cfg.data.resolution >= least, "data.resolution", cfg.data.resolution, f"at least {least}, as its pipeline asks")
     if family(s) is stable_diffusion:
@@ -169,6 +167,9 @@ def export_fn(models: Models, examples: Iterable[Batch], path: Path, cfg: Config
     return lines + edit_samples.call_lines(examples, path, cfg)
 
 
+merged = edit_merged.merged
+
+
 def card(cfg: Config) -> dict[str, Any]:
     """What the hub's page of the result needs."""
     tags = ("lora", "image-to-image") if trains(cfg.edit) == "lora" else ("image-to-image",)
@@ -182,6 +183,7 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=edit_samples.sample_fn,
     export_fn=export_fn,
+    judged=False,
     card=card,
     encodings=edit_sources.encodings,
     encoders=encoders,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import Amount, Base, Data, Live, Name, check
-from oneloop.families import control, control_samples, text_to_image
+from oneloop.families import control, control_conditions, control_samples, text_to_image
 from oneloop.families.controls import Control, controlled
 from oneloop.families.objective import objective
 from oneloop.tasks import Batch, Loss, Models, Optims, Rng, Task, mean
@@ -102,7 +102,7 @@ def make_optim(models: Models, cfg: Config) -> Optims:
 def loss_fn(models: Models, batch: Batch, rng: Rng, cfg: Config) -> Iterator[Loss]:
     """The base's own objective, its answer with the adapter's features."""
     own = control.entry(ADAPTERS, cfg)
-    both = controlled(models, own, control.condition_of(own, batch, rng), cfg.t2i_adapter)
+    both = controlled(models, own, control_conditions.condition_of(own, batch, rng), cfg.t2i_adapter)
     drawn = Cubic(rng) if cfg.t2i_adapter.cubic_timesteps else rng
     yield Loss("t2i_adapter", mean(objective(both, batch, drawn, cfg), batch))
 
@@ -114,11 +114,12 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=partial(control_samples.sample_fn, ADAPTERS),
     export_fn=partial(control_samples.export_fn, ADAPTERS),
+    judged=False,
     card=lambda cfg: text_to_image.card(cfg, "t2i-adapter", "text-to-image"),
-    encodings=partial(control.encodings, ADAPTERS),
+    encodings=partial(control_conditions.encodings, ADAPTERS),
     encoders=partial(control_samples.encoders, ADAPTERS),
     float32=("vae",),
-    columns=control.COLUMNS,
+    columns=control_conditions.COLUMNS,
     multiple=text_to_image.multiple,
     remarks=text_to_image.remarks,
 )

@@ -392,5 +392,6 @@ task = Task(
     loss_fn=loss_fn,
     sample_fn=sample_fn,
     export_fn=export_fn,
+    judged=False,
     multiple=multiple,
 )

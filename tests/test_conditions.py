@@ -16,7 +16,7 @@ from oneloop.configs import BadInput, Data
 from oneloop.evaluation import drawings
 from oneloop.inputs import conditions, shapes, sources, store
 from oneloop.settings.ranges import hints
-from oneloop.tasks import COLUMNS, Column, ddpm
+from oneloop.tasks import COLUMNS, Column, ddpm, dpo
 
 MADE = COLUMNS | {
     "conditioning": Column(
@@ -170,7 +170,7 @@ def test_shapes_have_outlines_for_those_who_ask():
             {"train_data_dir": True},
             "found none; --data.conditioning-column names their column, or --data.conditioning-data-dir",
         ),
-        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur) makes it"),
+        ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur, inpainting, depth, pose) makes it"),
     ],
 )
 def test_bad_settings_are_a_line(tmp_path, settings, says):
@@ -183,7 +183,7 @@ def test_bad_settings_are_a_line(tmp_path, settings, says):
 
 def test_the_settings_say_the_functions_that_there_are():
     literal, _ = get_args(hints(Data)["conditioning"])
-    assert get_args(literal) == (*conditions.FUNCTIONS,)
+    assert get_args(literal) == sources.MAKERS
 
 
 def test_the_reader_says_where_a_shape_is():
@@ -210,3 +210,67 @@ def test_what_a_task_does_not_read_is_a_line(name):
     given = {"conditioning": "edges", "conditioning_column": "x", "conditioning_data_dir": "."}[name]
     with pytest.raises(BadInput, match=f"--data.{name.replace('_', '-')} is .*; expected None: ddpm has no"):
         sources.open_for(ddpm.task, ddpm.Config(data=Data(**{name: given})))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders of partners, and several sources.
+
+
+def beside(tmp_path, names):
+    """A folder `subject` of 00.png to 02.png, one `class` of images of these names, and `edges` of partners for all, whose grey
+    says whose they are."""
+    draw(tmp_path / "subject", [(32, 32)] * 3), draw(tmp_path / "drawn", [(32, 32)] * 3, shade=1)
+    for folder in ("class", "edges"):
+        (tmp_path / folder).mkdir()
+    for i, name in enumerate(names):
+        (tmp_path / "drawn" / f"0{i}.png").rename(tmp_path / "class" / name)
+    for i, name in enumerate(("00.png", "01.png", "02.png", *names)):
+        if not (tmp_path / "edges" / name).exists():
+            Image.new("RGB", (32, 32), (40 * i,) * 3).save(tmp_path / "edges" / name)
+    return {"train_data_dir": str(tmp_path / "subject"), "conditioning_data_dir": str(tmp_path / "edges")}
+
+
+def test_class_images_have_partners_of_their_own(tmp_path):
+    """Names decide; where two images would have one partner, that is a line."""
+    settings = beside(tmp_path, ("a.png", "b.png", "c.png"))
+    found = examples(**settings, class_data_dir=str(tmp_path / "class"))
+    batch = found.at(torch.arange(6))
+    assert (batch["conditioning"][:, 0, 0, 0] // 40).tolist() == [0, 1, 2, 3, 4, 5] and batch["source"].tolist() == 3 * [
+        0
+    ] + 3 * [1]
+    (tmp_path / "class" / "b.png").rename(tmp_path / "class" / "01.png")
+    (tmp_path / "subject" / "01.png").rename(tmp_path / "subject" / "01.webp")  # whatever they end in
+    with pytest.raises(BadInput) as refused:
+        examples(**settings, class_data_dir=str(tmp_path / "class"))
+    said = str(refused.value)
+    assert "--data.conditioning-data-dir: " in said and "edges/01.png would be the conditioning image of " in said
+    assert "subject/01.webp and " in said and "class/01.png; expected names that differ" in said and "\n" not in said
+    made = examples(train_data_dir=settings["train_data_dir"], class_data_dir=str(tmp_path / "class"), conditioning="greyscale")
+    batch = made.at(torch.arange(6))
+    for x, y in zip(batch["pixel_values"], batch["conditioning"], strict=True):
+        assert torch.equal(conditions.greyscale(x), y)
+
+
+def test_other_sources_too_but_not_the_same_images_again(tmp_path):
+    settings, other = beside(tmp_path, ("00.png", "01.png", "02.png")), str(tmp_path / "class")
+    for more in ({"mixture": (sources.Part(train_data_dir=other),)}, {"validation_data_dir": other}):
+        with pytest.raises(BadInput, match=r"edges/00.png would be the conditioning image of .*subject/00.png and .*class/00"):
+            examples(**settings, **more)
+    again = (sources.Part(train_data_dir=settings["train_data_dir"], repeats=2),)
+    assert len(examples(**settings, mixture=again).at(torch.arange(6))["conditioning"]) == 6
+    own = (sources.Part(train_data_dir=other, conditioning_data_dir=other),)
+    assert len(examples(**settings, mixture=own).at(torch.arange(6))["conditioning"]) == 6
+
+
+def test_a_class_image_is_no_partner_of_what_is_rejected(tmp_path):
+    """The same of the folder that `dpo` has, which is a setting of its own."""
+    settings = beside(tmp_path, ("00.png", "b.png", "c.png"))
+    own = dpo.Settings(rejected_data_dir=settings.pop("conditioning_data_dir"))
+    settings |= {"trigger": "a dog", "class_prompt": "a dog"}
+    columns = COLUMNS | dpo.task.columns
+    read = lambda **more: sources.open_source(Data(train_batch_size=2, **settings, **more), columns, own=own)  # noqa: E731
+    assert read().size == 3
+    with pytest.raises(BadInput, match=r"--dpo.rejected-data-dir: .*00.png would be the rejected image of .*expected names"):
+        read(class_data_dir=str(tmp_path / "class"))
+    (tmp_path / "class" / "00.png").unlink()
+    assert read(class_data_dir=str(tmp_path / "class")).size == 5

@@ -9,7 +9,15 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from test_families import as_map, same
 
 from oneloop.configs import Base, Data
-from oneloop.families import control, control_samples, controls, stable_diffusion, text_to_image, transformer
+from oneloop.families import (
+    control,
+    control_conditions,
+    control_samples,
+    controls,
+    stable_diffusion,
+    text_to_image,
+    transformer,
+)
 from oneloop.families.controls import CONTROLNETS
 from oneloop.families.objective import objective
 from oneloop.tasks import Rng, controlnet, of_settings
@@ -62,7 +70,7 @@ def encoded(models, cfg, height=HEIGHT, width=WIDTH):
 
 def both(cfg, models, batch, rng=Rng.of(0, range(2))):  # noqa: B008
     own = control.entry(CONTROLNETS, cfg)
-    return controls.controlled(models, own, control.condition_of(own, batch, rng), cfg.controlnet)
+    return controls.controlled(models, own, control_conditions.condition_of(own, batch, rng), cfg.controlnet)
 
 
 def loss_of(cfg, models, batch, rng=Rng.of(0, range(2))):  # noqa: B008
@@ -203,7 +211,7 @@ def test_sd3_of_others_is_given_what_it_was_trained_on(built, tmp_path):
     other = config(built("StableDiffusion3Pipeline"), controlnet_model_name_or_path=str(tmp_path / "other"))
     x, vae = torch.rand(1, 3, SIDE, SIDE) * 2 - 1, models["vae"]
     with torch.no_grad():
-        plain, own = (control.encode_condition(CONTROLNETS, models, x, c)["condition_mean"] for c in (cfg, other))
+        plain, own = (control_conditions.encode_condition(CONTROLNETS, models, x, c)["condition_mean"] for c in (cfg, other))
         wanted = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
         torch.testing.assert_close(own, wanted)
         torch.testing.assert_close(plain, wanted - vae.config.shift_factor * vae.config.scaling_factor)

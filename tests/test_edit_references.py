@@ -44,7 +44,8 @@ def seen(cfg, models, source, generator):
 
     drawn.scheduler.step = stepped
     call = edit_samples.arguments(cfg.edit, SIDE, SIDE) | {own.guided_by: own.off, "num_inference_steps": 3}
-    call |= {"prompt": [CAPTIONS[0]], "image": [source], "generator": [generator]}
+    sources = source if isinstance(source, list) else [source]
+    call |= {"prompt": [CAPTIONS[0]], "image": sources, "generator": [generator]}
     with pytest.raises(Stop):
         drawn(**call)
     v, t, x = calls[1]

@@ -1,5 +1,6 @@
 """`python loop.py evaluate`: what is measured of samples, and that it is measured rightly."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -10,10 +11,11 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from test_settings import refused
-from warm import cli, digest, metrics, tiny
+from warm import cli, digest, flags, metrics, tiny
 
 from oneloop.evaluation import drawings, features, judge, measures, models
 from oneloop.inputs.shapes import describe_shape, draw_shape
+from oneloop.settings import command_line
 from oneloop.views import evaluate, page
 
 
@@ -348,3 +350,18 @@ def test_the_pages_show_it(run, tmp_path):
     assert [word in shown for word in ("<h2>Evaluation<", "nearest to them", "kid/classifier")] == [True] * 3
     assert cli(tmp_path, "compare", "out", folder / "out", "--to", "both.html").code == 0
     assert '"Frechet"' in (tmp_path / "both.html").read_text()
+
+
+def test_what_is_drawn_beside_other_images_is_not_judged(tmp_path):
+    """In a line: before a run has files where it was to be judged while it trains, and before anything is drawn of one."""
+    tasks = {name: importlib.import_module(f"oneloop.tasks.{name}").task for name in command_line.task_names()}
+    assert {name for name, task in tasks.items() if not task.judged} == {"controlnet", "t2i_adapter", "edit", "vae"}
+    settings = {"base.output_dir": tmp_path / "out", "base.max_train_steps": 1, "base.num_samples": 1, "base.logger": "none"}
+    small = flags("vae", settings | {"data.num_shapes": 64, "data.resolution": 32, "data.train_batch_size": 4})
+    said = cli(tmp_path, *small, "--base.evaluate-steps", "5")
+    shows = "vae shows what it makes of other images beside them; those that are drawn alone can be judged"
+    assert said.code == 2 and f"--base.evaluate-steps is 5; expected 0: {shows}" in said.err, said.err
+    assert not (tmp_path / "out" / "run.json").exists()
+    assert cli(tmp_path, *small).code == 0
+    said = cli(tmp_path, "evaluate", "out", "--num", "40")
+    assert said.code == 2 and f"out: {shows}" in said.err and not (tmp_path / "out" / "evaluation").exists(), said.err

@@ -15,7 +15,7 @@ from warm import brief, digest, flags
 
 from oneloop import loop
 from oneloop.configs import BadInput, Base, Data
-from oneloop.families import control, controls, stable_diffusion, text_to_image
+from oneloop.families import control_conditions, controls, stable_diffusion, text_to_image
 from oneloop.settings import command_line
 from oneloop.tasks import Rng, t2i_adapter
 from oneloop.training.validation import Stratified
@@ -62,7 +62,8 @@ def test_its_answer_is_that_of_the_pipeline(built, tmp_path, name):
     call = {"image": batch["conditioning"] / 2 + 0.5, "height": HEIGHT, "width": WIDTH, "num_inference_steps": 3}
     pipeline(prompt=[*PROMPTS], guidance_scale=1.0, output_type="pt", **call)
     v, t, x = steps[1]
-    together = controls.controlled(models, own, control.condition_of(own, batch, Rng.of(0, range(2))), cfg.t2i_adapter)
+    condition = control_conditions.condition_of(own, batch, Rng.of(0, range(2)))
+    together = controls.controlled(models, own, condition, cfg.t2i_adapter)
     with torch.no_grad():
         given = stable_diffusion.conditions(batch, name == "sdxl") | {"return_dict": False}
         ours, plain = (net(x, t.expand(2), **given)[0] for net in (together["unet"], models["unet"]))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
-from oneloop.configs import BadInput, Name, Range, Seed, check
+from oneloop.configs import BadInput, Name, Range, Seed, check, task_group
 from oneloop.views.sample import drawer, opened
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def main(settings: Settings) -> None:
     from oneloop.views import page
 
     saved, facts, task, cfg = opened(settings.folder, settings.task)
+    if not task.judged:
+        raise BadInput(f"{settings.folder}: {alone(cfg)}")
     out, seed = saved.parent, cfg.base.seed if settings.seed is None else settings.seed
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), check=False, dry_run=False))
     folder, step = out / "evaluation", facts["step"]
@@ -102,6 +104,11 @@ def judged(
     judge.save_neighbours(samples, sets, folder / f"{step}.png")
     files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
     return result
+
+
+def alone(cfg: Any) -> str:
+    """Why a run of a task that says so cannot be judged."""
+    return f"{task_group(cfg)} shows what it makes of other images beside them; those that are drawn alone can be judged"
 
 
 def during(task: Any, cfg: Any) -> Callable[[int, Callable[[range, int], Any]], dict[str, float]]:

@@ -23,7 +23,7 @@ from oneloop.views import check_writable
 
 @dataclass(frozen=True)
 class Settings:
-    """Add what a run of `lora`, `finetune`, `lcm`, `dmd` or `dpo` learned to the weights of its base."""
+    """Add what a run of `lora`, `finetune`, `edit`, `lcm`, `dmd` or `dpo` learned to the weights of its base."""
 
     folder: Positional[Name]
     """The output folder of a run of one of these tasks, whose last checkpoint is taken, or one checkpoint-N in it."""
@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     saved, _, _, cfg = opened(settings.folder)
     merged = getattr(sys.modules[type(cfg).__module__], "merged", None)
     if merged is None:
-        raise BadInput(f"{settings.folder}: holds no run of lora, finetune, lcm, dmd or dpo")
+        raise BadInput(f"{settings.folder}: holds no run of lora, finetune, edit, lcm, dmd or dpo")
     s = text_to_image.settings(cfg)
     if settings.original and text_to_image.family(s) is not stable_diffusion:
         kinds = " or a ".join(stable_diffusion.PIPELINES)
