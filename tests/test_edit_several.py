@@ -101,7 +101,7 @@ def test_a_run_resumes_equal_and_its_export_draws_as_it_does(tmp_path, built, pa
 def test_what_does_not_fit_is_a_line(tmp_path, built, pairs):  # noqa: F811
     refuse = functools.partial(pytest.raises, BadInput)
     for name in ("sd", "FluxKontextPipeline", "QwenImageEditPipeline", "FluxPipeline"):
-        with refuse(match=r"--edit.second-source-data-dir is .x.; expected nothing with a .*, which takes one source; leave it"):
+        with refuse(match=r"--edit.second-source-data-dir is .x.; expected nothing with a .*, which takes one source; leave"):
             task.encoders(config(built(name), second_source_data_dir="x"))
     plus = built("QwenImageEditPlusPipeline")
     with refuse(match=r"--edit.second-source-column is .*x.*y.*; expected one place of these sources"):
