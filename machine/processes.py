@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -83,24 +82,27 @@ def largest(accelerator: Accelerator, number: int) -> int:
     return int(most)
 
 
-@functools.cache
-def _group_of(default: Any) -> Any:
-    atexit.register(_leave)
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+_GROUPS: dict[Any, Any] = {}
+"""The default group -> the patient one beside it."""
+
+
+def _patient_group() -> Any:
+    default = torch.distributed.group.WORLD
+    if default not in _GROUPS:
+        atexit.register(_leave)
+        _GROUPS[default] = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _GROUPS[default]
 
 
 def _leave() -> None:
     """Join gloo's threads while there still is an interpreter. One that is about to let go of a tensor needs it; right after
     the last exchange it may be gone, and torch then ends the process with SIGABRT."""
-    if torch.distributed.is_initialized():
-        ours = [group for group in (_patient_group(), None) if torch.distributed.get_backend(group) == "gloo"]
-        _group_of.cache_clear()
-        for group in ours:
+    default = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    groups = [_GROUPS[default], default] if default in _GROUPS else []
+    _GROUPS.clear()
+    for group in groups:
+        if torch.distributed.get_backend(group) == "gloo":
             torch.distributed.destroy_process_group(group)
-
-
-def _patient_group() -> Any:
-    return _group_of(torch.distributed.group.WORLD)
 
 
 @contextlib.contextmanager
