@@ -168,6 +168,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
     """
     task = replace(task, encodings=of_settings(task.encodings, cfg))
     with prior.planned(task, cfg) as planned:
+        showing.check_judged(task, cfg)
         if cfg.base.check:
             return data_report.check(task, planned)
         if cfg.base.dry_run:

@@ -40,8 +40,9 @@ def teacher(folder: Path) -> None:
     build(folder / "random") if not (folder / "random").exists() else None
     own = ("--finetune.pretrained-model-name-or-path", folder / "random", "--finetune.from-scratch", "--finetune.snr-gamma", 1)
     own += ("--finetune.learning-rate", 2e-3, "--finetune.adam-beta2", 0.99, "--finetune.num-inference-steps", 25)
-    own += ("--finetune.guidance-scale", GUIDANCE, "--data.num-shapes", 16384, "--data.train-batch-size", 32)
-    own += ("--data.caption-dropout", 0.3, "--base.max-train-steps", 2700, "--base.no-validate-first")
+    own += ("--finetune.train-text-encoder", "--finetune.text-encoder-learning-rate", 2e-3)
+    own += ("--finetune.guidance-scale", GUIDANCE, "--data.num-shapes", 16384, "--data.train-batch-size", 16)
+    own += ("--data.caption-dropout", 0.3, "--base.max-train-steps", 4500, "--base.no-validate-first")
     run("finetune", *COMMON, *own, "--base.output-dir", folder / "teacher-run")
     if not (folder / "teacher").exists():
         run("merge", folder / "teacher-run", "--to", folder / "teacher", "--dtype", "float32")
@@ -51,7 +52,7 @@ def student(folder: Path) -> None:
     """In `student-run`."""
     own = ("--lcm.pretrained-model-name-or-path", folder / "teacher", "--lcm.trains", "all", "--lcm.learning-rate", 5e-4)
     own += ("--lcm.w-min", GUIDANCE - 1, "--lcm.w-max", GUIDANCE - 1, "--lcm.adam-beta2", 0.99, "--data.num-shapes", 16384)
-    own += ("--data.train-batch-size", 16, "--base.max-train-steps", 400, "--base.no-validate-first")
+    own += ("--data.train-batch-size", 16, "--base.max-train-steps", 800, "--base.no-validate-first")
     run("lcm", *COMMON, *own, "--base.output-dir", folder / "student-run")
 
 
@@ -61,7 +62,7 @@ def preference(folder: Path) -> None:
     own = ("--dpo.pretrained-model-name-or-path", folder / "teacher", "--dpo.rejected-data-dir", folder / "worse")
     own += ("--data.train-data-dir", folder / "better", "--dpo.learning-rate", 1e-3, "--dpo.beta", 500, "--dpo.rank", 8)
     own += ("--data.train-batch-size", 16, "--base.max-train-steps", 120, "--base.no-validate-first")
-    own += ("--dpo.num-inference-steps", 25, "--dpo.guidance-scale", GUIDANCE)
+    own += ("--dpo.num-inference-steps", 25, "--dpo.guidance-scale", GUIDANCE, "--dpo.target-modules", "all-linear")
     run("dpo", *COMMON, *own, "--base.output-dir", folder / "preference-run")
 
 

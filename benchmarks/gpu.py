@@ -12,8 +12,11 @@ SDXL of full size and random weights (benchmarks/models.py) are built when a row
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,12 +61,18 @@ def alone(name: str, given: argparse.Namespace) -> tuple[bool, str]:
     """Measure a row in a process of its own: whether it could be measured, and what was, or why not."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--alone", name, "--models", str(given.models)]
     command += ["--scripts", str(given.scripts)] if given.scripts else []
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    row = subprocess.Popen(command, cwd=ROOT, **both, start_new_session=True)
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60 * given.minutes)
+        out, err = row.communicate(timeout=60 * given.minutes)
     except subprocess.TimeoutExpired:
         return False, f"more than {given.minutes:g} minutes (--minutes)"
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [f"exit code {done.returncode}"]
-    return done.returncode == 0, said[-1][:300]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(row.pid, signal.SIGKILL)  # with what the row started
+        row.wait()
+    said = (out if row.returncode == 0 else err).strip().splitlines() or [f"exit code {row.returncode}"]
+    return row.returncode == 0, said[-1][:300]
 
 
 def where() -> str:

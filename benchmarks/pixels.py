@@ -54,7 +54,7 @@ def build(folder: Path, prediction_type: str = "sample") -> Path:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     words = tiny_models.tokenizer(24)
-    text = tiny_models.text_encoder(len(words), 32, False, 1, length=24)
+    text = tiny_models.text_encoder(len(words), 64, False, 1, length=24)
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
         sample_size=SIDE,
@@ -62,9 +62,10 @@ def build(folder: Path, prediction_type: str = "sample") -> Path:
         out_channels=3,
         block_out_channels=(32, 48, 64),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        addition_embed_type="text",  # each block is told of the caption, beside the attention of the deepest to its words
         attention_head_dim=4,
         norm_num_groups=8,
     )

@@ -36,10 +36,11 @@ class Features:
 
     def texts(self, texts: list[str]) -> Tensor:
         """Features of texts, [B, D], each made once."""
-        each = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        each = list(place)
         with torch.no_grad():
             made = torch.cat([self.text(each[i : i + 64]).float().cpu() for i in range(0, len(each), 64)])
-        return made[[each.index(text) for text in texts]]
+        return made[[place[text] for text in texts]]
 
 
 def network(classes: int) -> nn.Sequential:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -63,17 +64,19 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
         other = sources.select(other, list(range(cfg.data.num_shapes, cfg.data.num_shapes + count)))
         about = f"{count} drawings that the run did not have"
     elif unheld:
-        trained, known, captions = images(source, cfg)
-        return Sets(None, None, trained, known, captions, "the training images: the run held out none", False)
+        return Sets(None, None, *images(source, cfg), "the training images: the run held out none", False)
     else:
         raise BadInput(
             "the run held out no images: --data.validation-split holds some out, `evaluate --data` names others to compare "
             "with, and `evaluate --model` compares with the training images alone"
         )
     (held_out, labels, _), (trained, known, captions) = images(other, cfg), images(source, cfg)
-    for what, found in ((about, held_out), ("the training set", trained)):
+    for what, found in (("to compare with", held_out), ("to train on", trained)):
         if len(found) < measures.LEAST:
-            raise BadInput(f"{what} has {len(found)} images; expected at least {measures.LEAST}")
+            few = f"{about}: {len(found)} images {what}"
+            if unheld and given is None:
+                return Sets(None, None, trained, known, captions, f"the training images; {few}, too few for distances", False)
+            raise BadInput(f"{few}; expected at least {measures.LEAST}, or `evaluate --model`, and not --data")
     return Sets(held_out, labels, trained, known, captions, about, own and given is None)
 
 
@@ -121,7 +124,7 @@ def judge(samples: Tensor, sets: Sets, judges: list[features.Features], prompts:
     `copies` the share of samples that are nearer to a training image than 95 % of the held-out images are."""
     result: dict[str, Any] = {"held out": sets.about, "features": {}}
     for one in judges:
-        result["features"][one.name.partition(" ")[0]] = {"about": one.name} | scored(one, samples, sets, prompts)
+        result["features"][one.name.partition(" of ")[0]] = {"about": one.name} | scored(one, samples, sets, prompts)
     if sets.held_out is None:
         return result
     near = measures.nearest(spread(sets.held_out, 1000), sets.trained)[0].quantile(0.05)
@@ -141,7 +144,7 @@ def scored(one: features.Features, samples: Tensor, sets: Sets, prompts: list[st
         reference = one(sets.held_out)
         found = {"samples": measures.compare(made, reference), "floor": measures.compare(floor, reference)}
     if one.angles:
-        alike = lambda x, y: {"similarity": measures.similarity(x, y)}  # noqa: E731
+        alike = lambda x, _: {"similarity": measures.similarity(x, floor)}  # noqa: E731
         found["samples"] |= measures.jackknife(alike, made, floor, measures.GROUPS)
         if len(floor) > 1:
             found["floor"] |= {"similarity": {"value": measures.similarity(floor, floor)}}
@@ -170,7 +173,10 @@ def told(result: dict[str, Any]) -> Iterator[str]:
 def save_neighbours(samples: Tensor, sets: Sets, path: Path) -> None:
     """A PNG of the first samples above the training images nearest to them, pixel by pixel."""
     first = samples[:SHOWN]
-    beside = sets.trained[measures.nearest(first, sets.trained)[1]]
+    known = sets.trained
+    if known.shape[2:] != first.shape[2:]:
+        known = F.interpolate(known.float(), first.shape[2:], mode="bilinear", antialias=True).round().to(torch.uint8)
+    beside = known[measures.nearest(first, known)[1]]
     large = torch.cat([first, beside]).repeat_interleave(scale := max(1, math.ceil(64 / first.shape[-1])), -1)
     grid = make_grid(large.repeat_interleave(scale, -2).float() / 255, nrow=len(first), padding=4, pad_value=1.0)
     save_image(grid, staged := path.with_name(f"{path.stem}.writing.png"))

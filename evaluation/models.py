@@ -73,6 +73,8 @@ def of_transformers(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[li
     model, processor = AutoModel.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
     call, read = getattr(model, "get_image_features", model), getattr(model, "get_text_features", None)
     words = AutoTokenizer.from_pretrained(name) if read else None
+    if words and words("cat").input_ids == words("dog").input_ids:  # what transformers makes of a folder without its files
+        raise BadInput(f"--model {name} reads texts, but has no tokenizer's files beside its config.json; expected some")
 
     def features(images: Tensor) -> Tensor:
         made = call(processor(list(images), return_tensors="pt")["pixel_values"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from oneloop.configs import BadInput, Folder, Live, Name, require
 from oneloop.families import latents, stable_diffusion, text_to_image, transformer
-from oneloop.families.edit import kind, way
+from oneloop.families.edit import WAYS, kind, way
 from oneloop.families.text_to_image import family, settings
 from oneloop.tasks import Batch, Column, Encoding, Models, Rng
 
@@ -118,7 +118,12 @@ ENCODINGS = text_to_image.ENCODINGS | {
 
 
 def encodings(cfg: Any) -> Mapping[str, Encoding]:
-    """What frozen models make of sources, targets and instructions."""
+    """What frozen models make of sources, targets and instructions.
+
+    Raises:
+        BadInput: the checkpoint cannot be read, or is of no family that edits.
+    """
+    text_to_image.check_base(cfg, WAYS)
     made, names = dict(ENCODINGS), named(settings(cfg))
     for name, reference in zip(names[1:], latents.REFERENCES[1:], strict=False):
         encode = functools.update_wrapper(functools.partial(encode_further, reference), encode_further)

@@ -13,7 +13,6 @@ import inspect
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ KINDS = {"depth": "ForDepthEstimation", "pose": "ForPoseEstimation"}
 """Kind -> what the class of its model ends in."""
 METRIC = ("zoedepth", "glpn", "depth_pro")
 """Types of models that give distances, rather than their inverse, whose configs do not say so."""
+READ, WEIGHTS = ("config.json", "preprocessor_config.json"), (".safetensors", ".bin")
+"""The files of a model that decide what it makes."""
 LOCK = threading.Lock()
 """Images are decoded by several threads; a model is called by one at a time."""
 
@@ -84,8 +85,9 @@ def named(kind: str, model: str) -> Annotator:
         if not made.endswith(KINDS[kind]):
             raise BadInput(f"{what} is a {made}; --data.conditioning {kind} expects a model whose class ends in {KINDS[kind]}")
         files = hub.stamp(model, None, "") if hub.is_local(model) else [hub.file(model, None, "config.json").parent.name]
-    content = [(name, size, blocks) for name, size, _, blocks in files] if hub.is_local(model) else files
-    known = repr((content, version("transformers"))).encode()
+    if hub.is_local(model):
+        files = [(name, size, blocks) for name, size, _, blocks in files if name in READ or name.endswith(WEIGHTS)]
+    known = repr(files).encode()
     return Annotator(kind, hashlib.blake2b(known, digest_size=8).hexdigest(), model)
 
 

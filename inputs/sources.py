@@ -695,7 +695,7 @@ def _check_apart(sources: Sequence[Source], folders: Mapping[str, str]) -> None:
                 partner, image = _file(source.images[name], row), _file(of, row)
                 if partner and image and (other := whose.setdefault(partner, image)) != image:
                     each = " and ".join(map(files.shown, (other, image)))
-                    expected = "expected names that differ between sources, or a folder for each in --data.mixture"
+                    expected = "expected names that differ between the two"
                     raise BadInput(f"{asked}: {files.shown(partner)} would be the {name} image of {each}; {expected}")
 
 
@@ -993,6 +993,7 @@ def _made(by: str, cfg: Data, name: str) -> conditions.By:
     require(by in MAKERS, name, by, f"one of {', '.join(MAKERS)}")
     if by in conditions.FUNCTIONS:
         return by
-    once = "one of edges, greyscale, blur with --data.stream, of whose images it would be made anew in every pass"
+    functions = ", ".join(conditions.FUNCTIONS)
+    once = f"one of {functions} with --data.stream, of whose images it would be made anew in every pass"
     require(cfg.stream is None, name, by, once)
     return annotators.named(by, cfg.conditioning_model)

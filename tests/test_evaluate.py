@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from test_settings import refused
 from warm import cli, digest, flags, metrics, tiny
 
+from oneloop.configs import Data
 from oneloop.evaluation import drawings, features, judge, measures, models
+from oneloop.families import text_to_image
+from oneloop.inputs import sources
 from oneloop.inputs.shapes import describe_shape, draw_shape
 from oneloop.settings import command_line
-from oneloop.views import evaluate, page
+from oneloop.tasks import Rng, lora
+from oneloop.views import evaluate, page, sample
 
 
 def drawn(numbers, side=16):
@@ -210,7 +214,10 @@ def test_another_set(run, tmp_path):
     assert done.code == 0 and f"compared with {tmp_path / 'images'}" in done.out, done.err
     for n in range(20):
         (tmp_path / "images" / f"{n}.png").unlink()
-    refused(cli(folder, "evaluate", "out", "--data", tmp_path / "images", patch=quick), "has 20 images; expected at least 32")
+    refused(
+        cli(folder, "evaluate", "out", "--data", tmp_path / "images", patch=quick),
+        "20 images to compare with; expected at least 32",
+    )
 
 
 def test_models_by_folder(tmp_path):
@@ -275,9 +282,6 @@ def test_few_images_and_their_prompts(clip, tmp_path):
     what they were drawn after; without a model of others there is nothing to compare with."""
     from test_lora import command, draw_photos
 
-    from oneloop.families import text_to_image
-    from oneloop.tasks import Rng, lora
-
     photos, model = draw_photos(tmp_path / "photos"), tiny_models.build(tmp_path, "sd")
     asked = {"lora__validation_prompts": ("a cat", "a dog"), "data__example_cache": "None"}
     assert cli(tmp_path, *command(tmp_path, model, photos, **asked)).code == 0
@@ -291,11 +295,39 @@ def test_few_images_and_their_prompts(clip, tmp_path):
     one = models.open_model(str(clip))
     images = torch.from_numpy(np.load(next((tmp_path / "out" / "evaluation").glob("4-*/*.npy"))))
     assert found["samples"]["clip score"] == pytest.approx(measures.clip_score(one(images), one.texts(prompts)))
+    trained, _, captions = judge.images(sources.open_for(lora.task, opened := sample.opened(tmp_path / "out")[3]), opened)
+    assert found["samples"]["similarity"]["value"] == pytest.approx(measures.similarity(one(images), one(trained)))
+    assert found["floor"]["similarity"]["value"] == pytest.approx(measures.similarity(x := one(trained), x))
+    assert found["floor"]["clip score"] == pytest.approx(measures.clip_score(one(trained), one.texts(captions)))
     assert "similarity/" in (tmp_path / "out" / "report.html").read_text()
     refused(cli(tmp_path, "evaluate", "out", "--num", "32"), "the run held out no images", "evaluate --model")
-    assert cli(tmp_path, *command(tmp_path, model, photos, "captions")).code == 0
-    done = cli(tmp_path, "evaluate", "captions", "--num", "32", "--model", clip)  # without prompts, those of the data
-    assert done.code == 0 and "clip score" in done.out, done.err
+    one_photo = tmp_path / "one"
+    one_photo.mkdir()
+    for end in (".png", ".txt"):
+        shutil.copy(photos / f"0{end}", one_photo)
+    others = {"few": {"data__validation_data_dir": photos}, "buckets": {"data__buckets": True}, "single": {}}
+    for name, more in others.items():  # without prompts of its own, those of the data
+        images = one_photo if name == "single" else photos
+        assert cli(tmp_path, *command(tmp_path, model, images, name, data__train_batch_size=1, **more)).code == 0
+        done = cli(tmp_path, "evaluate", name, "--num", "32", "--model", clip)
+        assert done.code == 0 and "clip score" in done.out and "compared with the training images" in done.out, done.err
+        assert ("4 images to compare with, too few" in done.out) == (name == "few")
+    bare = tmp_path / "bare"
+    shutil.copytree(clip, bare, ignore=shutil.ignore_patterns("*token*", "vocab*", "merges*"))
+    done = cli(tmp_path, "evaluate", "out", "--num", "32", "--model", bare)
+    assert done.code == 2 and "bare reads texts, but has no tokenizer's files" in done.err.splitlines()[-1], done.err
+
+
+def test_prompts_are_those_of_as_many_examples(monkeypatch, tmp_path):
+    """Captions in the place of prompts are spread over the data by the number of images, in several parts."""
+    monkeypatch.setattr(evaluate, "CHUNK", 16)
+    model = str(tiny_models.build(tmp_path, "sd"))
+    for num in (32, 70):
+        cfg = lora.Config(
+            data=Data(num_shapes=100, resolution=16, example_cache="None"),
+            lora=lora.Settings(pretrained_model_name_or_path=model),
+        )
+        assert evaluate.texts(lora.task, cfg, 0, num) == [draw_shape(n * 100 // num, 16)[1] for n in range(num)]
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ def main(settings: Settings) -> None:
     out, seed = saved.parent, cfg.base.seed if settings.seed is None else settings.seed
     cfg = replace(cfg, base=replace(cfg.base, output_dir=str(out), check=False, dry_run=False))
     folder, step = out / "evaluation", facts["step"]
-    kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}"
+    of = f"-of-{settings.num}" if task.prompts else ""  # captions are those of as many examples, spread over the data
+    kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}{of}"
     try:
         kept.mkdir(parents=True, exist_ok=True)
         sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num, bool(settings.model))
@@ -96,9 +97,8 @@ def judged(
     from oneloop.evaluation import judge
     from oneloop.machine import files
 
-    other = sets.trained if sets.held_out is None else sets.held_out
-    if samples.shape[1:] != other.shape[1:]:
-        sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, other))
+    if sets.held_out is not None and samples.shape[1:] != sets.held_out.shape[1:]:
+        sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
         raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
     result = {"step": step, "seed": seed, "num": len(samples)} | judge.judge(samples, sets, judges, prompts)
     judge.save_neighbours(samples, sets, folder / f"{step}.png")

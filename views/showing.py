@@ -17,16 +17,25 @@ from oneloop.tasks import Images, Rng
 from oneloop.views.evaluate import CHUNK, Settings, alone, during
 
 
+def check_judged(task: Any, cfg: Any) -> None:
+    """Refuse to judge what cannot be judged.
+
+    Raises:
+        BadInput: the settings ask for it.
+    """
+    every = cfg.base.evaluate_steps
+    require(task.judged or not every, "base.evaluate_steps", every, f"0: {alone(cfg)}")
+
+
 def grids(task: Any, cfg: Any) -> list[tuple[int, range]]:
     """All that is drawn while it trains: (images of a grid, numbers of those of it that are drawn together).
 
     Raises:
         BadInput: it is to be judged while it trains, and cannot be.
     """
-    every = cfg.base.evaluate_steps
-    require(task.judged or not every, "base.evaluate_steps", every, f"0: {alone(cfg)}")
+    check_judged(task, cfg)
     count, num, size = cfg.base.num_samples, Settings.num, cfg.data.train_batch_size
-    chunks = batches(num, CHUNK) if every else []
+    chunks = batches(num, CHUNK) if cfg.base.evaluate_steps else []
     judged = [(num, chunk[part.start : part.stop]) for chunk in chunks for part in batches(len(chunk), size)]
     return [(count, part) for part in batches(count, size)] + judged
 
