@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -105,6 +106,42 @@ def test_distances_become_their_inverse(models):
     assert far.std() > 0.01 and found[far.argmin()] == 255 and found[far.argmax()] == 0
     order = np.argsort(far)
     assert (np.diff(found[order].astype(int)) <= 0).all()
+
+
+def test_models_of_metres_whose_configs_do_not_say_so():
+    """GLPN's config has no word of what it gives: its distances become their inverse by its type."""
+    from transformers import BatchFeature
+
+    far = torch.linspace(1, 5, 48).view(1, 6, 8)
+
+    class Net:
+        device = "cpu"
+
+        def __init__(self, kind):
+            self.config = types.SimpleNamespace(model_type=kind)
+
+        def __call__(self, pixel_values):
+            return types.SimpleNamespace(predicted_depth=far)
+
+    def prepare(images, return_tensors):
+        return BatchFeature({"pixel_values": torch.zeros(1, 3, 6, 8)})
+
+    image = Image.new("RGB", (8, 6))
+    near, same = (annotators.depth(Net(kind), prepare, image)[0].ravel() for kind in ("glpn", "dpt"))
+    assert near[0] == 255 and near[-1] == 0 and same[0] == 0 and same[-1] == 255
+
+
+def test_a_model_is_known_by_what_is_read_of_it(tmp_path, models):
+    """A note beside its files makes no other one of it, another number in its weights does."""
+    place = shutil.copytree(models / "relative", tmp_path / "moved")
+    before = annotators.named("depth", str(models / "relative")).identity
+    (place / "README.md").write_text("a note")
+    assert annotators.named("depth", str(place)).identity == before
+    weights = next(place.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert annotators.named("depth", str(place)).identity != before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

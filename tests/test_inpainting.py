@@ -219,6 +219,10 @@ def test_holes_are_drawn_by_number(built, name):
     assert torch.equal(one["condition_kept"], batch["condition_kept"][1:]) and torch.equal(one["n"], torch.tensor([9]))
     holes = inpainting.drawn(Rng.of(cfg.base.seed, (5, 9)), HEIGHT, WIDTH)
     assert torch.equal(inpainting.kept(holes.float(), batch["condition_mean"]), batch["condition_kept"])
+    other = replace(cfg, base=replace(cfg.base, seed=cfg.base.seed + 1))
+    with torch.no_grad():
+        seeded = encoding.fn(models, batch["conditioning"], torch.tensor([5, 9]), other)
+    assert not torch.equal(seeded["condition_kept"], batch["condition_kept"])
 
 
 def test_of_sd3_a_given_one_has_latents_with_their_shift(built, tmp_path):
