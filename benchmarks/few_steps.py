@@ -60,7 +60,7 @@ def preference(folder: Path) -> None:
     """In `preference-run`."""
     draw_pairs(folder)
     own = ("--dpo.pretrained-model-name-or-path", folder / "teacher", "--dpo.rejected-data-dir", folder / "worse")
-    own += ("--data.train-data-dir", folder / "better", "--dpo.learning-rate", 2e-3, "--dpo.beta", 500, "--dpo.rank", 8)
+    own += ("--data.train-data-dir", folder / "better", "--dpo.learning-rate", 1e-3, "--dpo.beta", 500, "--dpo.rank", 8)
     own += ("--data.train-batch-size", 16, "--base.max-train-steps", 240, "--base.no-validate-first")
     own += ("--dpo.num-inference-steps", 25, "--dpo.guidance-scale", GUIDANCE, "--dpo.target-modules", "all-linear")
     run("dpo", *COMMON, *own, "--base.output-dir", folder / "preference-run")
