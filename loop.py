@@ -209,7 +209,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         # The images, decoded and checked; and what frozen encoders make of them, which are gone before the large models come.
         encoders = task.encoders(cfg)
         opened = functools.cache(lambda: open_examples(accelerator, cfg, source, manifest, report.say))
-        constants = encodings.encode_first(encoders, task, cfg, accelerator, opened, showing.grids(task, cfg), report.say)
+        constants = encodings.encode_first(encoders, task, cfg, accelerator, opened, showing.grids(cfg), report.say)
 
         # The models, their optimizers and their EMA, as the checkpoint has them.
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)

@@ -14,19 +14,12 @@ from benchmarks import pixels
 from oneloop import data
 from oneloop.configs import BadInput, Data
 from oneloop.evaluation import drawings
+from oneloop.families import control_conditions
 from oneloop.inputs import conditions, shapes, sources, store
 from oneloop.settings.ranges import hints
-from oneloop.tasks import COLUMNS, Column, ddpm, dpo
+from oneloop.tasks import COLUMNS, ddpm, dpo
 
-MADE = COLUMNS | {
-    "conditioning": Column(
-        "image",
-        like="pixel_values",
-        setting="data.conditioning_column",
-        folder="data.conditioning_data_dir",
-        made="data.conditioning",
-    )
-}
+MADE = COLUMNS | {"conditioning": control_conditions.COLUMNS["conditioning"]}
 
 
 def examples(columns=MADE, seed=0, **settings):

@@ -113,6 +113,29 @@ def test_at_first_it_changes_nothing_and_then_all_of_it_learns(built, name):
     assert frozen < sum(p.numel() for p in net.parameters()) / 3 and bool(frozen) == (name in FLOWS[::2])
 
 
+def again(name, s, pipeline, steps, batch):
+    """The second of the steps that a pipeline took, (its model's answer, timestep, sample) each: that answer, and what gives it
+    again of models."""
+    v, t, x = steps[1]
+    if name in FLOWS:
+        family, sigma = transformer.family(s), pipeline.scheduler.sigmas[1].expand(2)
+        x, v = as_map(x, family, HEIGHT, WIDTH), as_map(v, family, HEIGHT, WIDTH)
+
+    def answer(models):
+        if name in FLOWS:
+            return family.velocity(models["transformer"], x, sigma, batch, 1.0)
+        return models["unet"](x, t.expand(2), **stable_diffusion.conditions(batch, name == "sdxl"), return_dict=False)[0]
+
+    return v, answer
+
+
+def hold(v, ours, other, without):
+    """The answer is the pipeline's, and would be another under another condition, and quite another without."""
+    tolerance = 2e-5 * max(1.0, float(v.abs().max()))
+    assert same(ours, v, tolerance), (ours - v).abs().max()
+    assert not same(other, v, 20 * tolerance) and not same(without, v, 100 * tolerance)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_its_answer_is_that_of_the_pipeline(built, tmp_path, monkeypatch, name):
     """The export in the family's own ControlNet pipeline, by from_pretrained: at its x_t and time, what it hands to its
@@ -141,23 +164,12 @@ def test_its_answer_is_that_of_the_pipeline(built, tmp_path, monkeypatch, name):
     with torch.no_grad():
         drawn = control_samples.sample(models, own, s, batch["conditioning"], PROMPTS, generators())
     assert same(drawn, images, 1e-3), (drawn - images).abs().max()
-    v, t, x = steps[1]
-    if name in FLOWS:
-        family, sigma = transformer.family(s), pipeline.scheduler.sigmas[1].expand(2)
-        x, v = as_map(x, family, HEIGHT, WIDTH), as_map(v, family, HEIGHT, WIDTH)
-
-    def answer(models):
-        if name in FLOWS:
-            return family.velocity(models["transformer"], x, sigma, batch, 1.0)
-        return models["unet"](x, t.expand(2), **stable_diffusion.conditions(batch, name == "sdxl"), return_dict=False)[0]
-
+    v, answer = again(name, s, pipeline, steps, batch)
     still = {key: 0 * batch[key] for key in ("condition_std",) if key in batch}
     turned = {key: batch[key].flip(0) for key in ("condition_mean", "conditioning") if key in batch}
     with torch.no_grad():
         ours, other = (answer(both(cfg, models, batch | still | more)) for more in ({}, turned))
-        tolerance = 2e-5 * max(1.0, float(v.abs().max()))
-        assert same(ours, v, tolerance), (ours - v).abs().max()
-        assert not same(other, v, 20 * tolerance) and not same(answer(models), v, 100 * tolerance)
+        hold(v, ours, other, answer(models))
 
 
 @pytest.mark.parametrize("name", SD)

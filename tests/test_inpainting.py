@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
-from test_controlnet import HEIGHT, OFF, PROMPTS, WIDTH, made
+from test_controlnet import HEIGHT, OFF, PROMPTS, WIDTH, again, hold, made
 from test_controlnet import config as edges
 from test_controlnet_runs import GRID, command, tiny
-from test_families import as_map, same
+from test_families import same
 from test_lora_families import in_fork, photos  # noqa: F401  a fixture
 from warm import cli, cli_many, digest, distance
 
@@ -25,9 +25,7 @@ from oneloop.families import (
     control_samples,
     controls,
     inpainting,
-    stable_diffusion,
     text_to_image,
-    transformer,
 )
 from oneloop.families.controls import CONTROLNETS
 from oneloop.families.objective import objective
@@ -171,23 +169,12 @@ def test_its_answer_is_that_of_the_pipeline(built, tmp_path, monkeypatch, name):
     with torch.no_grad():
         drawn = control_samples.sample(models, own, s, x, PROMPTS, generators(), white)
     assert same(drawn, images, 1e-3), (drawn - images).abs().max()
-    v, t, x = steps[1]
-    if name in FLOWS:
-        family, sigma = transformer.family(s), pipeline.scheduler.sigmas[1].expand(2)
-        x, v = as_map(x, family, HEIGHT, WIDTH), as_map(v, family, HEIGHT, WIDTH)
-
-    def answer(models):
-        if name in FLOWS:
-            return family.velocity(models["transformer"], x, sigma, batch, 1.0)
-        return models["unet"](x, t.expand(2), **stable_diffusion.conditions(batch, name == "sdxl"), return_dict=False)[0]
-
+    v, answer = again(name, s, pipeline, steps, batch)
     still = {key: 0 * batch[key] for key in ("condition_std",) if key in batch}
     turned = {key: batch[key].flip(-1) for key in ("condition_kept", "mask") if key in batch}
     with torch.no_grad():
         ours, other = (answer(both(cfg, models, batch | still | more, Rng.of(0, range(2)))) for more in ({}, turned))
-        tolerance = 2e-5 * max(1.0, float(v.abs().max()))
-        assert same(ours, v, tolerance), (ours - v).abs().max()
-        assert not same(other, v, 20 * tolerance) and not same(answer(models), v, 100 * tolerance)
+        hold(v, ours, other, answer(models))
 
 
 def test_the_loss_counts_all_pixels_and_sees_none_that_are_hidden(built):

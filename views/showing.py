@@ -27,13 +27,8 @@ def check_judged(task: Any, cfg: Any) -> None:
     require(task.judged or not every, "base.evaluate_steps", every, f"0: {alone(cfg)}")
 
 
-def grids(task: Any, cfg: Any) -> list[tuple[int, range]]:
-    """All that is drawn while it trains: (images of a grid, numbers of those of it that are drawn together).
-
-    Raises:
-        BadInput: it is to be judged while it trains, and cannot be.
-    """
-    check_judged(task, cfg)
+def grids(cfg: Any) -> list[tuple[int, range]]:
+    """All that is drawn while it trains: (images of a grid, numbers of those of it that are drawn together)."""
     count, num, size = cfg.base.num_samples, Settings.num, cfg.data.train_batch_size
     chunks = batches(num, CHUNK) if cfg.base.evaluate_steps else []
     judged = [(num, chunk[part.start : part.stop]) for chunk in chunks for part in batches(len(chunk), size)]
