@@ -76,7 +76,7 @@ def similarity(x: Tensor, y: Tensor) -> float:
 
 def clip_score(images: Tensor, texts: Tensor) -> Estimate:
     """100 max(cos, 0), averaged over images and their texts, features [N, D] each: Hessel et al. 2021, CLIPScore
-    (arXiv:2104.08718), with 100 in the place of 2.5, as torchmetrics has it. The interval is that of a mean."""
+    (arXiv:2104.08718), with 100 in the place of its 2.5. The interval is that of a mean."""
     each = 100 * F.cosine_similarity(images.double(), texts.double()).clamp(min=0)
     reach = 1.96 * (each.std() / math.sqrt(len(each))).item()
     return {"value": (mean := each.mean().item()), "low": mean - reach, "high": mean + reach}
