@@ -222,10 +222,12 @@ def under(name: str, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def held(columns: Mapping[str, Tensor]) -> Any:
-    """A module that holds tensors beside the models, and moves with them; not in checkpoints."""
+    """A module that holds tensors beside the models, and moves with them; not in checkpoints. Its masks can still be read on
+    the host (tasks.on_host)."""
     import torch
 
     module = torch.nn.Module()
+    module.host = {key: x for key, x in columns.items() if not x.is_floating_point()}
     for key, x in columns.items():
         module.register_buffer(key, x, persistent=False)
     return module
@@ -233,8 +235,11 @@ def held(columns: Mapping[str, Tensor]) -> Any:
 
 def repeated(text: nn.Module, like: Tensor) -> dict[str, Tensor]:
     """The columns of one caption that `held` holds, for as many examples as `like` [B, ...] has and in its precision."""
-    own = lambda x: x.to(like.dtype) if x.is_floating_point() else x  # noqa: E731
-    return {key: own(x).expand(len(like), *x.shape[1:]) for key, x in text.named_buffers()}
+    all_of = lambda x: x.expand(len(like), *x.shape[1:])  # noqa: E731
+    columns = {key: all_of(x.to(like.dtype) if x.is_floating_point() else x) for key, x in text.named_buffers()}
+    for key, x in text.host.items():
+        columns[key].host = all_of(x)
+    return columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------

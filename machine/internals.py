@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from importlib.metadata import version
 from types import ModuleType
@@ -112,40 +111,11 @@ def inject(module: nn.Module, config: Any) -> None:
     with part("peft", "LoraLayer.lora_variant"):
         from peft.tuners.lora.layer import Linear
 
+        from oneloop.machine.addition import Added
+
         for layer in module.modules():
             if type(layer) is Linear and "default" not in layer.lora_variant:  # quantized layers convert what they add
-                layer.lora_variant["default"] = added()
-
-
-@functools.cache
-def added() -> Any:
-    """What a LoRA layer adds, scaled in the addition where the scale is a power of two: the same bits by one kernel fewer,
-    forward and, at a scale of 1, backward. (Not in float16, where what is scaled first may be too small or too large.)"""
-    import torch
-    from peft.tuners.lora.layer import LoraVariant
-
-    class Added(LoraVariant):
-        @staticmethod
-        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-            down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
-            out, scale = up(down(module.lora_dropout[active_adapter](x))), module.scaling[active_adapter]
-            if scale == 1 or (math.frexp(scale)[0] == 0.5 and out.dtype != torch.float16):
-                return torch.add(result, out, alpha=scale)
-            return result + out * scale
-
-        @staticmethod
-        def merge_safe(module: Any, active_adapter: str, weight: Tensor) -> Tensor:
-            return weight + module.get_delta_weight(active_adapter).to(weight.dtype)
-
-        @staticmethod
-        def merge_unsafe(module: Any, active_adapter: str, weight: Tensor) -> None:
-            weight.data += module.get_delta_weight(active_adapter)
-
-        @staticmethod
-        def unmerge(module: Any, active_adapter: str, weight: Tensor) -> Tensor:
-            return weight.data - module.get_delta_weight(active_adapter).to(weight.dtype)
-
-    return Added()
+                layer.lora_variant["default"] = Added()
 
 
 def injected(module: nn.Module) -> tuple[dict[str, Tensor], Any]:

@@ -2,6 +2,7 @@
 there one line says which versions work."""
 
 import ast
+import pickle
 import sys
 import tomllib
 import types
@@ -106,6 +107,13 @@ def test_what_peft_merges_is_the_same():
         for net in nets:
             net[0].unmerge()
         assert torch.equal(*(net[0].get_base_layer().weight for net in nets))
+
+
+def test_layers_with_adapters_can_be_pickled():
+    net = by_scale(4, ours)
+    again = pickle.loads(pickle.dumps(net))
+    x = torch.randn(2, 16)
+    assert torch.equal(again(x), net(x)) and again[0].lora_variant.keys() == net[0].lora_variant.keys() == {"default"}
 
 
 def test_layers_with_variants_of_their_own_keep_them():

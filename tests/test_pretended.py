@@ -25,6 +25,7 @@ from oneloop.settings import command_line
 diffusers.utils.logging.set_verbosity_error()
 TEXT = {"train_text_encoder": True, "example_cache": "no"}
 EACH = {"validation_split": 0.4, "validation_steps": 1}
+PRESERVED = {"preservation_weight": 0.5, "preservation_prompt": "a dog"}
 NARROW = {"mixed_precision": "bf16", "gradient_checkpointing": True}
 RUN = {"max_train_steps": 4, "num_samples": 2, "logger": "none", "validation_steps": 0, "validate_first": False}
 RUN |= {"logging_steps": 2, "lr_scheduler": "constant", "mixed_precision": "no", "train_batch_size": 2, "resolution": 32}
@@ -38,9 +39,10 @@ CASES = {  # task, its checkpoint, what is not as in RUN
     "sd cached": ("lora", "sd", AGAIN | NARROW | {"masks": True, "buckets": True} | EACH),
     "sd text": ("lora", "sd", TEXT | {"offload_ema": True, "gradient_checkpointing": True, "random_flip": True}),
     "sdxl text": ("lora", "sdxl", TEXT | {"validation_split": 0.4, "gradient_accumulation_steps": 2}),
-    "sdxl cached": ("lora", "sdxl", AGAIN | {"preservation_weight": 0.5, "preservation_prompt": "a dog", "offload_ema": True}),
+    "sdxl cached": ("lora", "sdxl", AGAIN | PRESERVED | {"offload_ema": True}),
     "flux offloaded": ("lora", "FluxPipeline", {"group_offload": True, "gradient_checkpointing": True}),
     "qwen int8": ("lora", "QwenImagePipeline", NARROW | {"base_precision": "int8"}),
+    "sana preserved": ("lora", "SanaPipeline", PRESERVED),
     "z-image": ("lora", "ZImagePipeline", AGAIN | {"buckets": True}),
     "sd3 text": ("lora", "StableDiffusion3Pipeline", TEXT | {"masks": True, "optimizer": "schedulefree"}),
     "lcm": ("lcm", "sdxl", AGAIN | NARROW | {"masks": True, "target_decay": 0.5, "offload_ema": True}),
