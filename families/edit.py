@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from oneloop.configs import BadInput
+from oneloop.configs import BadInput, require
 from oneloop.families import adapters, stable_diffusion, transformer
 from oneloop.families.settings import Pretrained, flag
-from oneloop.families.text_to_image import family
-from oneloop.tasks import Models
+from oneloop.families.text_to_image import family, settings
+from oneloop.tasks import Facts, Models
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,6 +65,14 @@ def way(s: Pretrained) -> Way:
 def kind(s: Pretrained) -> str:
     """The pipeline class that draws."""
     return way(s).kind or stable_diffusion.kind(s)
+
+
+def resolve(cfg: Any, facts: Facts) -> Any:
+    """The settings, once no bucket has a side that the pipeline refuses."""
+    least, side = way(settings(cfg)).least, min(map(min, facts.sizes))
+    more = f"one, or a higher --data.resolution, that makes no side of {side}: its pipeline asks for at least {least}"
+    require(side >= least, "data.bucket_ratio", cfg.data.bucket_ratio, more)
+    return cfg
 
 
 def trains(s: Any) -> str:

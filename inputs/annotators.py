@@ -24,6 +24,7 @@ from torch import Tensor
 from oneloop.configs import BadInput, Data, require
 from oneloop.families import hub
 from oneloop.inputs import poses
+from oneloop.machine import memory
 
 FLAG = "--data.conditioning-model"
 KINDS = {"depth": "ForDepthEstimation", "pose": "ForPoseEstimation"}
@@ -50,12 +51,18 @@ class Annotator:
         return f"{self.kind} of {self.model}"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The condition of an image [3, h, w] uint8."""
+        """The condition of an image [3, h, w] uint8.
+
+        Raises:
+            ValueError: the model makes none. torch.OutOfMemoryError: the memory does not suffice, which is not the image's fault.
+        """
         image = Image.fromarray(x.permute(1, 2, 0).numpy())
         with LOCK, torch.inference_mode(), torch.autocast("cuda", enabled=False):
             try:
                 return MAKE[self.kind](*self.load(), image).clone()
             except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong with someone's model
+                if memory.is_out_of_memory(error):
+                    raise torch.OutOfMemoryError(f"{self}: {error}") from None
                 raise ValueError(f"{self}: {' '.join(str(error).split())[:200]}") from None
 
     def load(self) -> tuple[Any, Any]:

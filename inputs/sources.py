@@ -976,7 +976,8 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
             ways += [f"{flag(column.made)} ({', '.join(MAKERS)}) makes it"] if column.made else []
             ways += ["--data.trigger is one for all"] if name == "caption" else []
-            raise BadInput(f"the task needs a {name} for each image and found none; {', or '.join(ways) or f'a column {name}'}")
+            what, ways = f"a {name} for each image and found none with {kind_of(cfg)}", ", or ".join(ways) or f"a column {name}"
+            raise BadInput(f"the task needs {what}; {ways}")
     return source
 
 

@@ -238,6 +238,8 @@ def decode(source: Source, cfg: Data, progress: Callable[[int], Any] = lambda im
         for row in some:
             try:
                 results.append(_read(source, cfg, kinds, skim, row))
+            except torch.OutOfMemoryError:  # of a model that makes conditions: the image is not broken
+                raise
             except Exception as error:  # whatever a decoder throws at a broken file
                 results.append(f"{source.name(row)} ({reason(error)})")
         return results

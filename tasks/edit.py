@@ -189,6 +189,7 @@ task = Task(
     encoders=encoders,
     float32=("vae",),
     columns=edit_sources.columns,
+    resolve=edit.resolve,
     multiple=multiple,
     remarks=adapted.remarks,
 )

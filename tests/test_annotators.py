@@ -15,6 +15,7 @@ from test_streaming import parquet
 from oneloop import data
 from oneloop.configs import BadInput, Data
 from oneloop.inputs import annotators, poses, sources, store
+from oneloop.machine.memory import is_out_of_memory
 
 NAMES = "nose l_eye r_eye l_ear r_ear l_shoulder r_shoulder l_elbow r_elbow l_wrist r_wrist l_hip r_hip l_knee r_knee l_ankle"
 POINTS = {name: i for i, name in enumerate(f"{NAMES} r_ankle".split())}
@@ -308,6 +309,20 @@ def test_what_could_not_be_kept_is_a_line(tmp_path, models, monkeypatch):
         found = examples(**settings | ({} if kind == "depth" else {"conditioning_model": None}), conditioning=kind)
         found.hide({"pixel_values", "conditioning"})
         assert (found.images.pixels is None) == gone
+
+
+def test_out_of_memory_is_no_broken_image(tmp_path, models, monkeypatch):
+    """Neither dropped with --data.skip-broken nor named as broken: the run ends with what takes the memory."""
+    folder = str(draw(tmp_path / "images", [(32, 32)] * 3))
+
+    def full(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999 bytes")
+
+    monkeypatch.setitem(annotators.MAKE, "depth", full)
+    for skip in (False, True):
+        with pytest.raises(torch.OutOfMemoryError, match="depth of .*tried to allocate") as raised:
+            examples(train_data_dir=folder, conditioning="depth", conditioning_model=str(models / "relative"), skip_broken=skip)
+        assert is_out_of_memory(raised.value)
 
 
 def test_a_model_of_too_few_points_is_a_line(tmp_path, models):
