@@ -95,6 +95,9 @@ class Base:
     """Largest decay of the average."""
     ema_power: Live[Annotated[float, Range(0, 1000)]] = 0.75
     """The decay after k updates is 1 - (1 + k) ** -ema_power: short memory early, long memory late."""
+    ema_lengths: tuple[Annotated[float, Range(0.001, 0.28)], ...] = ()
+    """Lengths of averages that checkpoints hold beside it, such as 0.05 0.1: `python loop.py ema` makes one of any length of
+    them, after the run (docs/from-scratch.md). A length is a share of the steps so far, as Karras et al. 2024 measure it."""
     logger: Live[tuple[Name, ...]] = ("tensorboard",)
     """Trackers known to accelerate, such as tensorboard wandb; several may be named, and `none` is none."""
     logging_steps: Live[Count] = 10
@@ -133,6 +136,8 @@ class Base:
         check(self, "base")
         narrow = self.weights == "float32" or self.mixed_precision == "bf16"
         require(narrow, "base.weights", self.weights, "--base.mixed-precision bf16 beside it")
+        several = len(set(self.ema_lengths)) == len(self.ema_lengths) and (self.use_ema or not self.ema_lengths)
+        require(several, "base.ema_lengths", self.ema_lengths, "different lengths, and --base.use-ema")
         if self.fused_backward_pass:
             beside = "with --base.fused-backward-pass, which never has all gradients at once"
             for name, only in {"max_grad_norm": 0, "gradient_accumulation_steps": 1, "max_skipped_updates": 0}.items():

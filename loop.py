@@ -93,12 +93,19 @@ class TrainState:
     """'model.parameter' -> its EMA, for what requires a gradient; empty without EMA."""
     follows: dict[str, Tensor] = field(default_factory=dict)
     """'model.parameter' of the models that follow others -> the parameter itself, which is an EMA."""
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """'length/model.parameter' -> its EMA of one of `--base.ema-lengths`."""
     step: int = 0
     """Optimizer steps taken."""
     examples: int = 0
     """Examples trained on: the number of the next one."""
     skipped: int = 0
     """Optimizer steps left out because a loss or gradient was not finite."""
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """All that is averaged."""
+        return self.ema | self.follows | self.kept
 
     def __repr__(self) -> str:
         return f"TrainState(step {self.step}, {self.examples} examples, models {', '.join(self.models)})"
@@ -118,7 +125,7 @@ class Learner:
     weights: dict[str, Tensor]
     """'model.parameter' -> the parameter, for what requires a gradient."""
     averages: list[ema.Ema]
-    """What fills `state.ema` and `state.follows`; the first is what is exported."""
+    """What fills `state.averages`; the first is what is exported."""
     shared: list[torch.nn.Module]
     """Modules whose buffers every process takes from the main one after each step."""
     params: dict[str, list[Tensor]]
@@ -215,7 +222,7 @@ def run(task: Task, cfg: Any) -> TrainState | None:
         learner = make_learner(task, cfg, accelerator, manifest, memory, constants)
         facts = own | identity(learner.models, encoders)
         refuse_changes(manifest, own, altered(manifest, learner.models, encoders) if resumed else ())
-        checkpoint.attach(accelerator, learner.state.models, learner.state.ema | learner.state.follows)
+        checkpoint.attach(accelerator, learner.state.models, learner.state.averages)
         if resumed:
             checkpoint.load(accelerator, saved, report.say)
         if accelerator.is_main_process:
@@ -332,8 +339,8 @@ def make_learner(
     decay = lambda step, _: ema.decay_at(step, base.ema_decay, base.ema_power)  # noqa: E731
     followed = list(weights.values())
     shown = ema.Ema(state.ema, followed, decay, base.offload_ema, lambda: optimizers.averaged(state.optims, followed))
-    averages = [shown, *ema.following(models, task.follows, cfg)]
-    state.follows = {key: value for average in averages[1:] for key, value in average.values.items()}
+    following, kept = ema.following(models, task.follows, cfg), ema.of_lengths(weights, base)
+    state.follows, state.kept = ({key: x for each in some for key, x in each.values.items()} for some in (following, kept))
     memory.watch(models, state)
     if accelerator.mixed_precision == "fp16" and len(state.optims) > 1:
         several = f"fp16's one loss scale cannot follow {len(state.optims)} optimizers ({', '.join(state.optims)})"
@@ -351,7 +358,7 @@ def make_learner(
         called=models | {k: accelerator.prepare_model(m, False, not trains(m)) for k, m in state.models.items()},
         optims={k: prepare_optimizer(accelerator, o) for k, o in state.optims.items()},
         weights=weights,
-        averages=averages,
+        averages=[shown, *following, *kept],
         shared=[models[name] for name in dict.fromkeys([*task.keeps, *(follow.of for follow in task.follows.values())])],
         params={k: [p for group in o.param_groups for p in group["params"]] for k, o in state.optims.items()},
         peaks={k: [group["lr"] * scale for group in o.param_groups] for k, o in state.optims.items()},
@@ -518,7 +525,7 @@ def validate(run: Run) -> None:
     """The loss on held-out examples, and a grid of samples; a sample that fails is a warning, and training goes on."""
     accelerator, learner, state = run.accelerator, run.learner, run.learner.state
     run.guard.read()
-    run.guard.check_weights(learner.weights, state.ema | state.follows)
+    run.guard.check_weights(learner.weights, state.averages)
     if run.held_out:
         move(learner.models, run.idle, accelerator.device)
         versions = {"loss": {}} | ({"loss_ema": state.ema} if state.ema else {})
@@ -534,7 +541,7 @@ def save(run: Run) -> Path:
     """A checkpoint of the state, inside the task's export of the EMA; returns the folder that it will be committed to."""
     learner, state = run.learner, run.learner.state
     run.guard.read()
-    run.guard.check_weights(learner.weights, state.ema | state.follows)
+    run.guard.check_weights(learner.weights, state.averages)
 
     def export(folder: Path) -> None:
         count = None if state.step == run.total else min(EXPORT_EXAMPLES, run.examples.size)

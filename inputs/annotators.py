@@ -54,7 +54,7 @@ class Annotator:
         """The condition of an image [3, h, w] uint8.
 
         Raises:
-            ValueError: the model makes none. torch.OutOfMemoryError: the memory does not suffice, which is not the image's fault.
+            ValueError: the model makes none. torch.OutOfMemoryError: the memory does not suffice, whatever the image.
         """
         image = Image.fromarray(x.permute(1, 2, 0).numpy())
         with LOCK, torch.inference_mode(), torch.autocast("cuda", enabled=False):

@@ -36,7 +36,7 @@ def bytes_of(models: Models, state: Any, device: torch.device, fused: bool) -> d
     return {
         "weights": weights,
         "gradients and optimizer": gradients + sum(map(remembered, state.optims.values())),
-        "averages": sum(x.nbytes for x in state.ema.values() if x.device.type == device.type),
+        "averages": sum(x.nbytes for x in (state.ema | state.kept).values() if x.device.type == device.type),
     }
 
 

@@ -35,6 +35,7 @@ T = TypeVar("T")
 COMMANDS = {
     "evaluate": "Judge what a run draws against images that it was not trained on.",
     "merge": "Put a finished LoRA into its base, or into one file of weights.",
+    "ema": "Make an average of another length of a finished run.",
     "compare": "One page that shows several runs over each other.",
     "sample": "Draw images from a run's output folder, or from one of its checkpoints.",
 }

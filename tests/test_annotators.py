@@ -320,7 +320,7 @@ def test_out_of_memory_is_no_broken_image(tmp_path, models, monkeypatch):
 
     monkeypatch.setitem(annotators.MAKE, "depth", full)
     for skip in (False, True):
-        with pytest.raises(torch.OutOfMemoryError, match="depth of .*tried to allocate") as raised:
+        with pytest.raises(torch.OutOfMemoryError, match=r"depth of .*tried to allocate") as raised:
             examples(train_data_dir=folder, conditioning="depth", conditioning_model=str(models / "relative"), skip_broken=skip)
         assert is_out_of_memory(raised.value)
 

@@ -161,7 +161,7 @@ def test_shapes_have_outlines_for_those_who_ask():
         ({"conditioning": "sketch"}, "--data.conditioning is 'sketch'; expected one of edges, greyscale, blur"),
         (
             {"train_data_dir": True},
-            "found none with a folder of images; --data.conditioning-column names their column, or --data.conditioning-data-dir",
+            "found none with a folder of images; --data.conditioning-column names their column, or --data.cond",
         ),
         ({"train_data_dir": True}, "--data.conditioning (edges, greyscale, blur, inpainting, depth, pose) makes it"),
     ],

@@ -91,8 +91,8 @@ def test_sources_that_do_not_fit_are_a_line(tmp_path, built, pairs):  # noqa: F8
     assert "its conditioning, 1.png, is 70 x 80 where it is 80 x 70" in told("sd", data__conditioning_data_dir=tall)
     assert "--data.conditioning-column is 'what'" in cli(tmp_path, *line, "--data.conditioning_column", "what").err
     assert "expected one source of conditioning images" in told("sd", data__conditioning_column="what")
-    small = told("Flux2KleinPipeline", data__buckets=True)
-    assert small.endswith("makes no side of 48: its pipeline asks for at least 64")
+    narrow = told("Flux2KleinPipeline", data__buckets=True)
+    assert narrow.endswith("makes no side of 48: its pipeline asks for at least 64")
     classes = told("sd", data__num_class_images=2, data__class_prompt="a dog", data__class_data_dir=tmp_path / "classes")
     assert "--data.num-class-images is 2" in classes
 

@@ -189,7 +189,10 @@ def test_a_column_of_its_own_size(tmp_path):
         ("two", r"02.png has 02.bmp, 02.jpg"),
         ("shape", r"02.png \(its conditioning, 02.png, is 24 x 24 where it is 48 x 24\)"),
         ("broken", r"02.png \(the file is empty\)"),
-        ("absent", r"the task needs a conditioning for each image and found none with [a-z ]+; --data.conditioning-column names"),
+        (
+            "absent",
+            r"the task needs a conditioning for each image and found none with [a-z ]+; --data.conditioning-col",
+        ),
         ("column", r"--data.conditioning-column is 'nothing'; the data set has the columns image"),
     ],
 )
@@ -217,7 +220,7 @@ def test_further_texts_and_labels(tmp_path):
     columns = COLUMNS | {"edit": Column("text"), "score": Column("label")}
     batch = examples(columns=columns, train_data_dir=str(folder))[range(2)]
     assert batch["edit"] == [f"edit {i}" for i in batch["index"].tolist()] and torch.equal(batch["score"], batch["index"])
-    with pytest.raises(BadInput, match="the task needs a other for each image and found none with [a-z ]+; a column other"):
+    with pytest.raises(BadInput, match=r"the task needs a other for each image and found none with [a-z ]+; a column other"):
         examples(columns=columns | {"other": Column("text")}, train_data_dir=str(folder))
 
 

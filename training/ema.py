@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,44 @@ def decay_at(step: int, largest: float, power: float) -> float:
     """The decay of the update after optimizer step `step` (1, 2, ...): 1 - step^-power, at most `largest`; this is the warm-up
     of diffusers' EMAModel."""
     return min(largest, 1 - step**-power)
+
+
+def exponent(length: float) -> float:
+    """gamma of the average that weighs time by t^gamma and is this long: the standard deviation of that density, as a share of
+    the time so far (Karras, Aittala, Lehtinen, Hellsten, Aila, Laine 2024, Analyzing and Improving the Training Dynamics of
+    Diffusion Models, arXiv:2312.02696, section 3). length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())
+
+
+def of_lengths(weights: Mapping[str, Tensor], base: Any) -> list[Ema]:
+    """The averages of `--base.ema-lengths`, whose values are called 'length/model.parameter'. The weights after step k count as
+    k^(gamma + 1) - (k - 1)^(gamma + 1), so that what they were at the start counts for nothing."""
+
+    def one(length: float) -> Ema:
+        values = {f"{length:g}/{key}": x for key, x in begin(weights, base.offload_ema).items()}
+        power = exponent(length) + 1
+        return Ema(values, list(weights.values()), lambda step, total: (1 - 1 / step) ** power, base.offload_ema)
+
+    return [one(length) for length in base.ema_lengths]
+
+
+def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) -> tuple[list[float], float]:
+    """The factors on averages, stored at these steps with these lengths, whose sum is nearest to the average of another length
+    at a step: least squares over the weight that each instant has in them, as if they were integrals over time (appendix C of
+    the paper), among factors that add up to 1. And how far the sum is from it: 0 is exact, 1 has nothing of it."""
+
+    def product(t: Any, a: Any, u: Any, b: Any) -> np.ndarray:
+        """Of the averages with exponents a and b at t and u: the integral of (a + 1) s^a / t^(a + 1) times the other's."""
+        ratio, last = np.where(t < u, t / u, u / t), np.where(t < u, b, a)
+        return (a + 1) * (b + 1) * ratio**last / ((a + b + 1) * np.maximum(t, u))
+
+    t, a = np.array([float(t) for t, _ in stored]), np.array([exponent(x) for _, x in stored])
+    to, by, n = float(step), exponent(length), len(stored)
+    own = product(to, by, to, by)
+    alike, wanted = product(t[:, None], a[:, None], t, a) / own, product(t, a, to, by) / own
+    system = np.block([[alike, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
+    found = np.linalg.lstsq(system, np.append(wanted, 1.0))[0][:n]
+    return found.tolist(), float(np.sqrt(max(1 - 2 * found @ wanted + found @ alike @ found, 0.0)))
 
 
 def following(models: Models, follows: Mapping[str, Follow], cfg: Any = None) -> list[Ema]:

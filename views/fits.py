@@ -77,7 +77,7 @@ def counted(held: Held, task: Task, cfg: Any, precision: str = "auto", optimizer
     largest = max((p.numel() for p in trained), default=0)
     gradients = largest if cfg.base.fused_backward_pass else numbers
     state = sum(optimizers.state_bytes(chosen, tuple(p.shape)) for p in trained)
-    ema = 4 * numbers * (cfg.base.use_ema and not cfg.base.offload_ema)
+    ema = 4 * numbers * (cfg.base.use_ema + len(cfg.base.ema_lengths)) * (not cfg.base.offload_ema)
     both = (n * min(width, held.wide) // held.wide for n in held.kept.with_copies(copies))
     size = 2 if cfg.base.weights == "bf16" else 4
     return Footprint(weights, size * numbers, size * gradients, state, ema, *both)

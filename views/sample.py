@@ -10,6 +10,7 @@ images these are, to the bit, those of the run's own grid at that step.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -102,25 +103,34 @@ def main(settings: Settings) -> None:
     print(f"{num} images of step {facts['step']}, seed {seed}: {', '.join(map(str, paths))}")
 
 
-def drawer(saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Callable[[range], Any]:
-    """What a checkpoint draws: some of the numbers 0 to `num` - 1 of `seed` -> these images, as `Task.sample_fn` has them."""
-    from oneloop import checkpoint, data
+def loaded(saved: Path, task: Any, cfg: Any) -> tuple[Any, Any, Any, Any]:
+    """A checkpoint's models on the device, the accelerator that has them, what trains in them and its EMA, each by name."""
+    from oneloop import checkpoint
     from oneloop.machine import placement
     from oneloop.machine.accelerator import make_accelerator
-    from oneloop.tasks import Rng
-    from oneloop.training.ema import following
+    from oneloop.training.ema import following, of_lengths
 
-    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(saved.parent), logger=("none",), push_to_hub=False, compile=False))
     accelerator = make_accelerator(cfg.base, saved)
     models = placement.make_models(task, cfg, accelerator)
     weights = placement.trained(models)
     ema = {key: p.detach().clone() for key, p in weights.items()} if cfg.base.use_ema else {}
     training = placement.saved(models, task)
-    followers = {key: value for average in following(models, task.follows, cfg) for key, value in average.values.items()}
+    others = (*following(models, task.follows, cfg), *of_lengths(weights, cfg.base))
     for module in training.values():
         accelerator.prepare(module)  # called as in the run: in its precision
-    checkpoint.attach(accelerator, training, ema | followers)
+    checkpoint.attach(accelerator, training, functools.reduce(operator.or_, (each.values for each in others), ema))
     checkpoint.load(accelerator, saved)
+    return accelerator, models, weights, ema
+
+
+def drawer(saved: Path, task: Any, cfg: Any, seed: int, num: int) -> Callable[[range], Any]:
+    """What a checkpoint draws: some of the numbers 0 to `num` - 1 of `seed` -> these images, as `Task.sample_fn` has them."""
+    from oneloop import data
+    from oneloop.machine import placement
+    from oneloop.tasks import Rng
+
+    cfg = replace(cfg, base=replace(cfg.base, output_dir=str(saved.parent), logger=("none",), push_to_hub=False, compile=False))
+    accelerator, models, weights, ema = loaded(saved, task, cfg)
     unopened = Unopened(task, cfg)
 
     def draw(numbers: range) -> Any:
