@@ -2,6 +2,7 @@
 there one line says which versions work."""
 
 import ast
+import copy
 import pickle
 import sys
 import tomllib
@@ -12,12 +13,14 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm import ROOT
 
 from oneloop.configs import BadInput
-from oneloop.machine import internals
+from oneloop.machine import internals, launches
 from oneloop.tasks import Rng
 
 
@@ -114,6 +117,42 @@ def test_layers_with_adapters_can_be_pickled():
     again = pickle.loads(pickle.dumps(net))
     x = torch.randn(2, 16)
     assert torch.equal(again(x), net(x)) and again[0].lora_variant.keys() == net[0].lora_variant.keys() == {"default"}
+
+
+@pytest.mark.parametrize("factor", [1, 1.0, 2**0.5])
+def test_a_factor_of_one_divides_nothing(factor):
+    """Attention and residual blocks of diffusers: the same bits forward and backward, in a copy too; another factor divides."""
+    found, counts = [], []
+    for once in (lambda block: None, launches.undivide, lambda block: launches.undivide(block) or launches.undivide(block)):
+        torch.manual_seed(0)
+        attention = Attention(16, heads=2, dim_head=8, rescale_output_factor=factor)
+        residual = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4, output_scale_factor=factor)
+        block = torch.nn.Sequential(residual, attention)
+        once(block)
+        block, x = pickle.loads(pickle.dumps(copy.deepcopy(block))), torch.randn(2, 16, 4, 4, requires_grad=True)
+        with Divided() as mode:
+            y = attention_of(block, x)
+            y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in block.parameters())])
+        counts.append(mode.seen)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    assert counts == ([4, 0, 0] if factor == 1 else [4, 4, 4])
+
+
+def attention_of(block, x):
+    """The residual block, and attention over its pixels."""
+    return block[1](block[0](x, None).flatten(2).transpose(1, 2))
+
+
+class Divided(TorchDispatchMode):
+    """Counts divisions."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen += op is torch.ops.aten.div.Tensor
+        return op(*args, **kwargs or {})
 
 
 def test_layers_with_variants_of_their_own_keep_them():

@@ -433,7 +433,7 @@ LAYERS = {  # room or file -> what of the project it may import
     "__main__": {"configs", "checkpoint", "loop", "machine", "settings", "training"},
 }
 
-ANYWHERE = ("machine.internals", "machine.addition", "training.optimizers", "families.hub")
+ANYWHERE = ("machine.internals", "machine.launches", "training.optimizers", "families.hub")
 """Below everything: any file may import them."""
 
 
