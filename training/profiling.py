@@ -24,22 +24,30 @@ def profiled(batches: Generator[Batch], base: Base, folder: Path | None, say: Ca
         yield from batches
         return
 
+    written = []
+
     def write(profiler: profile) -> None:
+        count = min(base.profile_steps, profiler.step_num - BEFORE + 1)  # fewer where the run ends before
+        written.append(count)
         order = "self_device_time_total" if torch.accelerator.is_available() else "self_cpu_time_total"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(folder / "trace.json.gz"))
             (folder / "operations.txt").write_text(profiler.key_averages().table(sort_by=order, row_limit=50), "utf-8")
         except OSError as error:
-            say(f"warning: the trace of {base.profile_steps} steps is lost: {error}")
+            say(f"warning: the trace of {count} steps is lost: {error}")
         else:
-            say(f"{base.profile_steps} steps are traced in {folder}")
+            say(f"{count} steps are traced in {folder}")
 
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     when = schedule(wait=BEFORE - 1, warmup=1, active=base.profile_steps, repeat=1)
     traced = profile(activities=kinds, schedule=when, on_trace_ready=write, acc_events=True)
-    with contextlib.closing(batches), traced as profiler:
-        for number, batch in enumerate(batches):
-            if number and number % base.gradient_accumulation_steps == 0:
-                profiler.step()
-            yield batch
+    try:
+        with contextlib.closing(batches), traced as profiler:
+            for number, batch in enumerate(batches):
+                if number and number % base.gradient_accumulation_steps == 0:
+                    profiler.step()
+                yield batch
+    finally:
+        if not written:
+            say(f"warning: no step is traced: --base.profile-steps begins after {BEFORE}, and this start took no more")
