@@ -127,8 +127,7 @@ def encodings(cfg: Any) -> Mapping[str, Encoding]:
     made, names = dict(ENCODINGS), named(settings(cfg))
     for name, reference in zip(names[1:], latents.REFERENCES[1:], strict=False):
         encode = functools.update_wrapper(functools.partial(encode_further, reference), encode_further)
-        key = lambda cfg, reference=reference: (ENCODINGS["conditioning"].key(cfg), reference)  # noqa: E731
-        made[name] = replace(ENCODINGS["conditioning"], fn=encode, key=key)
+        made[name] = replace(ENCODINGS["conditioning"], fn=encode)
     if way(settings(cfg)).sees:
         made["caption"] = replace(ENCODINGS["caption"], fn=encode_instructions, columns=("caption", *names))
     return made

@@ -277,6 +277,19 @@ def test_clip_score_and_similarity_are_their_formulas(clip):
     assert measures.similarity(x, x) == pytest.approx(within.mean().item(), abs=1e-5)
 
 
+def test_the_floor_is_of_training_images_with_their_own_captions(clip):
+    """As many as there are samples, spread over the set, each with its caption."""
+    one, trained = models.open_model(str(clip)), drawn(range(70), 32)
+    captions = [draw_shape(n, 32)[1] for n in range(70)]
+    sets = judge.Sets(None, None, trained, None, captions, "nothing", False)
+    found = judge.scored(one, drawn(range(100, 132), 32), sets, ["a dog"] * 32)
+    rows = [row * 70 // 32 for row in range(32)]
+    own = measures.clip_score(one(trained[rows]), one.texts([captions[row] for row in rows]))
+    assert found["floor"]["clip score"] == pytest.approx(own)
+    others = measures.clip_score(one(trained[rows]), one.texts(captions[:32]))
+    assert abs(own["value"] - others["value"]) > 1e-3
+
+
 def test_few_images_and_their_prompts(clip, tmp_path):
     """A run on a few captioned images, as of one subject, that held out none: samples are like the training images, and like
     what they were drawn after; without a model of others there is nothing to compare with."""
