@@ -2,6 +2,7 @@
 
     python -m benchmarks.defaults shapes --steps 600 --only base gamma-0.1
     python -m benchmarks.defaults mnist --steps 100 --data-dir path/to/mnist
+    python -m benchmarks.defaults classes --steps 1125 --data-dir path/to/mnist
 
 A line of JSON for each variant and seed: the CPU seconds of its training (all threads, from the first import to the export),
 and what its samples scored. Variants run one after another in processes of their own; a run that is complete is not trained
@@ -32,15 +33,21 @@ MNIST = {
     "official, 2e-3": [*OFFICIAL, "--ddpm.learning-rate", "2e-3"],
 }
 """Variant -> what it changes of the defaults of `ddpm`."""
+CLASSES = {
+    "ddpm": ["--ddpm.class-conditional"],
+    "edm": ["--edm.class-conditional"],
+    "dit": [],
+}
+"""Task -> what it changes of its defaults, to train by class."""
 QUIET = ["--base.logger", "none", "--base.validation-steps", "0", "--base.checkpointing-steps", "1000000"]
 
 
-def train(out: Path, flags: list[str]) -> float:
+def train(task: str, out: Path, flags: list[str]) -> float:
     """Train in a process of its own; the CPU seconds that it took, those of an earlier call where the run is complete."""
     kept = out.with_name(f"{out.name}.cpu")
     if not kept.is_file():
         before = sum(os.times()[2:4])
-        done = subprocess.run([sys.executable, "-m", "oneloop", "ddpm", "--base.output-dir", str(out), *QUIET, *flags])
+        done = subprocess.run([sys.executable, "-m", "oneloop", task, "--base.output-dir", str(out), *QUIET, *flags])
         if done.returncode:
             raise SystemExit(done.returncode)
         kept.write_text(f"{sum(os.times()[2:4]) - before:.0f}")
@@ -65,21 +72,23 @@ def scores(result: dict) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("shapes", "mnist"))
+    parser.add_argument("what", choices=("shapes", "mnist", "classes"))
     parser.add_argument("--steps", type=int, help="of each run; none: as many as are usual")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--only", nargs="+", help="some of the variants")
-    parser.add_argument("--data-dir", default="ylecun/mnist", help="mnist: a data set with the splits train and test")
+    parser.add_argument("--data-dir", default="ylecun/mnist", help="mnist, classes: a data set with the splits train and test")
     parser.add_argument("--to", default="runs/defaults", help="the folder of the runs")
     given = parser.parse_args()
-    variants = SHAPES if given.what == "shapes" else MNIST
-    digits = ["--data.dataset-name", given.data_dir, "--data.validation-split", "test", "--data.train-batch-size", "32"]
+    variants = {"shapes": SHAPES, "mnist": MNIST, "classes": CLASSES}[given.what]
+    size = "32" if given.what == "mnist" else "8"
+    digits = ["--data.dataset-name", given.data_dir, "--data.validation-split", "test", "--data.train-batch-size", size]
     for name in given.only or variants:
         for seed in range(given.seeds):
             out = Path(given.to) / f"{given.what}-{name.replace(', ', '-')}-{given.steps or 'usual'}-{seed}"
             length = ["--base.max-train-steps", str(given.steps)] if given.steps else []
-            cpu = train(out, [*length, "--base.seed", str(seed), *variants[name], *(digits if given.what == "mnist" else [])])
+            flags = [*length, "--base.seed", str(seed), *variants[name], *(digits if given.what != "shapes" else [])]
+            cpu = train(name if given.what == "classes" else "ddpm", out, flags)
             result = evaluate(out, ["--num", str(given.num)])
             line = {"variant": name, "steps": result["step"], "seed": seed, "cpu seconds": cpu}
             print(json.dumps(line | scores(result)), flush=True)
