@@ -62,6 +62,28 @@ def test_distances_are_their_formulas(clouds):
     assert whole["recall"] == pytest.approx(within(y, x), abs=1e-6) and 0 < whole["recall"] < whole["precision"]
 
 
+def test_inception_s_distance_is_torch_fidelity_s(monkeypatch, tmp_path):
+    """From images to the distance, with weights in the place of those that it would fetch."""
+    import torch_fidelity
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *given, **more: {})
+    monkeypatch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+    torch.save(theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict(), tmp_path / "weights.pth")
+    monkeypatch.undo()
+    weights = torch.load(tmp_path / "weights.pth")
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *given, **more: weights)
+    one, sets = models.open_model("inception"), [drawn(range(8), 16), drawn(range(50, 58), 16)]
+    ours = measures.measure(*(one(images) for images in sets))["frechet"]
+    whole = torch_fidelity.calculate_metrics(
+        **{f"input{i}": torch.utils.data.Subset(images, range(8)) for i, images in enumerate(sets, 1)},
+        **{"fid": True, "cuda": False, "verbose": False, "cache": False, "batch_size": 8},
+        feature_extractor_weights_path=str(tmp_path / "weights.pth"),
+    )
+    assert ours == pytest.approx(whole["frechet_inception_distance"], rel=1e-6) and ours > 0
+
+
 def test_intervals():
     """The jackknife of a mean is its standard error; Wilson's interval is no point at 0; sets of one law are not told apart."""
     x = torch.randn(400, 1, generator=torch.Generator().manual_seed(0)).double()
