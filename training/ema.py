@@ -75,7 +75,7 @@ def of_lengths(weights: Mapping[str, Tensor], base: Any) -> list[Ema]:
     k^(gamma + 1) - (k - 1)^(gamma + 1), so that what they were at the start counts for nothing."""
 
     def one(length: float) -> Ema:
-        values = {f"{length:g}/{key}": x for key, x in begin(weights, base.offload_ema).items()}
+        values = {f"{length}/{key}": x for key, x in begin(weights, base.offload_ema).items()}
         power = exponent(length) + 1
         return Ema(values, list(weights.values()), lambda step, total: (1 - 1 / step) ** power, base.offload_ema)
 

@@ -78,7 +78,7 @@ def main(settings: Settings) -> None:
     each = sorted(stored(saved, facts), key=lambda one: one[1])
     pairs = [(path, step, length) for path, step in each for length in lengths]
     factors, apart = ema.coefficients([pair[1:] for pair in pairs], facts["step"], settings.length)
-    files = [(path / "state" / "ema.safetensors", f"{length:g}/") for path, _, length in pairs]
+    files = [(path / "state" / "ema.safetensors", f"{length}/") for path, _, length in pairs]
     write(saved, facts, task, replace(cfg, base=replace(cfg.base, output_dir=str(to))), list(zip(factors, files, strict=True)))
     made = f"made of {len(pairs)} averages in {len(each)} checkpoints, which come within {apart:.1%} of it"
     print(f"{to}: the average of length {settings.length:g} at step {facts['step']}, {made}")
