@@ -38,6 +38,7 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
     flags = tiny(
         tmp_path, "deep/out", task=task, steps=12, base__dry_run=True, data__num_shapes=60, data__validation_split="0.3"
     )
+    flags += ["--base.num-samples", "9"]  # more than a batch, and drawn in parts
     result = ran(tmp_path, *flags)
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".fork")} == {"unet.json", "vae.json", "dit.json"}
     for words in (

@@ -188,7 +188,7 @@ def drawn_out(task: Task, cfg: Any, watch: Watch, out: Path, more: float, host: 
     step = sum(update / speed for speed in speeds) / len(speeds)
     waiting = sum(line["data_wait"] for line in lines) / len(lines)
 
-    ((began, ended),), ((_, last),), started = spans["run"], spans["samples"], spans["step"][0][0]
+    (began, ended), (_, last), started = spans["run"][0], spans["samples"][-1], spans["step"][0][0]  # drawn in several parts
     showing = last - (spans["validation"] or spans["samples"])[0][0]
     times = lambda every: -(-total // every) if every else 1  # noqa: E731  and once at the end
     shows, saves = times(base.validation_steps), times(base.checkpointing_steps)
