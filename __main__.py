@@ -24,6 +24,7 @@ CODES = {
     "oneloop.training.guard.NonFinite": 3,
     "oneloop.checkpoint.StorageError": 4,
     "oneloop.machine.memory.OutOfMemory": 5,
+    "torch.OutOfMemoryError": 5,
     "oneloop.machine.processes.ProcessLost": 1,
 }
 """What may go wrong -> the exit code. By name, so that none of them is imported for a mistake in the settings."""

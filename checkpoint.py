@@ -73,8 +73,8 @@ class StorageError(Exception):
 
 
 @contextlib.contextmanager
-def lock(folder: Path, accelerator: Any) -> Iterator[None]:
-    """Make the folder and lock it for this run; afterwards it is gone again if nothing was written.
+def lock(folder: Path, accelerator: Any, flag: str = "--base.output-dir") -> Iterator[None]:
+    """Make the folder, which `flag` names, and lock it for this run; afterwards it is gone again if nothing was written.
 
     Raises:
         BadInput: the folder cannot be written, or another run has locked it.
@@ -82,7 +82,7 @@ def lock(folder: Path, accelerator: Any) -> Iterator[None]:
     """
     locked = contextlib.ExitStack()
     with locked:
-        on_main(accelerator, lambda: _take(folder, locked))
+        on_main(accelerator, lambda: _take(folder, locked, flag))
         try:
             yield
         except OSError as error:
@@ -93,8 +93,8 @@ def lock(folder: Path, accelerator: Any) -> Iterator[None]:
             raise refused(error.filename or folder, error, place, 0) from None
 
 
-def _take(folder: Path, locked: contextlib.ExitStack) -> None:
-    take(folder, "--base.output-dir", locked)
+def _take(folder: Path, locked: contextlib.ExitStack, flag: str) -> None:
+    take(folder, flag, locked)
     for old in (folder / WORK).glob("checkpoint-*.replaced"):  # killed between two renames
         if not os.path.lexists(folder / old.stem):
             os.rename(old, folder / old.stem)
@@ -437,6 +437,8 @@ def load(accelerator: Accelerator, path: Path, say: Callable[[str], Any] = lambd
     if scaler is not None and not (state / "scaler.pt").exists():
         accelerator.scaler = None
         say(f"{path} was not saved in fp16: the scale of the loss starts anew")
+    if optimizers and not (state / "optimizer.bin").exists():
+        raise BadInput(f"{path} has no optimizer's state: what `python loop.py ema` made cannot be trained on")
     try:
         accelerator.load_state(str(state))
         records = [{"content": _content(optimizer), "given": _groups(optimizer)} for optimizer in optimizers]

@@ -164,7 +164,7 @@ class Examples(torch.utils.data.Dataset):
         sizes = (target[entry] + room[entry], target[entry], target[largest] + room[largest])
         try:
             return store.read(self.source, self.cfg, name, row, *(tuple(size.tolist()) for size in sizes))
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a decoder throws at a broken file
             image = self.source.images["pixel_values" if name in self.source.made else name].name(row)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from oneloop.families import footprint
 from oneloop.machine import internals
-from oneloop.machine.launches import undivide
+from oneloop.machine.kernels import undivide
 from oneloop.machine.narrow import narrow
 
 SDXL = {
@@ -122,7 +122,7 @@ def count(make: Callable[[], torch.nn.Module], call: Callable[[Any], Tensor], lo
     """Kernels, casts among them, and GiB that are kept, of a forward pass."""
     with torch.device("meta"):
         model = make().train()
-        undivide(model)
+        undivide({"model": model})
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), footprint.fused():
         for module in model.modules():
             for name, p in list(module._parameters.items()):

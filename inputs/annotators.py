@@ -60,10 +60,11 @@ class Annotator:
         with LOCK, torch.inference_mode(), torch.autocast("cuda", enabled=False):
             try:
                 return MAKE[self.kind](*self.load(), image).clone()
-            except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever is wrong with someone's model
+            except (RuntimeError, MemoryError, TypeError, ValueError, AttributeError) as error:
+                said = f"{self}: {' '.join(str(error).split())[:200]}"
                 if memory.is_out_of_memory(error):
-                    raise torch.OutOfMemoryError(f"{self}: {error}") from None
-                raise ValueError(f"{self}: {' '.join(str(error).split())[:200]}") from None
+                    raise torch.OutOfMemoryError(f"out of memory: {said}") from None
+                raise ValueError(said) from None  # whatever is wrong with someone's model
 
     def load(self) -> tuple[Any, Any]:
         """Its model and what prepares images for that, held until `forget`.

@@ -180,7 +180,7 @@ def upright(source: Source, row: int) -> Size | None:
     try:
         image = source.read(row)[0]
         turned = 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8
-    except (MemoryError, BadInput):
+    except (MemoryError, torch.OutOfMemoryError, BadInput):
         raise
     except Exception:  # whatever a decoder throws at a broken file: who reads it all says so
         return None

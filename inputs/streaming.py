@@ -176,7 +176,7 @@ class Streamed(torch.utils.data.Dataset):
         """
         try:
             return store.read_row(source, self.cfg, row), place
-        except (BadInput, MemoryError):
+        except (BadInput, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a decoder throws at a broken file
             broken = f"{self.source.name(row)} ({reason(error)})"

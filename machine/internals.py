@@ -111,7 +111,7 @@ def inject(module: nn.Module, config: Any) -> None:
     with part("peft", "LoraLayer.lora_variant"):
         from peft.tuners.lora.layer import Linear
 
-        from oneloop.machine.launches import Added
+        from oneloop.machine.addition import Added
 
         for layer in module.modules():
             if type(layer) is Linear and "default" not in layer.lora_variant:  # quantized layers convert what they add

@@ -1,4 +1,5 @@
-"""Which kernels compute: those of attention (`--base.attention`), those whose sums have one order (`--base.deterministic`)."""
+"""Which kernels compute: those of attention (`--base.attention`), those whose sums have one order (`--base.deterministic`), and
+none where diffusers divides by 1."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from oneloop.configs import BadInput, Base
 from oneloop.tasks import Models
@@ -63,3 +65,29 @@ def choose_attention(models: Models, name: str) -> None:
                 module.set_attention_backend(name)
             except (RuntimeError, ValueError, ImportError) as error:
                 raise BadInput(f"--base.attention {name}: {' '.join(str(error).split())}") from None
+
+
+FACTORS = {
+    ("diffusers.models.attention_processor", "Attention"): "rescale_output_factor",
+    ("diffusers.models.resnet", "ResnetBlock2D"): "output_scale_factor",
+}
+"""Classes -> what they divide their output by."""
+
+
+class One:
+    """A divisor of 1: `x / One()` is x itself, for a tensor x, by no kernel."""
+
+    def __rtruediv__(self, x: Tensor) -> Tensor:
+        return x
+
+    def __repr__(self) -> str:
+        return "1"
+
+
+def undivide(models: Models) -> None:
+    """Have attention and residual blocks of diffusers, in place, not divide what they return by a factor that is 1: the same
+    bits. torch.compile does not trace it, and needs it not."""
+    for part in (part for module in models.values() for part in module.modules()):
+        name = FACTORS.get((type(part).__module__, type(part).__name__))
+        if name and getattr(part, name, None) == 1:
+            setattr(part, name, One())

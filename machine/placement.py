@@ -21,8 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from oneloop.configs import BadInput
-from oneloop.machine.kernels import choose_attention
-from oneloop.machine.launches import undivide
+from oneloop.machine.kernels import choose_attention, undivide
 from oneloop.machine.memory import is_out_of_memory
 from oneloop.machine.narrow import narrow, widen
 from oneloop.tasks import Batch, Encoders, Follow, Images, Models, Rng, Task, hash64
@@ -33,8 +32,8 @@ def make_models(task: Task, cfg: Any, accelerator: Accelerator, constants: Mappi
     torch.manual_seed(hash64(cfg.base.seed, "models"))
     models = task.make_models(cfg) if constants is None else task.make_models(cfg, constants)
     choose_attention(models, cfg.base.attention)
-    for module in () if cfg.base.compile else models.values():  # a compiler leaves such divisions out itself
-        undivide(module)
+    if not cfg.base.compile:
+        undivide(models)
     place(models, accelerator, cfg.base.gradient_checkpointing, task.float32, DTYPES[cfg.base.weights])
     return models | followers(models, task.follows)
 

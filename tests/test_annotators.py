@@ -6,11 +6,13 @@ import types
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 from test_conditions import MADE, examples, pictures
 from test_plane import draw
 from test_streaming import parquet
+from warm import cli
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
@@ -323,6 +325,14 @@ def test_out_of_memory_is_no_broken_image(tmp_path, models, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError, match=r"depth of .*tried to allocate") as raised:
             examples(train_data_dir=folder, conditioning="depth", conditioning_model=str(models / "relative"), skip_broken=skip)
         assert is_out_of_memory(raised.value)
+    task = ("controlnet", "--controlnet.pretrained-model-name-or-path", tiny_models.build(tmp_path, "sd"))
+    given = ("--data.train-data-dir", folder, "--data.conditioning", "depth", "--data.conditioning-model", models / "relative")
+    given += ("--data.trigger", "a dog", "--data.resolution", "32", "--data.train-batch-size", "2")
+    for look in ("--base.check", "--base.dry-run", "--base.num-samples=1"):
+        said = cli(
+            tmp_path, *task, *given, "--data.trigger", "a dog", "--data.resolution", "32", "--data.train-batch-size", "2", look
+        )
+        assert said.code == 5 and "out of memory" in said.err and "Traceback" not in said.err, said.err
 
 
 def test_a_model_of_too_few_points_is_a_line(tmp_path, models):

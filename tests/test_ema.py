@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from warm import cli, tiny
 
+from oneloop import checkpoint, loop
 from oneloop.configs import Base
+from oneloop.machine import memory
 from oneloop.training import ema
 
 LENGTHS = (0.05, 0.1)
@@ -102,43 +106,101 @@ def test_nothing_else_of_a_run_changes(run, tmp_path):
     assert all(torch.equal(x, whole[key]) for key, x in without.items())
 
 
+def summed(files, length, step):
+    """The average that files of these steps hold together."""
+    pairs = [(at, own) for at in files for own in LENGTHS]
+    factors, _ = ema.coefficients(pairs, step, length)
+    states = {at: load_file(path / "state/ema.safetensors") for at, path in files.items()}
+    shown = [key for key in states[step] if "/" not in key]
+    return {
+        key: sum(factor * states[at][f"{own}/{key}"] for factor, (at, own) in zip(factors, pairs, strict=True)) for key in shown
+    }
+
+
+def same(found, wanted):
+    return found.keys() == wanted.keys() and all(torch.allclose(x, wanted[key], atol=1e-5) for key, x in found.items())
+
+
+def shown(folder):
+    """The average that samples and exports show."""
+    state = load_file(folder / "state/ema.safetensors")
+    return {key: x for key, x in state.items() if "/" not in key}
+
+
 def test_an_average_of_another_length_is_a_run_of_its_own(run, tmp_path):
-    """A stored length is what was stored; another one is the sum, in the export and in the samples."""
-    made, kept = tmp_path / "made", load_file(run / "out/checkpoint-8/state/ema.safetensors")
-    said = cli(run, "ema", "out", "0.07", "--to", made)
-    assert said.code == 0 and "made of 4 averages in 2 checkpoints, which come within" in said.out, said.err
-    same = tmp_path / "same"
-    assert cli(run, "ema", "out", "0.1", "--to", same).code == 0
-    found = load_file(same / "checkpoint-8/state/ema.safetensors")
-    assert all(torch.allclose(x, kept[f"0.1/{key}"], atol=1e-5) for key, x in found.items() if "/" not in key)
-    before = load_file(run / "out/checkpoint-4/state/ema.safetensors")
-    factors, _ = ema.coefficients([(4, 0.05), (4, 0.1), (8, 0.05), (8, 0.1)], 8, 0.07)
-    terms = [(state, length) for state in (before, kept) for length in LENGTHS]
-    names = ("state/ema.safetensors", "unet/diffusion_pytorch_model.safetensors")
-    shown, unet = (load_file(made / "checkpoint-8" / name) for name in names)
-    for key, x in unet.items():
-        wanted = sum(c * state[f"{length:g}/unet.{key}"] for c, (state, length) in zip(factors, terms, strict=True))
-        assert torch.allclose(x, wanted, atol=1e-5) and torch.equal(x, shown[f"unet.{key}"])
-    assert cli(run, "sample", made, "--num", "2", "--to", tmp_path / "made.png").code == 0
-    assert cli(run, "sample", "out", "--num", "2", "--to", tmp_path / "own.png").code == 0
+    """The sum, in the export and in the samples; a stored length is what was stored; a step has what was before it alone."""
+    made, files = tmp_path / "made", {8: run / "out/checkpoint-8", 4: run / "out/checkpoint-4"}
+    said = cli(run, "ema", "out", "--length", "0.07", "--to", made)
+    assert said.code == 0 and "averages of length 0.05, 0.1 in 2 checkpoints come within" in said.out, said.err
+    found, unet = shown(made / "checkpoint-8"), load_file(made / "checkpoint-8/unet/diffusion_pytorch_model.safetensors")
+    assert same(found, summed(files, 0.07, 8)) and {f"unet.{key}" for key in unet} == found.keys()
+    assert all(torch.equal(x, found[f"unet.{key}"]) for key, x in unet.items())
+    assert cli(run, "ema", "out", "--length", "0.1", "--to", tmp_path / "same").code == 0
+    kept = load_file(run / "out/checkpoint-8/state/ema.safetensors")
+    assert same(shown(tmp_path / "same/checkpoint-8"), {key: kept[f"0.1/{key}"] for key in found})
+    assert cli(run, "ema", "out/checkpoint-4", "--length", "0.07", "--to", tmp_path / "early").code == 0
+    assert same(shown(tmp_path / "early/checkpoint-4"), summed({4: run / "out/checkpoint-4"}, 0.07, 4))
+    for name, to in ((made, "made.png"), ("out", "own.png")):
+        assert cli(run, "sample", name, "--num", "2", "--to", tmp_path / to).code == 0
     assert (tmp_path / "made.png").read_bytes() != (tmp_path / "own.png").read_bytes()
-    assert json.loads((made / "run.json").read_text())["base"]["output_dir"] == str(made)
-    assert cli(run, "ema", "out/checkpoint-4", "0.07", "--to", tmp_path / "early").code == 0
-    assert [p.name for p in (tmp_path / "early").glob("checkpoint-*")] == ["checkpoint-4"]
+    for settings in (json.loads((made / "run.json").read_text()), checkpoint.verify(made / "checkpoint-8")["settings"]):
+        assert settings["base"]["output_dir"] == str(made)
+    longer = cli(tmp_path, *tiny(tmp_path, "made", steps=9, task="edm"), *HELD)
+    assert longer.code == 2 and "checkpoint-8 has no optimizer's state: what `python loop.py ema` made" in longer.err
+
+
+def test_what_is_not_of_the_run_is_left_out(run, tmp_path):
+    """Another run's checkpoint, a damaged one and a folder of someone's, a line each; a checkpoint elsewhere is alone."""
+    out = shutil.copytree(run / "out", tmp_path / "out")
+    assert cli(tmp_path, *tiny(tmp_path, "other", steps=6, task="edm"), *HELD, "--base.seed", "5").code == 0
+    shutil.copytree(tmp_path / "other/checkpoint-6", out / "checkpoint-6")
+    damaged = shutil.copytree(out / "checkpoint-4", out / "checkpoint-2") / "state/ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (out / "checkpoint-mine").mkdir()
+    said = cli(tmp_path, "ema", "out", "--length", "0.07", "--to", "made")
+    assert said.code == 0 and said.out.count("left out: ") == 3 and "checkpoint-6 is of another run" in said.out, said
+    files = {8: out / "checkpoint-8", 4: out / "checkpoint-4"}
+    assert same(shown(tmp_path / "made/checkpoint-8"), summed(files, 0.07, 8))
+    alone = shutil.copytree(out / "checkpoint-8", tmp_path / "best")
+    said = cli(tmp_path, "ema", "best", "--length", "0.07", "--to", "one")
+    assert said.code == 0 and "in 1 checkpoints come within" in said.out, said
+    assert same(shown(tmp_path / "one/checkpoint-8"), summed({8: alone}, 0.07, 8))
 
 
 def test_mistakes_are_a_line(run, tmp_path):
-    def told(*argv):
-        said = cli(run, "ema", *argv)
-        assert said.code == 2 and said.err.strip().count("\n") == 0, said.err
+    def told(folder, length, to=tmp_path / "new"):
+        said = cli(run, "ema", folder, "--length", length, "--to", to)
+        assert said.code == 2 and said.err.strip().count("\n") == 0, said
         return said.err
 
     assert cli(tmp_path, *tiny(tmp_path, steps=2, task="edm")).code == 0
-    to = ("--to", tmp_path / "new")
-    assert "its checkpoints hold no averages; expected a run with --base.ema-lengths" in told(tmp_path / "out", "0.1", *to)
-    assert "is 0.5; expected" in told("out", "0.5", *to) and "there is no such folder" in told("nowhere", "0.1", *to)
-    assert "expected a name that is not taken" in told("out", "0.1", "--to", tmp_path)
-    assert not (tmp_path / "new").exists()
-    for lengths in (("0.05", "0.05"), ("0.1", "--base.no-use-ema"), ("0.4",)):
+    assert "its checkpoints hold no averages; expected a run with --base.ema-lengths" in told(tmp_path / "out", "0.1")
+    assert "--length is 0.5; expected" in told("out", "0.5") and "there is no such folder" in told("nowhere", "0.1")
+    assert "--length is 0.001; expected one that they can make: the averages of length 0.05, 0.1 in 2" in told("out", "0.001")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for taken in (tmp_path, tmp_path / "dangling", run / "out/checkpoint-9"):
+        assert "expected a name that is not taken, outside the run" in told("out", "0.1", taken)
+    assert not (tmp_path / "new").exists() and not (run / "out/checkpoint-9").exists()
+    averaging = ("0.1", "--edm.optimizer", "schedulefree", "--base.lr-scheduler", "constant")
+    for lengths in (("0.05", "0.05"), ("0.1", "--base.no-use-ema"), ("0.4",), averaging):
         said = cli(tmp_path, *tiny(tmp_path, steps=2, task="edm"), "--base.ema-lengths", *lengths)
-        assert said.code == 2 and "--base.ema-lengths" in said.err
+        assert said.code == 2 and "--base.ema-lengths" in said.err, said.err
+
+
+def test_what_they_take_is_counted(tmp_path):
+    """A copy of what trains for each length, where the EMA is."""
+    weights = {"net.w": torch.nn.Parameter(torch.zeros(1000))}
+    state = loop.TrainState({}, {}, ema.begin(weights, False))
+    counted = lambda: memory.bytes_of({}, state, torch.device("cpu"), False)["averages"]  # noqa: E731
+    assert counted() == 4000
+    for each in ema.of_lengths(weights, Base(output_dir="unused", ema_lengths=LENGTHS, offload_ema=True)):
+        state.kept |= each.values
+        assert each.offloaded
+    assert counted() == 12000
+    line = ("--base.dry-run", "--base.assume-gpu", "24")
+    need = []
+    for more in ((), ("--base.ema-lengths", "0.05", "0.1")):
+        said = cli(tmp_path, "ddpm", *line, *more)
+        assert said.code == 0, said.err
+        need.append(re.search(r"[^\n]*24[^\n]*", said.out + said.err)[0])
+    assert need[0] != need[1], need

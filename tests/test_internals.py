@@ -19,9 +19,9 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from warm import ROOT
 
-from oneloop.configs import BadInput
-from oneloop.machine import internals, launches
-from oneloop.tasks import Rng
+from oneloop.configs import BadInput, Base
+from oneloop.machine import internals, kernels, placement
+from oneloop.tasks import Rng, ddpm
 
 
 class Net(torch.nn.Module):
@@ -123,12 +123,13 @@ def test_layers_with_adapters_can_be_pickled():
 def test_a_factor_of_one_divides_nothing(factor):
     """Attention and residual blocks of diffusers: the same bits forward and backward, in a copy too; another factor divides."""
     found, counts = [], []
-    for once in (lambda block: None, launches.undivide, lambda block: launches.undivide(block) or launches.undivide(block)):
+    for times in (0, 1, 2):
         torch.manual_seed(0)
         attention = Attention(16, heads=2, dim_head=8, rescale_output_factor=factor)
         residual = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4, output_scale_factor=factor)
         block = torch.nn.Sequential(residual, attention)
-        once(block)
+        for _ in range(times):
+            kernels.undivide({"block": block})
         block, x = pickle.loads(pickle.dumps(copy.deepcopy(block))), torch.randn(2, 16, 4, 4, requires_grad=True)
         with Divided() as mode:
             y = attention_of(block, x)
@@ -138,6 +139,14 @@ def test_a_factor_of_one_divides_nothing(factor):
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
     assert counts == ([4, 0, 0] if factor == 1 else [4, 4, 4])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_s_models_divide_by_nothing(compiled):
+    cfg = ddpm.Config(base=Base(output_dir="unused", compile=compiled))
+    unet = placement.make_models(ddpm.task, cfg, Accelerator(cpu=True))["unet"]
+    undivided = sum(isinstance(x, kernels.One) for part in unet.modules() for x in vars(part).values())
+    assert undivided == (0 if compiled else 11 + 7)  # residual blocks, and attention
 
 
 def attention_of(block, x):

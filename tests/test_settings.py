@@ -396,6 +396,14 @@ def test_a_closed_pipe_is_silent(tmp_path):
         assert done.stderr == "" and done.returncode in (0, 141)
 
 
+def test_the_loop_is_imported_without_the_large_libraries():
+    """They take seconds, and mistakes in the data are told before them."""
+    seen = "{'diffusers', 'peft', 'transformers'} & {*sys.modules}"
+    code = f"import sys, oneloop.loop, oneloop.views.estimate; print({seen})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stdout + done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Who may know whom.
 
@@ -433,7 +441,7 @@ LAYERS = {  # room or file -> what of the project it may import
     "__main__": {"configs", "checkpoint", "loop", "machine", "settings", "training"},
 }
 
-ANYWHERE = ("machine.internals", "machine.launches", "training.optimizers", "families.hub")
+ANYWHERE = ("machine.internals", "machine.addition", "training.optimizers", "families.hub")
 """Below everything: any file may import them."""
 
 

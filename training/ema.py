@@ -85,7 +85,7 @@ def of_lengths(weights: Mapping[str, Tensor], base: Any) -> list[Ema]:
 def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) -> tuple[list[float], float]:
     """The factors on averages, stored at these steps with these lengths, whose sum is nearest to the average of another length
     at a step: least squares over the weight that each instant has in them, as if they were integrals over time (appendix C of
-    the paper), among factors that add up to 1. And how far the sum is from it: 0 is exact, 1 has nothing of it."""
+    the paper), among factors that add up to 1. And how far the sum is from it, as a share of its own norm: 0 is exact."""
 
     def product(t: Any, a: Any, u: Any, b: Any) -> np.ndarray:
         """Of the averages with exponents a and b at t and u: the integral of (a + 1) s^a / t^(a + 1) times the other's."""
@@ -97,7 +97,7 @@ def coefficients(stored: Sequence[tuple[int, float]], step: int, length: float) 
     own = product(to, by, to, by)
     alike, wanted = product(t[:, None], a[:, None], t, a) / own, product(t, a, to, by) / own
     system = np.block([[alike, np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
-    found = np.linalg.lstsq(system, np.append(wanted, 1.0))[0][:n]
+    found = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=1e-9)[0][:n]  # lengths that are nearly one have no difference
     return found.tolist(), float(np.sqrt(max(1 - 2 * found @ wanted + found @ alike @ found, 0.0)))
 
 

@@ -69,6 +69,7 @@ def check(s: Any, group: str, base: Any) -> None:
         constant = f"constant or constant_with_warmup with {flag}, whose average takes the place of a falling rate"
         require(base.lr_scheduler.startswith("constant"), "base.lr_scheduler", base.lr_scheduler, constant)
         require(base.use_ema, "base.use_ema", base.use_ema, f"true with {flag}: what is shown and exported is an average")
+        require(not base.ema_lengths, "base.ema_lengths", base.ema_lengths, f"none with {flag}, which averages by itself")
         require(s.adam_beta1 > 0, f"{group}.adam_beta1", s.adam_beta1, f"more than 0 with {flag}")
 
 

@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
     from oneloop.evaluation import judge
     from oneloop.views import page
 
-    saved, facts, task, cfg = opened(settings.folder, settings.task)
+    saved, facts, task, cfg = opened(settings.folder, settings.task, "evaluate")
     if not task.judged:
         raise BadInput(f"{settings.folder}: {alone(cfg)}")
     out, seed = saved.parent, cfg.base.seed if settings.seed is None else settings.seed

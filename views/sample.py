@@ -50,8 +50,9 @@ class Settings:
             check_writable(Path(self.to).expanduser())
 
 
-def opened(given: str, named: str | None = None) -> tuple[Path, dict[str, Any], Any, Any]:
-    """A run's output folder or one of its checkpoints -> the checkpoint, its manifest, the task and its settings.
+def opened(given: str, named: str | None = None, command: str = "sample") -> tuple[Path, dict[str, Any], Any, Any]:
+    """A run's output folder or one of its checkpoints -> the checkpoint, its manifest, the task and its settings; `command` is
+    what was asked for.
 
     Raises:
         BadInput: the folder holds no run, or no valid checkpoint.
@@ -71,7 +72,7 @@ def opened(given: str, named: str | None = None) -> tuple[Path, dict[str, Any], 
     manifest = f"{saved}/{checkpoint.MANIFEST}"
     if not isinstance(facts.get("step"), int) or not isinstance(facts.get("settings"), dict):
         raise BadInput(f"{manifest}: expected the step and the settings of a run")
-    typed = f"python loop.py sample {given} --task {facts.get('module')}"
+    typed = f"python loop.py {command} {given} --task {facts.get('module')}"
     task = command_line.find_task(named or command_line.own_task(facts.get("module", facts.get("task")), manifest, typed)).task
     cfg = command_line.build(
         task.config, command_line.as_flags(facts["settings"], task.config, f"{manifest}: "), source=f"{manifest}: "
