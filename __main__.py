@@ -21,6 +21,7 @@ from oneloop.settings import command_line
 
 CODES = {
     "oneloop.settings.ranges.BadInput": 2,
+    "oneloop.families.hub.Unavailable": 2,
     "oneloop.training.guard.NonFinite": 3,
     "oneloop.checkpoint.StorageError": 4,
     "oneloop.machine.memory.OutOfMemory": 5,

@@ -163,7 +163,7 @@ def test_what_is_not_of_the_run_is_left_out(run, tmp_path):
     assert same(shown(tmp_path / "made/checkpoint-8"), summed(files, 0.07, 8))
     alone = shutil.copytree(out / "checkpoint-8", tmp_path / "best")
     said = cli(tmp_path, "ema", "best", "--length", "0.07", "--to", "one")
-    assert said.code == 0 and "in 1 checkpoints come within" in said.out, said
+    assert said.code == 0 and "in 1 checkpoint come within" in said.out, said
     assert same(shown(tmp_path / "one/checkpoint-8"), summed({8: alone}, 0.07, 8))
 
 

@@ -45,7 +45,7 @@ def test_a_dry_run_leaves_nothing(tmp_path, task):
         "parameters ",
         "trainable, 0 frozen",
         "12 steps",
-        "validation and samples once",
+        "1 validation with samples",
         "1 checkpoint ",
         "images/s",
     ):
@@ -65,6 +65,25 @@ def test_a_signal_to_a_dry_run_leaves_nothing(tmp_path, number, code):
     result = cli(tmp_path, *tiny(tmp_path, base__dry_run=True), patch=patch)
     assert result.code == code and "Traceback" not in result.err, result.err
     assert not list(tmp_path.glob(".dry-run*"))
+
+
+@pytest.mark.parametrize("task", ["lora", "finetune", "lcm", "dmd", "textual_inversion"])
+def test_images_are_looked_at_without_the_checkpoint(tmp_path, task):
+    """What they are is said though the hub cannot be reached; a dry run, which needs it, is refused before it begins."""
+
+    def patch():
+        from oneloop.families import hub
+
+        hub.unreachable = lambda: "the hub cannot be reached"
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a dog")
+    line = (task, "--data.train-data-dir", tmp_path, "--data.train-batch-size", "1", "--base.output-dir", tmp_path / "out")
+    looked = cli(tmp_path, *line, "--base.check", patch=patch)
+    assert looked.code == 0 and "trained on: 1 images" in looked.out and "example 0   a.png: 'a dog'" in looked.out, looked
+    assert ("captions    not measured in tokens: the hub cannot be reached" in looked.out) == (task != "textual_inversion")
+    planned = cli(tmp_path, *line, "--base.dry-run", patch=patch)
+    assert planned.code == 2 and "the hub cannot be reached" in planned.err and "a short run" not in planned.err, planned.err
 
 
 def test_a_dry_run_of_a_run_that_stands(tmp_path):
@@ -94,7 +113,7 @@ def test_the_estimate_counts(tmp_path):
     """Parameters and disk to the byte; hours from the parts."""
     whole = tiny(tmp_path, steps=12, base__checkpointing_steps=2, base__validation_steps=3)
     out = ran(tmp_path, *whole, "--base.dry-run").out
-    assert "validation and samples 4 times" in out and "6 checkpoints" in out and "3 checkpoints of" in out
+    assert "4 validations with samples" in out and "6 checkpoints" in out and "3 checkpoints of" in out
     said = ran(tmp_path, *whole).err
     assert number(r"parameters +([\d,]+) trainable", out) == number(r"([\d,]+) trainable parameters", said)
     one = sum(p.stat().st_size for p in (tmp_path / "out" / "checkpoint-12").rglob("*") if p.is_file())

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from oneloop import checkpoint, data
 from oneloop.configs import BadInput
+from oneloop.families import hub
 from oneloop.inputs import encodings, files, sources, store, streaming
 from oneloop.inputs.buckets import enlargement
 from oneloop.inputs.crop import resized
@@ -329,7 +330,12 @@ def check(task: Task, cfg: Any) -> None:
         print(f"{title}: {summary}")
         if len(images):
             examples = data.Examples(part, opened, cfg.base.seed, images, block=cfg.data.train_batch_size)
-            print(*whole(survey(examples)), *encodings.remarks(examples, task.encodings, cfg), sep="\n")
+            print(*whole(survey(examples)), sep="\n")
+            try:
+                for text in encodings.remarks(examples, task.encodings, cfg):
+                    print(text)
+            except hub.Unavailable as error:
+                print(f"captions    not measured in tokens: {error}")
             for n in range(3) if part.captions is not None else ():
                 first = examples[range(n, n + 1)]
                 print(f"example {n:<3} {first['key'][0]}: {first['caption'][0]!r}")

@@ -87,7 +87,8 @@ def main(settings: Settings) -> None:
     each = list(stored(saved, facts, cfg))
     pairs = [(path, step, length) for path, step in each for length in lengths]
     factors, apart = ema.coefficients([pair[1:] for pair in pairs], facts["step"], settings.length)
-    near = f"the averages of length {', '.join(map(str, lengths))} in {len(each)} checkpoints come within {apart:.1%} of it"
+    where = f"{len(each)} checkpoint{'s' * (len(each) > 1)}"
+    near = f"the averages of length {', '.join(map(str, lengths))} in {where} come within {apart:.1%} of it"
     require(apart <= TOO_FAR, "length", settings.length, f"one that they can make: {near}")
     terms: dict[Path, dict[str, float]] = {}
     for factor, (path, _, length) in zip(factors, pairs, strict=True):

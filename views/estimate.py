@@ -129,6 +129,7 @@ def estimate(run: Callable[[Task, Any], Any], task: Task, cfg: Any) -> None:
     Raises:
         BadInput: as the run itself, or the temporary folder cannot be made.
     """
+    task.multiple(cfg), task.encoders(cfg)  # a checkpoint that cannot be read is refused first
     base, source = cfg.base, sources.open_for(task, cfg)
     here = PartialState(cpu=not torch.accelerator.is_available())
     update = cfg.data.train_batch_size * here.num_processes * base.gradient_accumulation_steps
@@ -195,7 +196,7 @@ def drawn_out(task: Task, cfg: Any, watch: Watch, out: Path, more: float, host: 
     parts = {
         "start": started - began + (watch.seconds("read") + watch.seconds("encode")) * (more - 1),
         counted(total, "step"): total * step,
-        f"validation and samples {'once' if shows == 1 else f'{shows:,} times'}": shows * showing,
+        f"{counted(shows, 'validation')} with samples": shows * showing,
         counted(saves, "checkpoint"): saves * (ended - last),
     }
     one, retained = (
