@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from oneloop.configs import BadInput, Data, Part, example_cache, fraction, require, task_group
+from oneloop.families import hub
 from oneloop.inputs import annotators, conditions, drawn, files, shards
 from oneloop.inputs.buckets import bucket_sizes
 from oneloop.inputs.crop import Size
@@ -355,6 +356,7 @@ def _load(cfg: Data, setting: str) -> Any:
     name, flag = cfg.dataset_name, f"--data.dataset-name {cfg.dataset_name}"
     split, asked = getattr(cfg, setting), f"--data.{setting.replace('_', '-')}"
     folder = Path(name).expanduser()
+    why = None if folder.exists() else hub.unreachable()  # the library would ask it for half a minute
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
@@ -363,11 +365,12 @@ def _load(cfg: Data, setting: str) -> Any:
                     raise BadInput(f"{asked} is {split!r}; {flag} has: {', '.join(rows)}")
                 rows = rows[split]
             return rows
-        return datasets.load_dataset(name, cfg.dataset_config_name, split=split, cache_dir=cfg.cache_dir)
+        with internals.offline() if why else contextlib.nullcontext():
+            return datasets.load_dataset(name, cfg.dataset_config_name, split=split, cache_dir=cfg.cache_dir)
     except BadInput:
         raise
     except (FileNotFoundError, ConnectionError) as error:
-        said = files.shown(error, 400)
+        said = files.shown(why or error, 400)
         raise BadInput(f"{flag}: expected `shapes`, a folder that holds a data set, or a name on the hub ({said})") from None
     except Exception as error:  # an unknown split or configuration, a script, damaged files: the library says which
         said = files.shown(" ".join(str(error.__cause__ or error).split()), 800)

@@ -147,6 +147,24 @@ def fingerprint(dataset: Any) -> tuple[str, bool]:
         return dataset._fingerprint, dataset._indices is not None
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Have the hub's clients ask nobody meanwhile, and look into their caches alone."""
+    with part("huggingface_hub", "HF_HUB_OFFLINE"):
+        import datasets
+        from huggingface_hub import constants
+
+        places = (datasets.config, constants)
+        before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
 def storage_id(storage: Any) -> int:
     """What tells a tensor's storage from all others while it lives, on the meta device too, where it has no address."""
     with part("torch", "StorageBase._cdata"):

@@ -8,6 +8,7 @@ import struct
 import threading
 import types
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from warm import SHARED, cli, start, tiny
 
 from oneloop import data
 from oneloop.configs import BadInput, Data
+from oneloop.families import hub
 from oneloop.inputs import batches, cache, decoding, shapes, sources
 from oneloop.inputs.crop import resized
 from oneloop.tasks import ddpm, lora, vae
@@ -127,7 +129,6 @@ def test_labels_from_subfolders(tmp_path):
 
 
 def test_local_data_sets(tmp_path):
-    import datasets
 
     if not SHARED.exists():
         pytest.skip("the shared data is not beside the project")
@@ -370,7 +371,6 @@ def test_interpolation_by_default():
 @pytest.mark.parametrize("kind", ["shapes", "folder", "table"])
 def test_workers_that_are_started_anew(tmp_path, kind):
     """As on macOS and Windows: what they are given pickles, part of a set and encodings in memory too."""
-    import datasets
 
     cfg = Data(num_shapes=9, resolution=8, train_batch_size=2, memory_budget=0, validation_split="0.45")
     if kind != "shapes":
@@ -468,3 +468,24 @@ def test_a_reader_that_is_killed_ends_a_run_in_a_line(tmp_path, when):
     assert result.code == 1 and "Traceback" not in result.err and "bug" not in result.err, result.err
     last = result.err.splitlines()[-1]
     assert last.startswith("error: a process that reads images is gone: ") and "fewer --data.dataloader-num-workers" in last
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    """By the question that models ask too, in a line, and not by the library for half a minute; what it may ask later is as
+    before."""
+    from huggingface_hub import constants
+
+    asked = []
+    monkeypatch.setattr(hub, "unreachable", lambda: "the hub cannot be reached: why")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    usual = datasets.load_dataset
+
+    def load(*given, **more):
+        asked.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        return usual(*given, **more)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(BadInput, match=r"or a name on the hub \(the hub cannot be reached: why\)"):
+        sources.open_source(Data(dataset_name="owner/none"))
+    assert asked == [(True, True)] and not datasets.config.HF_HUB_OFFLINE and not constants.HF_HUB_OFFLINE
