@@ -129,7 +129,6 @@ def test_labels_from_subfolders(tmp_path):
 
 
 def test_local_data_sets(tmp_path):
-
     if not SHARED.exists():
         pytest.skip("the shared data is not beside the project")
     source = sources.open_source(Data(dataset_name=str(SHARED / "mnist")))
@@ -371,7 +370,6 @@ def test_interpolation_by_default():
 @pytest.mark.parametrize("kind", ["shapes", "folder", "table"])
 def test_workers_that_are_started_anew(tmp_path, kind):
     """As on macOS and Windows: what they are given pickles, part of a set and encodings in memory too."""
-
     cfg = Data(num_shapes=9, resolution=8, train_batch_size=2, memory_budget=0, validation_split="0.45")
     if kind != "shapes":
         cfg = dataclasses.replace(cfg, train_data_dir=str(folder(tmp_path, 9)), center_crop=True)
