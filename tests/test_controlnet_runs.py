@@ -89,17 +89,19 @@ def test_a_run_resumes_equal_and_its_export_draws_the_same(tmp_path, built, phot
 
 @pytest.mark.parametrize("name", ["sd", "StableDiffusion3Pipeline", "ZImagePipeline"])
 def test_two_processes_agree_with_one_and_go_on_from_an_export(tmp_path, built, photos, name):  # noqa: F811
-    line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False)
+    steady = {"base__use_ema": False, "controlnet__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
+    line = functools.partial(command, tmp_path, built(name), photos, **steady)
     in_fork(tmp_path, lambda: loop.run(controlnet.task, command_line.parse(line("one"))[1]))
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
+    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-6
     one = tmp_path / "one" / "export"
     cfg = config(built(name), controlnet_model_name_or_path=str(one))
     kept = diffusers.AutoModel.from_pretrained(str(one)).state_dict()
     net = controlnet.task.make_models(cfg)["controlnet"]
     assert all(torch.equal(kept[key], x) for key, x in net.state_dict().items()) and net.dtype == torch.float32
     again = cli(tmp_path, *line("more", controlnet__controlnet_model_name_or_path=one, base__max_train_steps=1))
+    assert distance(tmp_path / "one", tmp_path / "more", "model") > 1e-5
     assert again.code == 0 and str(tmp_path) not in (tmp_path / "more" / "export" / "config.json").read_text(), again.err
 
 
