@@ -43,6 +43,8 @@ def test_it_counts_what_is_there(tmp_path):
     assert sizes == (0, 4 * numbers, 4 * numbers, 8 * numbers, 4 * numbers)
     fused = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, max_grad_norm=0, fused_backward_pass=True))
     largest = 4 * max(p.numel() for p in seen.models["unet"].parameters())
+    lengths = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, ema_lengths=(0.05, 0.1)))
+    assert fits.counted(seen, ddpm.task, lengths) == dataclasses.replace(found, ema=3 * found.ema) and found.ema
     assert fits.counted(seen, ddpm.task, fused) == dataclasses.replace(found, gradients=largest)
     assert 0 < found.recomputed < found.activations == seen.kept.every and loss.value.requires_grad
     half = dataclasses.replace(cfg, base=dataclasses.replace(cfg.base, mixed_precision="bf16", offload_ema=True))

@@ -57,14 +57,17 @@ def stored(last: Path, facts: dict[str, Any], cfg: Any) -> Iterator[tuple[Path, 
     yield last, facts["step"]
     for path in sorted(last.parent.glob("checkpoint-*")):
         try:
-            manifest = facts if path == last else checkpoint.verify(path)
+            manifest = checkpoint.read(path)
+            if manifest["step"] >= facts["step"]:
+                continue
+            checkpoint.verify(path)
         except checkpoint.Damaged as error:
             print(f"left out: {error}")
             continue
         same = all(manifest.get(key) == facts.get(key) for key in ("task", "data", "stream", "made_of"))
         if not same or changes(manifest["settings"], cfg):
             print(f"left out: {path} is of another run")
-        elif 0 < manifest["step"] < facts["step"]:
+        elif manifest["step"]:
             yield path, manifest["step"]
 
 
