@@ -29,6 +29,9 @@ CODES = {
     "oneloop.machine.processes.ProcessLost": 1,
 }
 """What may go wrong -> the exit code. By name, so that none of them is imported for a mistake in the settings."""
+NEEDED = ("torch", "torchvision", "diffusers", "accelerate", "datasets", "fsspec", "transformers", "peft", "safetensors")
+NEEDED += ("xxhash", "tyro", "plotly", "wandb", "tensorboard")
+"""The packages without which the project was not installed, as pyproject.toml has them."""
 BUG = "a bug of oneloop, or of a task of your own: no setting should end in the lines above; please report them whole"
 
 
@@ -49,6 +52,10 @@ def main() -> int:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 141
         name = f"{type(error).__module__}.{type(error).__qualname__}"
+        if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
+            folder = os.path.dirname(os.path.realpath(__file__))
+            needs = f"the package {error.name} is not installed in {sys.executable}; expected `pip install -e {folder}` before"
+            configs.fail(configs.BadInput(needs), 2)
         if name not in CODES:
             traceback.print_exc()
             configs.fail(BUG, 1)

@@ -56,10 +56,10 @@ def train(task: str, out: Path, flags: list[str]) -> float:
 
 def evaluate(out: Path, flags: list[str]) -> dict:
     """What `python loop.py evaluate` says of the run."""
-    done = subprocess.run([sys.executable, "-m", "oneloop", "evaluate", str(out), *flags], stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-m", "oneloop", "evaluate", str(out), *flags], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
-    return json.loads(max((out / "evaluation").glob("*.json"), key=lambda path: int(path.stem)).read_text())
+    return json.loads(Path(done.stdout.rstrip().rpartition("judged: ")[2]).read_text())
 
 
 def scores(result: dict) -> dict[str, float]:
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("shapes", "mnist", "classes"))
     parser.add_argument("--steps", type=int, help="of each run; none: as many as are usual")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each")
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--only", nargs="+", help="some of the variants")
     parser.add_argument("--data-dir", default="ylecun/mnist", help="mnist, classes: a data set with the splits train and test")
@@ -84,7 +84,7 @@ def main() -> None:
     size = "32" if given.what == "mnist" else "8"
     digits = ["--data.dataset-name", given.data_dir, "--data.validation-split", "test", "--data.train-batch-size", size]
     for name in given.only or variants:
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             out = Path(given.to) / f"{given.what}-{name.replace(', ', '-')}-{given.steps or 'usual'}-{seed}"
             length = ["--base.max-train-steps", str(given.steps)] if given.steps else []
             flags = [*length, "--base.seed", str(seed), *variants[name], *(digits if given.what != "shapes" else [])]

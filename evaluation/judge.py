@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,17 +52,16 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
     """
     source = sources.open_for(task, cfg)
     own = cfg.data.dataset_name == "shapes" and not (cfg.data.train_data_dir or cfg.data.stream or cfg.data.parts())
-    alone = replace(cfg.data, validation_split=None, validation_data_dir=None, max_train_samples=None, mixture=())
-    alone = replace(alone, class_data_dir=None, num_class_images=0, stream=None)
     if given is not None:
         is_folder = Path(given).expanduser().is_dir() and not any(Path(given).expanduser().rglob("*.parquet"))
         named = {"train_data_dir": given} if is_folder else {"train_data_dir": None, "dataset_name": given, "split": split}
-        other, about = open_other(task, cfg, replace(alone, **named)), given if is_folder else f"{given}, {split}"
+        with flag("--data"):
+            other, about = open_other(task, cfg, **named), given if is_folder else f"{given}, {split}"
     elif source.held_out is not None:
         other, about = source.held_out, f"{source.held_out.size} images that the run held out"
     elif own:
         count = max(num, 1000)
-        other = open_other(task, cfg, replace(alone, num_shapes=cfg.data.num_shapes + count))
+        other = open_other(task, cfg, num_shapes=cfg.data.num_shapes + count)
         other = sources.select(other, list(range(cfg.data.num_shapes, cfg.data.num_shapes + count)))
         about = f"{count} drawings that the run did not have"
     elif unheld:
@@ -80,15 +81,45 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
     return Sets(held_out, labels, trained, known, captions, about, own and given is None)
 
 
-def open_other(task: Any, cfg: Any, other: Data) -> Any:
-    """Another data set, opened as this run would."""
-    return sources.open_for(task, replace(cfg, data=other))
+@contextlib.contextmanager
+def flag(name: str) -> Iterator[None]:
+    """Mistakes in a place of images are said of the flag that names it here."""
+    try:
+        yield
+    except BadInput as error:
+        said = re.sub("--data.(train-data-dir|dataset-name)", name, str(error))
+        raise BadInput(said.replace("--data.skip-broken leaves them out", "move them elsewhere")) from None
 
 
-def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None, list[str] | None]:
-    """At most MOST images of a source, spread evenly over it and of its most frequent size, their labels and captions."""
+def open_other(task: Any, cfg: Any, **named: Any) -> Any:
+    """Another data set, of these settings, opened as this run would open it alone: all of it, and nothing beside it."""
+    alone = replace(cfg.data, validation_split=None, validation_data_dir=None, max_train_samples=None, mixture=())
+    alone = replace(alone, class_data_dir=None, num_class_images=0, stream=None)
+    return sources.open_for(task, replace(cfg, data=replace(alone, **named)))
+
+
+def given(task: Any, cfg: Any, folder: str, num: int) -> Tensor:
+    """At most `num` images of a folder, spread evenly over it, in the place of samples, [N, 3, H, W] uint8: of the size of the
+    run's, and nothing else of its settings asked of them.
+
+    Raises:
+        BadInput: there are none, or fewer than the distances take.
+    """
+    same = ("resolution", "buckets", "bucket_ratio", "bucket_multiple", "interpolation", "skip_broken")
+    own = Data(train_data_dir=folder, center_crop=True, train_batch_size=1, example_cache="no")
+    own = replace(own, **{name: getattr(cfg.data, name) for name in same})
+    with flag("--images"):
+        source = sources.open_source(own, multiple=task.multiple(cfg) if own.buckets else 1)
+        found = images(source, replace(cfg, data=own), num)[0]
+    if len(found) < measures.LEAST:
+        raise BadInput(f"--images {folder}: {len(found)} images to judge; expected at least {measures.LEAST}")
+    return found
+
+
+def images(source: Any, cfg: Any, most: int = MOST) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """At most so many images of a source, spread evenly over it and of its most frequent size, their labels and captions."""
     examples = data.opened(source, cfg.data, cfg.base.seed, example_cache(cfg), say=lambda text: None)
-    most = min(MOST, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
+    most = min(most, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
     batches = list(examples.fixed(min(256, most), most, alike=True))
     labels = torch.cat([batch["label"] for batch in batches]) if "label" in batches[0] else None
     captions = [text for batch in batches for text in batch["caption"]] if "caption" in batches[0] else None

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_settings import refused
 from warm import cli, digest, flags, metrics, tiny
 
@@ -240,6 +241,54 @@ def test_another_set(run, tmp_path):
         cli(folder, "evaluate", "out", "--data", tmp_path / "images", patch=quick),
         "20 images to compare with; expected at least 32",
     )
+
+
+def test_images_of_another_program(run, tmp_path):
+    """They are judged as the run's own samples are, and leave those alone; what is no image is said of the flag."""
+    folder, place = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(run[0] / "out", folder)
+    assert cli(tmp_path, "evaluate", "run", "--num", "70", patch=quick).code == 0
+    before, own = (
+        files_of(folder / "evaluation"),
+        np.concatenate([np.load(path) for path in sorted(folder.glob("evaluation/6-*/*.npy"))]),
+    )
+    place.mkdir()
+    for n, image in enumerate(own):
+        Image.fromarray(image.transpose(1, 2, 0)).save(place / f"{n:03}.png")
+    (place / "notes.txt").write_text("not a caption of these")
+    done = cli(tmp_path, "evaluate", "run", "--images", "images", patch=quick)
+    assert done.code == 0 and "70 images of images, judged: " in done.out and "drew" not in done.err, done.err
+    assert files_of(folder / "evaluation") | before == files_of(folder / "evaluation")
+    (path,) = folder.glob("evaluation/images-*.json")
+    found, of_the_run = json.loads(path.read_text()), json.loads((folder / "evaluation" / "6.json").read_text())
+    assert found["images"] == str(place) and found["num"] == 70 and path.with_suffix(".png").exists()
+    assert [found[key] for key in ("features", "copies", "drawings")] == [
+        of_the_run[key] for key in ("features", "copies", "drawings")
+    ]
+    for n in range(20):
+        Image.fromarray(draw_shape(900 + n, 40)[0]).save(place / f"{n:03}.png")  # larger: resized
+    done = cli(tmp_path, "evaluate", "run", "--images", "images", "--num", "40", patch=quick)
+    assert done.code == 0 and json.loads(path.read_text())["num"] == 40, done.err
+    assert json.loads(path.read_text())["drawings"]["samples"]["named"]["value"] == pytest.approx(12 / 40)  # 0, 1, 3, 5, 7, ...
+    (place / "zz.png").write_bytes(b"no image")
+    refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "zz.png (not an image that PIL reads); move them elsewhere")
+    (tmp_path / "none").mkdir()
+    for given, words in (
+        (["--images", "none"], "--images none: holds no images"),
+        (["--data", "none"], "--data none: holds no images"),
+        (["--images", "nowhere"], "--images nowhere: there is no such folder"),
+        (["--images", "none", "--seed", "1"], "--seed is 1; expected none with --images"),
+    ):
+        refused(cli(tmp_path, "evaluate", "run", *given), words)
+    for n in range(40):
+        (place / f"{n:03}.png").unlink()
+    (place / "zz.png").unlink()
+    refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "--images images: 30 images to judge; expected at least 32")
+
+
+def files_of(folder):
+    """Name -> content of what lies in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_models_by_folder(tmp_path):

@@ -382,6 +382,21 @@ def test_a_bug_keeps_its_traceback_and_says_that_it_is_one(tmp_path, monkeypatch
     assert code == 1 and "ZeroDivisionError" in said and said.splitlines()[-1] == f"error: {program.BUG}"
 
 
+def test_what_is_not_installed_is_said(tmp_path, monkeypatch, capsys):
+    """A package that the project needs in a line; another, which a task of one's own imports, as the bug that it is."""
+    listed = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    needed = re.findall('"([a-z]+)', listed)
+    assert set(needed) == set(program.NEEDED)
+    for name, code, words in (("tyro", 2, "the package tyro is not installed in "), ("other", 1, program.BUG)):
+        monkeypatch.setattr(command_line, "find_task", lambda _, name=name: lost(name))
+        assert ended(monkeypatch, "ddpm") == code
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {words}")
+
+
+def lost(name):
+    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def test_exit_codes_are_of_exceptions_there_are():
     for name in program.CODES:
         module, _, kind = name.rpartition(".")

@@ -2,10 +2,12 @@
 
     python loop.py evaluate runs/ddpm --num 1000
     python loop.py evaluate runs/ddpm/checkpoint-500
+    python loop.py evaluate runs/ddpm --images others
 
 It draws images by key, with the EMA, keeps them in evaluation/ of the output folder, and compares them with the images that the
 run held out, or with --data: in features of a classifier that it trains itself where there are labels, in features of --model,
-and, of the embedded shapes, exactly. The floor is what as many training images score in the place of the samples.
+and, of the embedded shapes, exactly. The floor is what as many training images score in the place of the samples. With --images
+it draws none, and compares those of a folder, which another program made.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional
 
-from oneloop.configs import BadInput, Name, Range, Seed, check, task_group
+from oneloop.configs import BadInput, Name, Range, Seed, check, require, task_group
+from oneloop.tasks import hash64
 from oneloop.views.sample import drawer, opened
 
 if TYPE_CHECKING:
@@ -39,6 +42,9 @@ class Settings:
     """Images that are drawn. Distances depend on the number: compare those of equal numbers."""
     seed: Seed | None = None
     """Which images. None: the run's own seed."""
+    images: Name | None = None
+    """Images to judge in the place of the run's own, as another program drew them: a folder, of which --num are taken, spread
+    evenly over it, and resized to the run's size. They get no clip score: what they were drawn after is unknown."""
     data: Name | None = None
     """What to compare with: a folder of images, or a data set by name. None: what the run held out, or, where it trained on
     the embedded shapes and held out none, drawings of numbers that it did not have."""
@@ -54,14 +60,17 @@ class Settings:
         check(self)
         if not Path(self.folder).expanduser().is_dir():
             raise BadInput(f"{self.folder}: there is no such folder; expected a run's output folder or a checkpoint-N in it")
+        if self.images is not None and not Path(self.images).expanduser().is_dir():
+            raise BadInput(f"--images {self.images}: there is no such folder; expected one of images")
+        require(self.images is None or self.seed is None, "seed", self.seed, "none with --images, where nothing is drawn")
 
 
 def main(settings: Settings) -> None:
-    """Draw, compare, write the results, and say them.
+    """Draw or open, compare, write the results, and say them.
 
     Raises:
-        BadInput: the folder holds no run, there is nothing to compare with, or a model cannot be loaded. StorageError: the
-            results could not be written.
+        BadInput: the folder holds no run, there is nothing to judge or to compare with, or a model cannot be loaded.
+            StorageError: the results could not be written.
     """
     from oneloop import checkpoint
     from oneloop.evaluation import judge
@@ -75,34 +84,39 @@ def main(settings: Settings) -> None:
     folder, step = out / "evaluation", facts["step"]
     of = f"-of-{settings.num}" if task.prompts else ""  # captions are those of as many examples, spread over the data
     kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}{of}"
+    path, about, prompts = folder / f"{step}.json", {"step": step, "seed": seed}, None
     try:
-        kept.mkdir(parents=True, exist_ok=True)
+        (folder if settings.images else kept).mkdir(parents=True, exist_ok=True)
         sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num, bool(settings.model))
+        if settings.images:
+            samples, place = judge.given(task, cfg, settings.images, settings.num), Path(settings.images).expanduser().resolve()
+            path, about = folder / f"images-{hash64(str(place)):016x}.json", {"images": str(place)}
         judges = judge.judges(sets, settings.model, folder)
-        samples = drawn(kept, saved, task, cfg, seed, settings.num)
-        prompts = texts(task, cfg, seed, settings.num) if any(one.text for one in judges) else None
-        result = judged(samples, sets, judges, folder, step, seed, prompts)
+        if not settings.images:
+            samples = drawn(kept, saved, task, cfg, seed, settings.num)
+            prompts = texts(task, cfg, seed, settings.num) if any(one.text for one in judges) else None
+        result = judged(samples, sets, judges, path, about, prompts)
         if (out / "run.json").is_file():
             page.write(out)
     except OSError as error:
         raise checkpoint.StorageError(f"writing {error.filename or folder} failed: {error.strerror or error}") from None
     print("\n".join(judge.told(result)))
-    print(f"{settings.num} images of step {step}, seed {seed}, judged: {folder / f'{step}.json'}")
+    print(f"{len(samples)} images of {settings.images or f'step {step}, seed {seed}'}, judged: {path}")
 
 
 def judged(
-    samples: Tensor, sets: Any, judges: list[Any], folder: Path, step: int, seed: int, prompts: list[str] | None = None
+    samples: Tensor, sets: Any, judges: list[Any], path: Path, about: dict[str, Any], prompts: list[str] | None = None
 ) -> dict[str, Any]:
-    """What is measured of the samples of a step, which is written into the folder too."""
+    """What is measured of the samples, after what is known `about` them; written to the path too, with a PNG beside it."""
     from oneloop.evaluation import judge
     from oneloop.machine import files
 
     if sets.held_out is not None and samples.shape[1:] != sets.held_out.shape[1:]:
         sizes = " and ".join("x".join(map(str, x.shape[:1:-1])) for x in (samples, sets.held_out))
         raise BadInput(f"samples and the images to compare with have the sizes {sizes}; expected one size")
-    result = {"step": step, "seed": seed, "num": len(samples)} | judge.judge(samples, sets, judges, prompts)
-    judge.save_neighbours(samples, sets, folder / f"{step}.png")
-    files.write(folder / f"{step}.json", json.dumps(result, indent=2) + "\n")
+    result = about | {"num": len(samples)} | judge.judge(samples, sets, judges, prompts)
+    judge.save_neighbours(samples, sets, path.with_suffix(".png"))
+    files.write(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -132,7 +146,7 @@ def during(task: Any, cfg: Any) -> Callable[[int, Callable[[range, int], Any]], 
 
     def figures(step: int, draw: Callable[[range, int], Any]) -> dict[str, float]:
         samples = torch.cat([pixels(draw(range(i, min(i + CHUNK, num)), num), "the task") for i in range(0, num, CHUNK)])
-        result = judged(samples, sets, judges, folder, step, cfg.base.seed)
+        result = judged(samples, sets, judges, folder / f"{step}.json", {"step": step, "seed": cfg.base.seed})
         found = [result.get("drawings", {}), *result["features"].values()]
         return {f"evaluate/{name}": value["value"] for kind in found for name, value in kind.get("samples", {}).items()}
 
