@@ -7,6 +7,7 @@ import pickle
 import sys
 import tomllib
 import types
+from types import SimpleNamespace
 
 import datasets
 import peft
@@ -22,6 +23,7 @@ from warm import ROOT
 from oneloop.configs import BadInput, Base
 from oneloop.machine import internals, kernels, placement
 from oneloop.tasks import Rng, ddpm
+from oneloop.training import optimizers
 
 
 class Net(torch.nn.Module):
@@ -207,6 +209,25 @@ def test_a_cpu_that_does_not_say_computes_no_bf16(monkeypatch):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.delattr(torch.cpu, name)
     assert internals.cpu_computes_bf16() is False
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_multiplies_in_float32_where_the_cpu_has_no_bf16(monkeypatch, shape):
+    """Steps near those of bf16, and of another type; on a CPU that has it they are torch's own."""
+
+    def step(bf16):
+        monkeypatch.setattr(internals, "cpu_computes_bf16", lambda: bf16)
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        optimizers.make([p], SimpleNamespace(**values)).step()
+        return p.detach()
+
+    values = {"optimizer": "muon", "learning_rate": 1.0, "adam_weight_decay": 0.0, "adam_epsilon": 1e-8}
+    values |= {"adam_beta1": 0.9, "adam_beta2": 0.99}
+    wide, narrow = step(False), step(True)
+    assert 0 < (wide - narrow).norm() < 0.03 * wide.norm()
+    singular = torch.linalg.svdvals(wide / (0.2 * max(shape) ** 0.5))
+    assert singular.min() > 0.6 and singular.max() < 1.3
 
 
 def test_the_metadata_key_is_what_diffusers_reads():

@@ -30,6 +30,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from oneloop.configs import BadInput, require
+from oneloop.machine import internals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ def make(params: Iterable[Any], s: Any) -> Optimizer:
                 for matrix in (True, False)
             )
             hidden, rest = ([group for group in some if group["params"]] for some in (hidden, rest))
+            internals.widen_muon()
             parts = [torch.optim.Muon(hidden, **rate, **decay, adjust_lr_fn="match_rms_adamw")] if hidden else []
             return combined(parts + ([torch.optim.AdamW(rest, **adam, fused=True)] if rest else []))
     return torch.optim.AdamW(params, **adam, fused=True)
