@@ -170,11 +170,12 @@ def test_a_run_resumes_equal_and_its_export_loads(tmp_path, built, photos, name)
 
 
 def test_two_processes_agree_with_one(tmp_path, built, photos):  # noqa: F811
-    line = functools.partial(command, tmp_path, built("FluxPipeline"), photos, base__use_ema=False)
+    steady = {"base__use_ema": False, "dmd__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
+    line = functools.partial(command, tmp_path, built("FluxPipeline"), photos, **steady)
     assert cli(tmp_path, *line("one")).code == 0
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
+    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -167,8 +167,9 @@ def test_a_run_resumes_equal_and_its_export_draws_the_same(tmp_path, built, phot
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):  # noqa: F811
+    steady = {"base__use_ema": False, "finetune__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
     text = {"finetune__train_text_encoder": True} if name == "sd" else {}
-    line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False, **text)
+    line = functools.partial(command, tmp_path, built(name), photos, **steady, **text)
 
     def run():
         """What trained, the text encoder too, is what the lines of the checkpoint load."""
@@ -183,7 +184,7 @@ def test_two_processes_agree_with_one(tmp_path, built, photos, name):  # noqa: F
     in_fork(tmp_path, run)
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
+    assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-6
 
 
 @pytest.mark.parametrize("name", ["sd", "QwenImagePipeline"])

@@ -305,12 +305,13 @@ def test_continued_is_equal_and_layouts_agree(tmp_path, built, photos):
     names = tensors(tmp_path / "part")
     assert digest(tmp_path / "part") == digest(tmp_path / "whole")
     assert any(key.startswith("ema/text_encoder_2") for key in names) and any(key.startswith("model_2/") for key in names)
+    steady = more | {"lora__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
     # Two text encoders beside the UNet: every adapter of each must get a gradient, or DDP waits for it.
-    trained(tmp_path, model, photos, "one", data__train_batch_size=4, **more)
-    for result in cli_many(tmp_path, 2, *command(tmp_path, model, photos, "two", **more)):
+    trained(tmp_path, model, photos, "one", data__train_batch_size=4, **steady)
+    for result in cli_many(tmp_path, 2, *command(tmp_path, model, photos, "two", **steady)):
         assert result.code == 0, result.err
     for part in ("model/", "model_1/", "model_2/", "ema/"):
-        assert 0 < distance(tmp_path / "one", tmp_path / "two", part) < 1e-4
+        assert 0 < distance(tmp_path / "one", tmp_path / "two", part) < 1e-6
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path, built, photos):

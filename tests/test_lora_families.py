@@ -267,11 +267,12 @@ def test_a_run_resumes_equal_and_the_cache_changes_nothing(tmp_path, built, phot
 @pytest.mark.parametrize("name", ["ZImagePipeline", "StableDiffusion3Pipeline", "QwenImagePipeline"])
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):
     """Every adapter of each gets a gradient, or DDP waits for it."""
-    line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False)
+    steady = {"base__use_ema": False, "lora__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
+    line = functools.partial(command, tmp_path, built(name), photos, **steady)
     in_fork(tmp_path, lambda: loop.run(lora.task, command_line.parse(line("one"))[1]))
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
+    assert 0 < distance(tmp_path / "one", tmp_path / "two", "model") < 1e-6
 
 
 def test_only_adapters_train_in_float32_on_a_bf16_base(tmp_path, built, photos):

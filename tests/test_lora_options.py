@@ -269,11 +269,12 @@ def test_clip_text_encoders_train_with_the_transformer(built, photos, tmp_path, 
         )
     assert (part - loaded).abs().max() > 1e-4  # the text encoder's part is no formality
     more = {"lora__train_text_encoder": True, "base__use_ema": False, "base__validate_first": False}
+    more |= {"lora__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
     assert cli(tmp_path, *command(tmp_path, built(name), photos, "one", **more)).code == 0
     for result in cli_many(tmp_path, 2, *command(tmp_path, built(name), photos, "two", data__train_batch_size=1, **more)):
         assert result.code == 0, result.err
     for part in ("model/", "model_1/"):
-        assert 0 < distance(tmp_path / "one", tmp_path / "two", part) < 1e-4
+        assert 0 < distance(tmp_path / "one", tmp_path / "two", part) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -285,12 +285,13 @@ def test_what_is_learned_is_the_vectors(tmp_path, built, photos):  # noqa: F811
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_two_processes_agree_with_one(tmp_path, built, photos, name):  # noqa: F811
     """The second's captions may have no new token: caption dropout leaves some out."""
-    line = functools.partial(command, tmp_path, built(name), photos, base__use_ema=False, data__caption_dropout=0.5)
+    steady = {"base__use_ema": False, "task__adam_epsilon": 1e-3}  # AdamW's division magnifies what is nearly 0
+    line = functools.partial(command, tmp_path, built(name), photos, **steady, data__caption_dropout=0.5)
     one = cli(tmp_path, *line("one"))
     assert one.code == 0, one.err
     for result in cli_many(tmp_path, 2, *line("two", data__train_batch_size=1)):
         assert result.code == 0, result.err
-    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-4
+    assert distance(tmp_path / "one", tmp_path / "two", "model") < 1e-6
 
 
 @pytest.mark.parametrize(("task", "name"), [("lora", "sdxl"), ("finetune", "sd")])
