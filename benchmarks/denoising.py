@@ -7,12 +7,13 @@
 A line of JSON for each variant: the CPU seconds of its training alone, in a bare loop on one thread, and the root mean square
 error of the clean image, in levels of 255, at ten noise levels, over 256 drawings that were not trained on: it varies far less
 than what samples score. `best` trains nothing: it is the least error that there can be, of the mean over all drawings that may
-lie under the noise. The schedule is squaredcos_cap_v2, the learning rate falls as a cosine, and the EMA is what denoises.
+lie under the noise. The schedule is squaredcos_cap_v2, and the EMA is what denoises.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -29,6 +30,7 @@ from oneloop.training.ema import decay_at
 
 SIDE, SIZE, LEVELS = 16, 2560, (50, 200, 400, 500, 600, 700, 800, 850, 900, 950)
 USUAL: dict[str, Any] = {"unet": {}, "batch": 16, "rate": 2e-3, "predicts": "sample", "gamma": 1.0}
+USUAL |= {"betas": (0.9, 0.99), "falls": "cosine", "power": 0.75}
 PLAIN = {"down_block_types": [*2 * ["DownBlock2D"], "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", *2 * ["UpBlock2D"]]}
 UNET = {  # the default when these were measured
     "layers_per_block": 1,
@@ -45,6 +47,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {"unet": {"block_out_channels": [16, 64, 128], **PLAIN}},
     "batch-8": {"batch": 8},
     "batch-8-v": {"batch": 8, "predicts": "v_prediction"},
+    "beta2-0.95": {"batch": 8, "betas": (0.9, 0.95)},
+    "linear": {"batch": 8, "betas": (0.9, 0.95), "falls": "linear"},
+    "power-0.6": {"batch": 8, "betas": (0.9, 0.95), "falls": "linear", "power": 0.6},
+    "beta1-0.8": {"batch": 8, "betas": (0.8, 0.95), "falls": "linear", "power": 0.6},
+    "beta1-0.6": {"batch": 8, "betas": (0.6, 0.95), "falls": "linear", "power": 0.6},
     "batch-8-small": {"batch": 8, "unet": {"block_out_channels": [16, 32, 64], **PLAIN}},
 }
 """Variant -> what it changes of USUAL, and of the UNet."""
@@ -56,19 +63,22 @@ def drawings(first: int, count: int) -> Tensor:
     return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def trained(steps: int, seed: int, unet: dict, batch: int, rate: float, predicts: str, gamma: float) -> UNet2DModel:
+def trained(
+    steps: int, seed: int, unet: dict, batch: int, rate: float, predicts: str, gamma: float, **optimizer: Any
+) -> UNet2DModel:
     """The EMA of a run of so many steps."""
     drawn, data, order = torch.Generator().manual_seed(seed), drawings(0, SIZE), []
     torch.manual_seed(seed)
     model = UNet2DModel(**(UNET | unet), sample_size=SIDE).train()
     params, alphas = list(model.parameters()), diffusion.alphas_cumprod(1000, "squaredcos_cap_v2", "cpu")
-    optim = torch.optim.AdamW(params, rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    optim = torch.optim.AdamW(params, rate, betas=optimizer["betas"], weight_decay=1e-2, fused=True)
     average, warmup = [p.detach().clone() for p in params], steps // 20
     for step in range(steps):
         if len(order) < batch:
             order += torch.randperm(SIZE, generator=drawn).tolist()
         x, order = data[order[:batch]], order[batch:]
-        rising, falling = step / warmup if warmup else 1.0, math.cos(math.pi * (step - warmup) / (steps - warmup)) / 2 + 0.5
+        rising, passed = step / warmup if warmup else 1.0, (step - warmup) / (steps - warmup)
+        falling = math.cos(math.pi * passed) / 2 + 0.5 if optimizer["falls"] == "cosine" else 1 - passed
         optim.param_groups[0]["lr"] = rate * (rising if step < warmup else falling)
         noise, t = torch.randn(x.shape, generator=drawn), (torch.rand(batch, generator=drawn) * 1000).long()
         a = alphas[t]
@@ -78,7 +88,7 @@ def trained(steps: int, seed: int, unet: dict, batch: int, rate: float, predicts
         optim.step()
         optim.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(average, params, 1 - decay_at(step + 1, 0.9999, 0.75))
+            torch._foreach_lerp_(average, params, 1 - decay_at(step + 1, 0.9999, optimizer["power"]))
     with torch.no_grad():
         torch._foreach_copy_(params, average)
     return model.eval()
@@ -121,16 +131,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", choices=[*VARIANTS, "best"])
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for name in given.variants:
-        line = {"variant": name}
+    for name, seed in itertools.product(given.variants, given.seeds):
+        line = {"variant": name, "seed": seed}
         if name == "best":
             denoise = best()
         else:
             settings, before = USUAL | VARIANTS[name], time.process_time()
-            denoise = denoiser(trained(given.steps, given.seed, **settings), settings["predicts"])
+            denoise = denoiser(trained(given.steps, seed, **settings), settings["predicts"])
             line |= {"steps": given.steps, "CPU seconds": round(time.process_time() - before, 1)}
         print(json.dumps(line | {"errors": errors(denoise)}), flush=True)
 
