@@ -19,16 +19,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+BEFORE = ["--ddpm.adam-beta1", "0.9", "--ddpm.adam-beta2", "0.99", "--base.lr-scheduler", "cosine", "--base.ema-power", "0.75"]
+"""The defaults before these: how the rate falls, how long the EMA is, AdamW's betas."""
 SHAPES = {
     "base": [],
     "v": ["--ddpm.prediction-type", "v_prediction", "--ddpm.snr-gamma", "5"],
     "gamma-0.1": ["--ddpm.snr-gamma", "0.1"],
     "rate-4e-3": ["--ddpm.learning-rate", "4e-3"],
-    "batch-16": ["--data.train-batch-size", "16"],
+    "beta1-0.6": ["--ddpm.adam-beta1", "0.6"],
+    "before": BEFORE,
+    "betas": ["--base.lr-scheduler", "cosine", "--base.ema-power", "0.75"],
+    "ema": [*BEFORE, "--base.ema-power", "0.6"],
+    "batch-16": [*BEFORE, "--data.train-batch-size", "16"],
 }
-OFFICIAL = ["--ddpm.prediction-type", "epsilon", "--ddpm.ddpm-beta-schedule", "linear", "--ddpm.snr-gamma", "None"]
+OFFICIAL = [*BEFORE, "--ddpm.prediction-type", "epsilon", "--ddpm.ddpm-beta-schedule", "linear", "--ddpm.snr-gamma", "None"]
 MNIST = {
     "ours": [],
+    "before": BEFORE,
     "official, 1e-4": [*OFFICIAL, "--ddpm.learning-rate", "1e-4"],
     "official, 2e-3": [*OFFICIAL, "--ddpm.learning-rate", "2e-3"],
 }
@@ -37,6 +44,7 @@ CLASSES = {
     "ddpm": ["--ddpm.class-conditional"],
     "edm": ["--edm.class-conditional"],
     "dit": [],
+    "dit, muon": ["--dit.optimizer", "muon", "--dit.learning-rate", "3e-3"],
 }
 """Task -> what it changes of its defaults, to train by class."""
 QUIET = ["--base.logger", "none", "--base.validation-steps", "0", "--base.checkpointing-steps", "1000000"]
@@ -88,7 +96,7 @@ def main() -> None:
             out = Path(given.to) / f"{given.what}-{name.replace(', ', '-')}-{given.steps or 'usual'}-{seed}"
             length = ["--base.max-train-steps", str(given.steps)] if given.steps else []
             flags = [*length, "--base.seed", str(seed), *variants[name], *(digits if given.what != "shapes" else [])]
-            cpu = train(name if given.what == "classes" else "ddpm", out, flags)
+            cpu = train(name.partition(",")[0] if given.what == "classes" else "ddpm", out, flags)
             result = evaluate(out, ["--num", str(given.num)])
             line = {"variant": name, "steps": result["step"], "seed": seed, "cpu seconds": cpu}
             print(json.dumps(line | scores(result)), flush=True)

@@ -64,7 +64,8 @@ def plain_loop(task, cfg, fused):
 def test_fifty_steps_of_a_plain_loop(tmp_path, fused, rate, bound):
     """The same bits where the operations are the same. With AdamW in other operations it is near: as its steps are as large for
     a small gradient as for a large one, 50 of them make of a rounding about a tenth of the learning rate, whatever that is."""
-    module, cfg = command_line.parse(tiny(tmp_path, steps=50, data__random_flip=True, ddpm__learning_rate=rate))
+    usual = {"base__lr_scheduler": "cosine", "base__ema_power": 0.75}
+    module, cfg = command_line.parse(tiny(tmp_path, steps=50, data__random_flip=True, ddpm__learning_rate=rate, **usual))
 
     def check():
         state = loop.run(module.task, cfg)
