@@ -30,8 +30,8 @@ CODES = {
 }
 """What may go wrong -> the exit code. By name, so that none of them is imported for a mistake in the settings."""
 NEEDED = ("torch", "torchvision", "diffusers", "accelerate", "datasets", "fsspec", "transformers", "peft", "safetensors")
-NEEDED += ("xxhash", "tyro", "plotly", "wandb", "tensorboard")
-"""The packages without which the project was not installed, as pyproject.toml has them."""
+NEEDED += ("xxhash", "tyro", "plotly", "wandb", "tensorboard", "numpy", "PIL")
+"""The packages without which the project was not installed: those of pyproject.toml, and two that come with them."""
 BUG = "a bug of oneloop, or of a task of your own: no setting should end in the lines above; please report them whole"
 
 
@@ -54,7 +54,7 @@ def main() -> int:
         name = f"{type(error).__module__}.{type(error).__qualname__}"
         if isinstance(error, ModuleNotFoundError) and error.name in NEEDED:
             folder = os.path.dirname(os.path.realpath(__file__))
-            needs = f"the package {error.name} is not installed in {sys.executable}; expected `pip install -e {folder}` before"
+            needs = f"the package {error.name} is not installed in {sys.executable}; run `pip install -e {folder}`"
             configs.fail(configs.BadInput(needs), 2)
         if name not in CODES:
             traceback.print_exc()

@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--data-dir", default="ylecun/mnist", help="mnist, classes: a data set with the splits train and test")
     parser.add_argument("--to", default="runs/defaults", help="the folder of the runs")
     given = parser.parse_args()
-    variants = {"shapes": SHAPES, "mnist": MNIST, "classes": CLASSES}[given.what]
+    variants: dict[str, list[str]] = {"shapes": SHAPES, "mnist": MNIST, "classes": CLASSES}[given.what]
+    if unknown := set(given.only or ()) - variants.keys():
+        parser.error(f"--only: {', '.join(unknown)}; expected some of {', '.join(variants)}")
     size = "32" if given.what == "mnist" else "8"
     digits = ["--data.dataset-name", given.data_dir, "--data.validation-split", "test", "--data.train-batch-size", size]
     for name in given.only or variants:

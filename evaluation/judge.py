@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from oneloop import data
-from oneloop.configs import BadInput, Data, example_cache
+from oneloop.configs import BadInput, example_cache
 from oneloop.evaluation import drawings, features, measures, models
 from oneloop.inputs import sources
 
@@ -55,7 +55,7 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
     if given is not None:
         is_folder = Path(given).expanduser().is_dir() and not any(Path(given).expanduser().rglob("*.parquet"))
         named = {"train_data_dir": given} if is_folder else {"train_data_dir": None, "dataset_name": given, "split": split}
-        with flag("--data"):
+        with said_of_data():
             other, about = open_other(task, cfg, **named), given if is_folder else f"{given}, {split}"
     elif source.held_out is not None:
         other, about = source.held_out, f"{source.held_out.size} images that the run held out"
@@ -71,7 +71,9 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
             "the run held out no images: --data.validation-split holds some out, `evaluate --data` names others to compare "
             "with, and `evaluate --model` compares with the training images alone"
         )
-    (held_out, labels, _), (trained, known, captions) = images(other, cfg), images(source, cfg)
+    with said_of_data() if given is not None else contextlib.nullcontext():
+        held_out, labels, _ = images(other, cfg)
+    trained, known, captions = images(source, cfg)
     for what, found in (("to compare with", held_out), ("to train on", trained)):
         if len(found) < measures.LEAST:
             few = f"{about}: {len(found)} images {what}"
@@ -82,13 +84,14 @@ def open_sets(task: Any, cfg: Any, given: str | None, split: str, num: int, unhe
 
 
 @contextlib.contextmanager
-def flag(name: str) -> Iterator[None]:
-    """Mistakes in a place of images are said of the flag that names it here."""
+def said_of_data() -> Iterator[None]:
+    """Mistakes in what --data names are said of it, not of the settings of a run."""
     try:
         yield
     except BadInput as error:
-        said = re.sub("--data.(train-data-dir|dataset-name)", name, str(error))
-        raise BadInput(said.replace("--data.skip-broken leaves them out", "move them elsewhere")) from None
+        said = re.sub(r"--data\.(train-data-dir|dataset-name)", "--data", str(error)).replace("--data.split", "--split")
+        said = said.replace("--data.skip-broken leaves them out", "move them elsewhere")
+        raise BadInput(said if said.startswith("--data") else f"--data: {said}") from None
 
 
 def open_other(task: Any, cfg: Any, **named: Any) -> Any:
@@ -98,28 +101,10 @@ def open_other(task: Any, cfg: Any, **named: Any) -> Any:
     return sources.open_for(task, replace(cfg, data=replace(alone, **named)))
 
 
-def given(task: Any, cfg: Any, folder: str, num: int) -> Tensor:
-    """At most `num` images of a folder, spread evenly over it, in the place of samples, [N, 3, H, W] uint8: of the size of the
-    run's, and nothing else of its settings asked of them.
-
-    Raises:
-        BadInput: there are none, or fewer than the distances take.
-    """
-    same = ("resolution", "buckets", "bucket_ratio", "bucket_multiple", "interpolation", "skip_broken")
-    own = Data(train_data_dir=folder, center_crop=True, train_batch_size=1, example_cache="no")
-    own = replace(own, **{name: getattr(cfg.data, name) for name in same})
-    with flag("--images"):
-        source = sources.open_source(own, multiple=task.multiple(cfg) if own.buckets else 1)
-        found = images(source, replace(cfg, data=own), num)[0]
-    if len(found) < measures.LEAST:
-        raise BadInput(f"--images {folder}: {len(found)} images to judge; expected at least {measures.LEAST}")
-    return found
-
-
-def images(source: Any, cfg: Any, most: int = MOST) -> tuple[Tensor, Tensor | None, list[str] | None]:
-    """At most so many images of a source, spread evenly over it and of its most frequent size, their labels and captions."""
+def images(source: Any, cfg: Any) -> tuple[Tensor, Tensor | None, list[str] | None]:
+    """At most MOST images of a source, spread evenly over it and of its most frequent size, their labels and captions."""
     examples = data.opened(source, cfg.data, cfg.base.seed, example_cache(cfg), say=lambda text: None)
-    most = min(most, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
+    most = min(MOST, max(BYTES // (3 * cfg.data.resolution**2), measures.LEAST), examples.size)
     batches = list(examples.fixed(min(256, most), most, alike=True))
     labels = torch.cat([batch["label"] for batch in batches]) if "label" in batches[0] else None
     captions = [text for batch in batches for text in batch["caption"]] if "caption" in batches[0] else None

@@ -248,17 +248,17 @@ def test_images_of_another_program(run, tmp_path):
     folder, place = tmp_path / "run", tmp_path / "images"
     shutil.copytree(run[0] / "out", folder)
     assert cli(tmp_path, "evaluate", "run", "--num", "70", patch=quick).code == 0
-    before, own = (
-        files_of(folder / "evaluation"),
-        np.concatenate([np.load(path) for path in sorted(folder.glob("evaluation/6-*/*.npy"))]),
-    )
+    page_before, before = (folder / "report.html").read_bytes(), files_of(folder / "evaluation")
+    own = np.concatenate([np.load(path) for path in sorted(folder.glob("evaluation/6-*/*.npy"))])
     place.mkdir()
     for n, image in enumerate(own):
         Image.fromarray(image.transpose(1, 2, 0)).save(place / f"{n:03}.png")
-    (place / "notes.txt").write_text("not a caption of these")
+    (place / "000.txt").write_bytes(b"\xff no caption is read")
+    (place / "metadata.jsonl").write_text("nor this\n")
     done = cli(tmp_path, "evaluate", "run", "--images", "images", patch=quick)
-    assert done.code == 0 and "70 images of images, judged: " in done.out and "drew" not in done.err, done.err
+    assert done.code == 0 and "70 of 70 images in images, judged: " in done.out and "drew" not in done.err, done.err
     assert files_of(folder / "evaluation") | before == files_of(folder / "evaluation")
+    assert (folder / "report.html").read_bytes() == page_before
     (path,) = folder.glob("evaluation/images-*.json")
     found, of_the_run = json.loads(path.read_text()), json.loads((folder / "evaluation" / "6.json").read_text())
     assert found["images"] == str(place) and found["num"] == 70 and path.with_suffix(".png").exists()
@@ -271,10 +271,19 @@ def test_images_of_another_program(run, tmp_path):
     assert done.code == 0 and json.loads(path.read_text())["num"] == 40, done.err
     assert json.loads(path.read_text())["drawings"]["samples"]["named"]["value"] == pytest.approx(12 / 40)  # 0, 1, 3, 5, 7, ...
     (place / "zz.png").write_bytes(b"no image")
-    refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "zz.png (not an image that PIL reads); move them elsewhere")
+    refused(
+        cli(tmp_path, "evaluate", "run", "--images", "images", "--num", "999"),
+        "error: --images: ",
+        "zz.png cannot be read: not an image that PIL reads; move it elsewhere",
+    )
     (tmp_path / "none").mkdir()
+    (tmp_path / "broken").mkdir()
+    for n in range(40):
+        shutil.copy(place / f"{n:03}.png", tmp_path / "broken")
+    shutil.copy(place / "zz.png", tmp_path / "broken")
     for given, words in (
-        (["--images", "none"], "--images none: holds no images"),
+        (["--images", "none"], "--images none: 0 images to judge; expected at least 32"),
+        (["--data", "broken"], "error: --data: 1 of 41 images cannot be read: zz.png"),
         (["--data", "none"], "--data none: holds no images"),
         (["--images", "nowhere"], "--images nowhere: there is no such folder"),
         (["--images", "none", "--seed", "1"], "--seed is 1; expected none with --images"),
@@ -282,8 +291,7 @@ def test_images_of_another_program(run, tmp_path):
         refused(cli(tmp_path, "evaluate", "run", *given), words)
     for n in range(40):
         (place / f"{n:03}.png").unlink()
-    (place / "zz.png").unlink()
-    refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "--images images: 30 images to judge; expected at least 32")
+    refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "--images images: 31 images to judge; expected at least 32")
 
 
 def files_of(folder):

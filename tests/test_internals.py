@@ -215,16 +215,17 @@ def test_a_cpu_that_does_not_say_computes_no_bf16(monkeypatch):
 def test_muon_multiplies_in_float32_where_the_cpu_has_no_bf16(monkeypatch, shape):
     """Steps near those of bf16, and of another type; on a CPU that has it they are torch's own."""
 
-    def step(bf16):
+    def step(bf16, scale=1):
         monkeypatch.setattr(internals, "cpu_computes_bf16", lambda: bf16)
         p = torch.nn.Parameter(torch.zeros(shape))
-        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        p.grad = scale * torch.randn(shape, generator=torch.Generator().manual_seed(1))
         optimizers.make([p], SimpleNamespace(**values)).step()
         return p.detach()
 
     values = {"optimizer": "muon", "learning_rate": 1.0, "adam_weight_decay": 0.0, "adam_epsilon": 1e-8}
     values |= {"adam_beta1": 0.9, "adam_beta2": 0.99}
-    wide, narrow = step(False), step(True)
+    wide, narrow, zero = step(False), step(True), step(False, 0)
+    assert not zero.any()
     assert 0 < (wide - narrow).norm() < 0.03 * wide.norm()
     singular = torch.linalg.svdvals(wide / (0.2 * max(shape) ** 0.5))
     assert singular.min() > 0.6 and singular.max() < 1.3

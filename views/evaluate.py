@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional
 
 from oneloop.configs import BadInput, Name, Range, Seed, check, require, task_group
+from oneloop.inputs.files import shown
 from oneloop.tasks import hash64
 from oneloop.views.sample import drawer, opened
 
@@ -44,7 +45,7 @@ class Settings:
     """Which images. None: the run's own seed."""
     images: Name | None = None
     """Images to judge in the place of the run's own, as another program drew them: a folder, of which --num are taken, spread
-    evenly over it, and resized to the run's size. They get no clip score: what they were drawn after is unknown."""
+    evenly over it, resized and cut to the run's size. They get no clip score: what they were drawn after is unknown."""
     data: Name | None = None
     """What to compare with: a folder of images, or a data set by name. None: what the run held out, or, where it trained on
     the embedded shapes and held out none, drawings of numbers that it did not have."""
@@ -73,7 +74,7 @@ def main(settings: Settings) -> None:
             StorageError: the results could not be written.
     """
     from oneloop import checkpoint
-    from oneloop.evaluation import judge
+    from oneloop.evaluation import given, judge
     from oneloop.views import page
 
     saved, facts, task, cfg = opened(settings.folder, settings.task, "evaluate")
@@ -85,23 +86,26 @@ def main(settings: Settings) -> None:
     of = f"-of-{settings.num}" if task.prompts else ""  # captions are those of as many examples, spread over the data
     kept = folder / f"{step}-{facts['sha256'][:8]}-seed-{seed}{of}"
     path, about, prompts = folder / f"{step}.json", {"step": step, "seed": seed}, None
+    there = given.listed(settings.images) if settings.images else []
     try:
-        (folder if settings.images else kept).mkdir(parents=True, exist_ok=True)
+        (folder if there else kept).mkdir(parents=True, exist_ok=True)
         sets = judge.open_sets(task, cfg, settings.data, settings.split, settings.num, bool(settings.model))
-        if settings.images:
-            samples, place = judge.given(task, cfg, settings.images, settings.num), Path(settings.images).expanduser().resolve()
-            path, about = folder / f"images-{hash64(str(place)):016x}.json", {"images": str(place)}
+        if there:
+            samples = given.read(there, settings.num, sets.trained if sets.held_out is None else sets.held_out, cfg)
+            place = str(Path(settings.images).expanduser().resolve())
+            path, about = folder / f"images-{hash64(place):016x}.json", {"images": place}
         judges = judge.judges(sets, settings.model, folder)
-        if not settings.images:
+        if not there:
             samples = drawn(kept, saved, task, cfg, seed, settings.num)
             prompts = texts(task, cfg, seed, settings.num) if any(one.text for one in judges) else None
         result = judged(samples, sets, judges, path, about, prompts)
-        if (out / "run.json").is_file():
+        if not there and (out / "run.json").is_file():
             page.write(out)
     except OSError as error:
         raise checkpoint.StorageError(f"writing {error.filename or folder} failed: {error.strerror or error}") from None
     print("\n".join(judge.told(result)))
-    print(f"{len(samples)} images of {settings.images or f'step {step}, seed {seed}'}, judged: {path}")
+    which = f"of {len(there)} images in {shown(settings.images)}" if there else f"images of step {step}, seed {seed}"
+    print(f"{len(samples)} {which}, judged: {path}")
 
 
 def judged(
