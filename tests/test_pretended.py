@@ -19,7 +19,7 @@ from warm import flags, fork, metrics, tiny
 
 from oneloop import loop
 from oneloop.inputs import encodings
-from oneloop.machine import placement
+from oneloop.machine import internals, placement
 from oneloop.settings import command_line
 
 diffusers.utils.logging.set_verbosity_error()
@@ -166,7 +166,12 @@ def started(case, folder, photos, built, there, *more, patch=lambda: None):
     (folder / "gpu" if there else folder / "cpu").mkdir(exist_ok=True)
     folder /= "gpu" if there else "cpu"
     argv = [*line(case, folder, photos, built), *more]
-    return fork(lambda: (patch(), trained(argv, folder, there)), folder)
+    return fork(lambda: (patch(), narrow_muon(), trained(argv, folder, there)), folder)
+
+
+def narrow_muon():
+    """Muon multiplies in bf16 on the CPU too, as on a GPU: internals.widen_muon has it in float32 on most CPUs."""
+    internals.cpu_computes_bf16 = lambda: True
 
 
 def compared(case, folder):
