@@ -1247,7 +1247,7 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what -> settin
     "batch": ({}, {"data__train_batch_size": 8}),
     "accumulation": ({}, {"base__gradient_accumulation_steps": 2}),
     "learning rate": ({}, {"ddpm__learning_rate": 5e-4}),
-    "schedule": ({}, {"base__lr_scheduler": "linear"}),
+    "schedule": ({}, {"base__lr_scheduler": "cosine"}),
     "warm-up": ({}, {"base__lr_warmup_steps": 3}),
     "steps": ({}, {"base__max_train_steps": 16}),
     "epochs": ({"base__max_train_steps": None, "base__num_epochs": 1}, {"base__num_epochs": 2}),
@@ -1304,7 +1304,7 @@ def honoured(what: str, folder: Path) -> None:
     rates, peak = [m["lr"] for m in records[4:]], more.get("ddpm__learning_rate", ddpm.Settings().learning_rate)
     warmup = more.get("base__lr_warmup_steps", last // 20)
     progress = [(step - warmup) / (last - warmup) for step in range(4, last)]
-    shape = (lambda p: 1 - p) if what == "schedule" else lambda p: 0.5 * (1 + math.cos(math.pi * p))
+    shape = (lambda p: 0.5 * (1 + math.cos(math.pi * p))) if what == "schedule" else lambda p: 1 - p
     assert all(abs(a - peak * shape(p)) < 1e-12 for a, p in zip(rates, progress, strict=True)), rates
     assert (
         f"mixed precision {more.get('base__mixed_precision', 'no')}" in results[0].err
