@@ -47,11 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wide": {"unet": {"block_out_channels": [16, 64, 128], **PLAIN}},
     "batch-8": {"batch": 8},
     "batch-8-v": {"batch": 8, "predicts": "v_prediction"},
-    "beta2-0.95": {"batch": 8, "betas": (0.9, 0.95)},
-    "linear": {"batch": 8, "betas": (0.9, 0.95), "falls": "linear"},
-    "power-0.6": {"batch": 8, "betas": (0.9, 0.95), "falls": "linear", "power": 0.6},
-    "beta1-0.8": {"batch": 8, "betas": (0.8, 0.95), "falls": "linear", "power": 0.6},
-    "beta1-0.6": {"batch": 8, "betas": (0.6, 0.95), "falls": "linear", "power": 0.6},
+    "today": {"batch": 8, "betas": (0.8, 0.95), "falls": "linear", "power": 0.6},
     "batch-8-small": {"batch": 8, "unet": {"block_out_channels": [16, 32, 64], **PLAIN}},
 }
 """Variant -> what it changes of USUAL, and of the UNet."""

@@ -14,7 +14,7 @@ from PIL import Image
 from test_settings import refused
 from warm import cli, digest, flags, metrics, tiny
 
-from oneloop.configs import Data
+from oneloop.configs import BadInput, Data
 from oneloop.evaluation import drawings, features, judge, measures, models
 from oneloop.families import text_to_image
 from oneloop.inputs import sources
@@ -248,7 +248,7 @@ def test_images_of_another_program(run, tmp_path):
     folder, place = tmp_path / "run", tmp_path / "images"
     shutil.copytree(run[0] / "out", folder)
     assert cli(tmp_path, "evaluate", "run", "--num", "70", patch=quick).code == 0
-    page_before, before = (folder / "report.html").read_bytes(), files_of(folder / "evaluation")
+    page_before, before = (folder / "report.html").stat().st_mtime_ns, files_of(folder / "evaluation")
     own = np.concatenate([np.load(path) for path in sorted(folder.glob("evaluation/6-*/*.npy"))])
     place.mkdir()
     for n, image in enumerate(own):
@@ -258,7 +258,7 @@ def test_images_of_another_program(run, tmp_path):
     done = cli(tmp_path, "evaluate", "run", "--images", "images", patch=quick)
     assert done.code == 0 and "70 of 70 images in images, judged: " in done.out and "drew" not in done.err, done.err
     assert files_of(folder / "evaluation") | before == files_of(folder / "evaluation")
-    assert (folder / "report.html").read_bytes() == page_before
+    assert (folder / "report.html").stat().st_mtime_ns == page_before
     (path,) = folder.glob("evaluation/images-*.json")
     found, of_the_run = json.loads(path.read_text()), json.loads((folder / "evaluation" / "6.json").read_text())
     assert found["images"] == str(place) and found["num"] == 70 and path.with_suffix(".png").exists()
@@ -266,7 +266,8 @@ def test_images_of_another_program(run, tmp_path):
         of_the_run[key] for key in ("features", "copies", "drawings")
     ]
     for n in range(20):
-        Image.fromarray(draw_shape(900 + n, 40)[0]).save(place / f"{n:03}.png")  # larger: resized
+        wide = np.pad(draw_shape(900 + n, 40)[0], ((0, 0), (10, 10), (0, 0)), "edge")
+        Image.fromarray(wide).save(place / f"{n:03}.png")  # resized, and its middle cut out
     done = cli(tmp_path, "evaluate", "run", "--images", "images", "--num", "40", patch=quick)
     assert done.code == 0 and json.loads(path.read_text())["num"] == 40, done.err
     assert json.loads(path.read_text())["drawings"]["samples"]["named"]["value"] == pytest.approx(12 / 40)  # 0, 1, 3, 5, 7, ...
@@ -291,7 +292,28 @@ def test_images_of_another_program(run, tmp_path):
         refused(cli(tmp_path, "evaluate", "run", *given), words)
     for n in range(40):
         (place / f"{n:03}.png").unlink()
+    shutil.rmtree(folder / "evaluation")
     refused(cli(tmp_path, "evaluate", "run", "--images", "images"), "--images images: 31 images to judge; expected at least 32")
+    assert not (folder / "evaluation").exists()
+    for name in ("zz.png", "zzz.png"):
+        shutil.copy(place / "050.png", place / name)
+    assert cli(tmp_path, "evaluate", "run", "--images", "images", patch=quick).code == 0
+    assert all(path.is_file() for path in (folder / "evaluation").iterdir())
+
+
+def test_what_is_said_of_other_data():
+    """Mistakes name the flags of this command, not the settings of a run."""
+    for said, expected in (
+        ("--data.train-data-dir x: holds no images", "--data x: holds no images"),
+        ("--data.dataset-name x, --data.split y: no such split", "--data x, --split y: no such split"),
+        (
+            "1 of 2 images cannot be read: a.png; --data.skip-broken leaves them out",
+            "--data: 1 of 2 images cannot be read: a.png; move",
+        ),
+    ):
+        with pytest.raises(BadInput) as error, judge.said_of_data():
+            raise BadInput(said)
+        assert str(error.value).startswith(expected)
 
 
 def files_of(folder):
