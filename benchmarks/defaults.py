@@ -40,10 +40,16 @@ MNIST = {
     "official, 2e-3": [*OFFICIAL, "--ddpm.learning-rate", "2e-3"],
 }
 """Variant -> what it changes of the defaults of `ddpm`."""
+EDM, DIT = ([flag.replace("ddpm", task) for flag in BEFORE] for task in ("edm", "dit"))
 CLASSES = {
     "ddpm": ["--ddpm.class-conditional"],
+    "ddpm, gamma 0.3": ["--ddpm.class-conditional", "--ddpm.snr-gamma", "0.3"],
     "edm": ["--edm.class-conditional"],
+    "edm, p-mean -0.4": ["--edm.class-conditional", "--edm.p-mean", "-0.4"],
+    "edm, p-mean -1.2": ["--edm.class-conditional", "--edm.p-mean", "-1.2"],
+    "edm, before": ["--edm.class-conditional", *EDM, "--edm.p-mean", "-1.2"],
     "dit": [],
+    "dit, before": DIT,
     "dit, muon": ["--dit.optimizer", "muon", "--dit.learning-rate", "3e-3"],
 }
 """Task -> what it changes of its defaults, to train by class."""

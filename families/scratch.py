@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from oneloop.configs import Amount, BadInput, Live, Name, ShareBelowOne, read_model_config
+from oneloop.configs import Amount, BadInput, Base, Live, Name, ShareBelowOne, read_model_config
 from oneloop.families import building, classes
 from oneloop.families.classes import Classes
 from oneloop.families.settings import flag
@@ -44,7 +44,17 @@ class Unconditional:
 
 @dataclass(frozen=True)
 class New(Unconditional, Classes):
-    """The same for a model that may have classes."""
+    """The same for a model that may have classes; AdamW forgets sooner, which a short run is better off with."""
+
+    adam_beta1: Live[ShareBelowOne] = 0.8
+    """AdamW's beta1."""
+    adam_beta2: Live[ShareBelowOne] = 0.95
+    """AdamW's beta2."""
+
+
+def base() -> Base:
+    """What the defaults of the whole run are in these tasks: the rate falls in a line, and the EMA is shorter."""
+    return Base(lr_scheduler="linear", ema_power=0.6)
 
 
 def named(s: Unconditional, group: str) -> str:

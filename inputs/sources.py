@@ -979,8 +979,9 @@ def described(source: Source, cfg: Data, columns: Mapping[str, Column], own: Any
             ways += [f"{flag(column.folder)} a folder of images of the same names"] if column.folder else []
             ways += [f"{flag(column.made)} ({', '.join(MAKERS)}) makes it"] if column.made else []
             ways += ["--data.trigger is one for all"] if name == "caption" else []
-            what, ways = f"a {name} for each image and found none with {kind_of(cfg)}", ", or ".join(ways) or f"a column {name}"
-            raise BadInput(f"the task needs {what}; {ways}")
+            noun, cure = f"{name} image" if column.kind == "image" else name, ", or ".join(ways) or f"a column {name}"
+            article = "an" if noun[0] in "aeiou" else "a"
+            raise BadInput(f"the task needs {article} {noun} for each image and found none with {kind_of(cfg)}; {cure}")
     return source
 
 

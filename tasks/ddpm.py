@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from oneloop.configs import Base, Data, Live, Range, ShareBelowOne, check, require
+from oneloop.configs import Base, Data, Live, Range, check, require
 from oneloop.families import classes, drawing, scratch
 from oneloop.families.scratch import New
 from oneloop.maths import diffusion
@@ -30,10 +30,6 @@ class Settings(New):
     snr_gamma: Annotated[float, Range(0, 3e38, without=0)] | None = 1.0
     """Clamp of the min-SNR loss weight; 5 is usual, a smaller one attends to the whole rather than to detail. None: unweighted,
     and weighted by the SNR for `sample`."""
-    adam_beta1: Live[ShareBelowOne] = 0.8
-    """AdamW's beta1."""
-    adam_beta2: Live[ShareBelowOne] = 0.95
-    """AdamW's beta2."""
     ddpm_num_steps: Annotated[int, Range(1, 100_000)] = 1000
     """Timesteps of the noise schedule."""
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
@@ -55,7 +51,7 @@ class Settings(New):
 class Config:
     """Settings of a run of this task."""
 
-    base: Base = field(default_factory=lambda: Base(lr_scheduler="linear", ema_power=0.6))
+    base: Base = field(default_factory=scratch.base)
     data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=8))
     ddpm: Settings = field(default_factory=Settings)
 

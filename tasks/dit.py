@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from oneloop.configs import Amount, Base, Data, Live, Name, Range, check, read_model_config, require
-from oneloop.families import autoencoder, classes, dit, drawing, latents
+from oneloop.families import autoencoder, classes, dit, drawing, latents, scratch
 from oneloop.families.scratch import New, named, shape
 from oneloop.maths import diffusion
 from oneloop.maths import flow as rectified
@@ -63,7 +63,7 @@ class Settings(New):
 class Config:
     """Settings of a run of this task."""
 
-    base: Base = field(default_factory=Base)
+    base: Base = field(default_factory=scratch.base)
     data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=16))
     dit: Settings = field(default_factory=Settings)
 

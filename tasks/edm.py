@@ -30,8 +30,8 @@ class Settings(New):
 
     sigma_data: Positive = 0.5
     """Deviation of the data, as preconditioning takes it."""
-    p_mean: Annotated[float, Range(-20, 20)] = -1.2
-    """Mean of the logarithm of the noise levels that are trained on."""
+    p_mean: Annotated[float, Range(-20, 20)] = 0.0
+    """Mean of the logarithm of the noise levels that are trained on: of the paper -1.2, which attends to detail."""
     p_std: Annotated[float, Range(0, 20, without=0)] = 1.2
     """Its standard deviation."""
     sampler: Live[Literal["heun", "dpm++", "euler"]] = "heun"
@@ -55,7 +55,7 @@ class Settings(New):
 class Config:
     """Settings of a run of this task."""
 
-    base: Base = field(default_factory=Base)
+    base: Base = field(default_factory=scratch.base)
     data: Data = field(default_factory=lambda: Data(resolution=16, train_batch_size=16))
     edm: Settings = field(default_factory=Settings)
 

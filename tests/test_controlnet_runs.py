@@ -189,7 +189,7 @@ def test_data_that_does_not_fit_is_a_line(tmp_path, built, photos):  # noqa: F81
         return words[:at] + words[at + 2 :]
 
     said = cli(tmp_path, *plain(line()))
-    assert said.code == 2 and "the task needs a conditioning for each image and found none" in said.err, said.err
+    assert said.code == 2 and "the task needs a conditioning image for each image and found none" in said.err, said.err
     (edges / "2.png").rename(edges / "3.png")
     said = cli(tmp_path, *plain(line(**folder)))
     assert said.code == 2 and "1 images have no partner" in said.err and "2.png has none" in said.err, said.err

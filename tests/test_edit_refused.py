@@ -82,7 +82,7 @@ def test_sources_that_do_not_fit_are_a_line(tmp_path, built, pairs):  # noqa: F8
     done = cli(tmp_path, *line)
     assert (
         done.code == 2
-        and "the task needs a conditioning for each image and found none with a folder of images; --data.cond" in done.err
+        and "the task needs a conditioning image for each image and found none with a folder of images; --data.cond" in done.err
     )
     few, tall = (shutil.copytree(pairs / "before", tmp_path / name) for name in ("few", "tall"))
     (few / "1.png").rename(few / "other.png")

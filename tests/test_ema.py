@@ -157,7 +157,8 @@ def test_what_is_not_of_the_run_is_left_out(run, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (out / "checkpoint-mine").mkdir()
     said = cli(tmp_path, "ema", "out", "--length", "0.07", "--to", "made")
-    assert said.code == 0 and said.out.count("left out: ") == 3 and "checkpoint-6 is of another run" in said.out, said
+    assert said.code == 0 and said.err.count("left out: ") == 3 and "checkpoint-6 is of another run" in said.err, said
+    assert said.out.count("\n") == 1 and said.out.startswith("made: "), said
     files = {8: out / "checkpoint-8", 4: out / "checkpoint-4"}
     assert same(shown(tmp_path / "made/checkpoint-8"), summed(files, 0.07, 8))
     alone = shutil.copytree(out / "checkpoint-8", tmp_path / "best")

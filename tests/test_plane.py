@@ -191,7 +191,7 @@ def test_a_column_of_its_own_size(tmp_path):
         ("broken", r"02.png \(the file is empty\)"),
         (
             "absent",
-            r"the task needs a conditioning for each image and found none with [a-z ]+; --data.conditioning-col",
+            r"the task needs a conditioning image for each image and found none with [a-z ]+; --data.conditioning-col",
         ),
         ("column", r"--data.conditioning-column is 'nothing'; the data set has the columns image"),
     ],
@@ -220,7 +220,7 @@ def test_further_texts_and_labels(tmp_path):
     columns = COLUMNS | {"edit": Column("text"), "score": Column("label")}
     batch = examples(columns=columns, train_data_dir=str(folder))[range(2)]
     assert batch["edit"] == [f"edit {i}" for i in batch["index"].tolist()] and torch.equal(batch["score"], batch["index"])
-    with pytest.raises(BadInput, match=r"the task needs a other for each image and found none with [a-z ]+; a column other"):
+    with pytest.raises(BadInput, match=r"the task needs an other for each image and found none with [a-z ]+; a column other"):
         examples(columns=columns | {"other": Column("text")}, train_data_dir=str(folder))
 
 
@@ -462,4 +462,4 @@ def test_tasks_of_several_images(tmp_path, name):
     if name == "conditioned":
         assert Image.open(next((tmp_path / "whole").glob("samples/4*.png"))).width > 3 * 16
         result = cli(tmp_path, *flags(name, {k: v for k, v in common.items() if "conditioning" not in k}))
-        assert result.code == 2 and "the task needs a conditioning for each image" in result.err
+        assert result.code == 2 and "the task needs a conditioning image for each image" in result.err

@@ -107,7 +107,7 @@ def test_heun_solves_the_flow_of_a_gaussian():
 def test_edm_loss_is_the_paper_s():
     """lambda |D - x|^2, which is |F - (x - c_skip y) / c_out|^2 (eq. 8), with classes; example by example."""
     torch.manual_seed(0)
-    cfg = edm.Config(edm=edm.Settings(class_conditional=True, num_classes=3, label_dropout=0.5))
+    cfg = edm.Config(edm=edm.Settings(class_conditional=True, num_classes=3, label_dropout=0.5, p_mean=-1.2))
     unet = UNet2DModel.from_config(UNET | {"sample_size": 8, "num_class_embeds": 4}).eval()
     x, rng = torch.rand(6, 3, 8, 8) * 2 - 1, Rng.of(0, range(6))
     (loss,) = edm.loss_fn({"unet": unet}, {"pixel_values": x, "label": torch.tensor([0, 1, 2, 0, 1, 2])}, rng, cfg)

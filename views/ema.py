@@ -12,6 +12,7 @@ folder with one checkpoint, which `sample`, `evaluate` and `compare` take, and w
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,11 +63,11 @@ def stored(last: Path, facts: dict[str, Any], cfg: Any) -> Iterator[tuple[Path, 
                 continue
             checkpoint.verify(path)
         except checkpoint.Damaged as error:
-            print(f"left out: {error}")
+            print(f"left out: {error}", file=sys.stderr)
             continue
         same = all(manifest.get(key) == facts.get(key) for key in ("task", "data", "stream", "made_of"))
         if not same or changes(manifest["settings"], cfg):
-            print(f"left out: {path} is of another run")
+            print(f"left out: {path} is of another run", file=sys.stderr)
         elif manifest["step"]:
             yield path, manifest["step"]
 
