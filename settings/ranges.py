@@ -35,8 +35,10 @@ class Range:
         return isinstance(value, (int, float)) and self.least <= value <= self.most and value != self.without
 
     def __str__(self) -> str:
+        # typing caches annotations by equality, so that a Range(0, 10) may come back as an equal Range(0.0, 10.0)
+        least, most = (f"{int(x) if abs(x) < 1e16 and x == int(x) else x:,}" for x in (self.least, self.most))
         low = "more than" if self.without == self.least else "at least"
-        return f"{low} {self.least:,} and {'below' if self.without == self.most else 'at most'} {self.most:,}"
+        return f"{low} {least} and {'below' if self.without == self.most else 'at most'} {most}"
 
 
 @dataclass(frozen=True)

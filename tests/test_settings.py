@@ -505,3 +505,18 @@ def test_an_environment_that_cannot_be_set_up(tmp_path, env):
     name, value = next(reversed(env.items()))
     refused(cli(tmp_path, *tiny(tmp_path), env=env), "the environment asks for what cannot be set up", f"{name}={value}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "least, most, says",
+    [
+        (0, 1e6, "at least 0 and at most 1,000,000"),
+        (-2.5, 0.1, "at least -2.5 and at most 0.1"),
+        (0.0, 3e38, "at least 0 and at most 3e+38"),
+        (1, 2**63 - 1, "at least 1 and at most 9,223,372,036,854,775,807"),
+    ],
+)
+def test_a_range_reads_alike_however_its_numbers_are_written(least, most, says):
+    """typing may give a setting an equal range that another setting wrote with floats."""
+    assert str(ranges.Range(least, most)) == says
+    assert str(ranges.Range(float(least), most)) == says
